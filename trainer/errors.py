@@ -1,0 +1,58 @@
+"""What can go wrong, as one tree: every error a user can cause or meet is an `AtelierError`.
+
+A message says what was given, where, what would be right and what to do next. Anything that is not an `AtelierError`
+is a defect of ours and keeps its traceback.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class AtelierError(Exception):
+    """An error whose text is meant for the user, shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of a form: `field` is the JSON key, `value` what was given, `message` what is right and what to do."""
+
+    field: str
+    value: object
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.message}"
+
+
+class JobError(AtelierError):
+    """A job that cannot start; carries all its problems at once."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ModelError(AtelierError):
+    """A base model that cannot be used: file, architecture, vocabulary."""
+
+
+class DataError(AtelierError):
+    """Pictures, captions or caches that cannot be used."""
+
+
+class AdapterError(AtelierError):
+    """An adapter that matches nothing, or a LoRA file that cannot be read or written."""
+
+
+class TrainingError(AtelierError):
+    """A run that had to stop: non-finite loss, lost state, full disk."""
+
+
+class MissingPackageError(AtelierError):
+    """An optional package is not installed; names the setting, the package and the command."""
+
+    def __init__(self, setting: str, package: str, why: str = "") -> None:
+        self.package = package
+        reason = f" ({why})" if why else ""
+        super().__init__(f"{setting} needs the package {package}{reason}. Install it with: pip install {package}")

@@ -1,0 +1,30 @@
+"""How a parameter is declared: a dataclass field whose metadata says everything its views need."""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the table says of one parameter beside its name, type and default.
+
+    `key`: its spelling in JSON when it differs from the attribute. `needs`: the tag a mode must carry to show it ("" = all modes).
+    `low`/`high`: inclusive bounds in `unit`. `choices`: allowed values. `advanced`: folded away in the tab.
+    """
+
+    help: str
+    group: str
+    key: str = ""
+    needs: str = ""
+    choices: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    advanced: bool = True
+
+
+def param(default: Any, help: str, group: str, **spec: Any) -> Any:
+    """A dataclass field that is a parameter; `spec` are the other attributes of `Spec`."""
+    return dataclasses.field(default=default, metadata={"param": Spec(help=help, group=group, **spec)})

@@ -1,0 +1,72 @@
+"""Names → things: a decorator that registers, a scan of our own packages, a lookup that suggests.
+
+Nothing is ever imported from a name found in a file: presets are strangers' input.
+"""
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from .errors import AtelierError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of things of one kind. `package` is the package, relative to the trainer, whose modules fill it."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._things: dict[str, T] = {}
+        self._aliases: dict[str, str] = {}
+        self._scanned = False
+
+    def register(self, name: str, *aliases: str) -> Callable[[T], T]:
+        """Decorator: enter the decorated thing under `name`. Raises ValueError when the name is taken by another thing."""
+
+        def enter(thing: T) -> T:
+            if name in self._things:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._things[name] = thing
+            self._aliases.update({alias.lower(): name for alias in (name, *aliases)})
+            return thing
+
+        return enter
+
+    def scan(self) -> None:
+        """Import every module of the package once, so that its decorators run."""
+        if self._scanned:
+            return
+        self._scanned = True
+        root = __name__.rpartition(".")[0]
+        package = importlib.import_module(f"{root}.{self._package}")
+        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda found: found.name):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+    def names(self) -> tuple[str, ...]:
+        """All registered names in order of registration."""
+        self.scan()
+        return tuple(self._things)
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Pairs of name and thing."""
+        self.scan()
+        return iter(tuple(self._things.items()))
+
+    def canonical(self, name: str) -> str:
+        """The registered spelling of `name`, ignoring case and resolving aliases. Raises AtelierError with a suggestion."""
+        self.scan()
+        found = self._aliases.get(name.lower())
+        if found is None:
+            near = difflib.get_close_matches(name.lower(), list(self._aliases), n=1)
+            hint = f" Did you mean {self._aliases[near[0]]!r}?" if near else ""
+            raise AtelierError(f"{self.kind} {name!r} is not known.{hint} Known: {', '.join(self._things)}.")
+        return found
+
+    def get(self, name: str) -> T:
+        """The thing registered under `name` (or an alias, in any case). Raises AtelierError with a suggestion."""
+        return self._things[self.canonical(name)]
