@@ -1,0 +1,71 @@
+"""Closed forms for schedules, targets, weights and keyed random numbers."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.maths import loss, rng
+from trainer.maths.schedule import NoiseSchedule, scaled_linear_alphas, zero_terminal_snr
+
+
+def test_alphas_are_those_of_diffusers():
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    torch.testing.assert_close(scaled_linear_alphas(), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    ).alphas_cumprod
+    ours = zero_terminal_snr(scaled_linear_alphas())
+    torch.testing.assert_close(ours[:-1], theirs[:-1], rtol=1e-4, atol=1e-6)
+    assert ours[-1] == 0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_perfect_predictor_has_no_loss_and_gives_back_the_picture(prediction):
+    schedule = NoiseSchedule(scaled_linear_alphas(), prediction)
+    z, noise = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    t = torch.tensor([0, 300, 700, 999])
+    x, perfect = schedule.add_noise(z, noise, t), schedule.target(z, noise, t)
+    assert loss.distance("MSE", perfect, schedule.target(z, noise, t)).sum() == 0
+    torch.testing.assert_close(schedule.x0(perfect, x, t), z, rtol=1e-3, atol=1e-3)
+
+
+def test_min_snr_weights_by_hand():
+    alphas = torch.tensor([0.9, 0.5, 0.0])  # snr 9, 1, 0
+    t = torch.tensor([0, 1, 2])
+    epsilon, v = NoiseSchedule(alphas), NoiseSchedule(alphas, "v_prediction")
+    torch.testing.assert_close(loss.min_snr_weight(epsilon, t, 5), torch.tensor([5 / 9, 1.0, 1.0]))
+    torch.testing.assert_close(loss.min_snr_weight(v, t, 5), torch.tensor([0.5, 0.5, 0.0]))
+    torch.testing.assert_close(loss.min_snr_weight(v, t, 0), torch.ones(3))
+
+
+def test_a_mask_weights_but_keeps_the_scale():
+    predicted, target = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    mask = torch.rand(2, 1, 4, 4) + 0.1
+    torch.testing.assert_close(loss.distance("MSE", predicted, target, mask), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["MSE", "L1", "Smooth-L1"])
+def test_distances_by_hand(name):
+    predicted, target = torch.tensor([[[[2.0, 0.5]]]]), torch.zeros(1, 1, 1, 2)
+    by_hand = {"MSE": (4 + 0.25) / 2, "L1": 1.25, "Smooth-L1": (1.5 + 0.125) / 2}
+    assert loss.distance(name, predicted, target).item() == pytest.approx(by_hand[name])
+
+
+def test_timesteps_cover_the_range_and_stay_inside():
+    t = loss.uniform_timesteps(rng.uniform("t", 1, 0, range(4000)), 500, 510)
+    assert t.min() == 500 and t.max() == 509
+    assert loss.uniform_timesteps(torch.tensor([0.99]), 7, 7).item() == 7
+
+
+def test_draws_do_not_depend_on_who_draws_them():
+    both = rng.normal((2, 3), "noise", 5, 9, [0, 1, 2, 3])
+    torch.testing.assert_close(both[2:], rng.normal((2, 3), "noise", 5, 9, [2, 3]), rtol=0, atol=0)
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both, rng.normal((2, 3), "noise", 5, 10, [0, 1, 2, 3]))

@@ -1,0 +1,1 @@
+"""Pure tensor functions, named after what the papers call them."""

@@ -1,0 +1,73 @@
+"""The forward diffusion process: x_t = √ᾱ_t·z + √(1−ᾱ_t)·ε (Ho et al. 2006.11239, eq. 4)."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+
+
+def scaled_linear_alphas(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> Tensor:
+    """ᾱ_t (steps,) float32 of Stable Diffusion's schedule: √β linear from √beta_start to √beta_end."""
+    betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
+    """Shift and scale √ᾱ so that the last value is 0 and the first is kept (Lin et al. 2305.08891, algorithm 1)."""
+    root = alphas_cumprod_T.double().sqrt()
+    first, last = root[0], root[-1]
+    return (((root - last) * (first / (first - last))) ** 2).float()
+
+
+def _per_sample(values_T: Tensor, t_B: Tensor, like: Tensor) -> Tensor:
+    """values[t] shaped (B, 1, …) in the dtype and on the device of `like`."""
+    picked = values_T.to(like.device)[t_B.to(like.device)]
+    return picked.to(like.dtype).view(-1, *([1] * (like.dim() - 1)))
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """ᾱ_t for t = 0 … T−1 and what the model predicts: `epsilon` or `v_prediction`."""
+
+    alphas_cumprod_T: Tensor
+    prediction: str = EPSILON
+
+    def __post_init__(self) -> None:
+        if self.prediction not in (EPSILON, V_PREDICTION):
+            raise ValueError(f"prediction {self.prediction!r}: use {EPSILON!r} or {V_PREDICTION!r}")
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod_T)
+
+    def signal(self, t_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(√ᾱ_t, √(1−ᾱ_t)), each broadcastable over `like` (B, …)."""
+        alphas = self.alphas_cumprod_T.double()
+        return _per_sample(alphas.sqrt(), t_B, like), _per_sample((1 - alphas).sqrt(), t_B, like)
+
+    def add_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """x_t from clean latents and noise, (B, C, H, W)."""
+        a, s = self.signal(t_B, latents_BCHW)
+        return a * latents_BCHW + s * noise_BCHW
+
+    def target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """What a perfect model predicts: ε, or v = √ᾱ·ε − √(1−ᾱ)·z (Salimans & Ho 2202.00512, appendix D)."""
+        if self.prediction == EPSILON:
+            return noise_BCHW
+        a, s = self.signal(t_B, latents_BCHW)
+        return a * noise_BCHW - s * latents_BCHW
+
+    def x0(self, predicted_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """The clean latents implied by a prediction at x_t. With ε-prediction ᾱ_t must not be 0."""
+        a, s = self.signal(t_B, x_BCHW)
+        if self.prediction == EPSILON:
+            return (x_BCHW - s * predicted_BCHW) / a
+        return a * x_BCHW - s * predicted_BCHW
+
+    def snr(self, t_B: Tensor) -> Tensor:
+        """Signal-to-noise ratio ᾱ/(1−ᾱ), (B,) float32; 0 at the last step of a zero-terminal-SNR schedule."""
+        alphas = self.alphas_cumprod_T.double().to(t_B.device)[t_B]
+        return (alphas / (1 - alphas)).float()
