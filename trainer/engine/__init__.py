@@ -1,0 +1,1 @@
+"""From a job to a file: build, loop, state, samples, run."""

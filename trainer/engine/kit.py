@@ -1,0 +1,76 @@
+"""The verbs a mode may use, bound to one model, one adapter and one job."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.network import Network
+from ..maths import loss as losses
+from ..maths import rng
+from ..models.base import Model
+from ..modes.base import Batch
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the job says about losses: distance name, min-SNR γ (0 off), timestep range [low, high), one timestep per batch."""
+
+    distance: str = "MSE"
+    snr_gamma: float = 0.0
+    low: int = 0
+    high: int = 1000
+    fixed_timesteps: bool = False
+
+
+class Kit:
+    """See `modes.base.Kit`. All draws are keyed by (seed, micro batch, position in the global batch)."""
+
+    def __init__(self, model: Model, network: Network, seed: int, settings: LossSettings) -> None:
+        self.model, self.network, self.schedule = model, network, model.schedule
+        self._seed, self._settings = seed, settings
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Latents drawn from the pictures' posterior, (B, C, H, W)."""
+        assert batch.mean is not None and batch.std is not None
+        return batch.mean + batch.std * self._normal("posterior", batch, batch.mean)
+
+    def noise(self, batch: Batch) -> Tensor:
+        """Fresh standard normal noise shaped like the batch's latents, (B, C, H, W)."""
+        assert batch.mean is not None
+        return self._normal("noise", batch, batch.mean)
+
+    def timesteps(self, batch: Batch) -> Tensor:
+        """Timesteps in the job's range, (B,) int64; all alike when the job fixes them in a batch."""
+        settings = self._settings
+        keys = [0] * len(batch.samples) if settings.fixed_timesteps else batch.samples
+        uniforms = rng.uniform("timestep", self._seed, batch.index, keys)
+        return losses.uniform_timesteps(uniforms, settings.low, settings.high).to(self.model.device)
+
+    def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
+        """The model's prediction at x_t with the adapter at its current strength."""
+        return self.model.predict(x_BCHW, t_B, conditioning, time_ids)
+
+    @contextmanager
+    def strength(self, value: float | Tensor) -> Iterator[None]:
+        """The adapter at another strength inside the block."""
+        with self.network.at_strength(value):
+            yield
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """The untouched model inside the block: strength 0, no gradient."""
+        with self.network.at_strength(0.0), torch.no_grad():
+            yield
+
+    def loss(self, predicted: Tensor, target: Tensor, t_B: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The job's distance × its min-SNR weight, per sample, (B,) float32."""
+        per_sample = losses.distance(self._settings.distance, predicted, target, mask)
+        return per_sample * losses.min_snr_weight(self.schedule, t_B, self._settings.snr_gamma)
+
+    def _normal(self, purpose: str, batch: Batch, like: Tensor) -> Tensor:
+        return rng.normal(like.shape[1:], purpose, self._seed, batch.index, batch.samples).to(like.device)

@@ -1,0 +1,107 @@
+"""The training loop: batch → loss → backward → step → event. No mode, host or form is known here."""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..events import EventLog, Step
+from .control import Control
+from .losses import LossRing
+from .session import Session
+
+_NOT_FINITE = (
+    "The loss became {loss} at step {step}. The update was discarded and the last good file is kept. Lower train_learning_rate "
+    "(now {rate:g}), set train_max_grad_norm to 1, or train with train_model_precision bf16 or fp32."
+)
+
+
+@dataclass
+class Hooks:
+    """What happens between steps: `keep` writes the resume state, `save` an intermediate file, `sample` pictures."""
+
+    keep: Callable[[LossRing], None]
+    save: Callable[[], None]
+    sample: Callable[[], None]
+
+
+def gradients(session: Session, step: int) -> Tensor:
+    """Accumulate the gradients of one optimizer step over its micro batches and all processes; returns the mean loss, 0-d."""
+    accumulation = session.limits.accumulation
+    total = torch.zeros((), device=session.model.device)
+    session.flat.zero_gradients()
+    for micro in range(accumulation):
+        batch = session.source.batch(step * accumulation + micro)
+        if batch is None:
+            continue
+        loss = session.mode.loss(session.kit, batch).sum() / (batch.share * accumulation)
+        session.scaler.scale(loss).backward()
+        total += loss.detach()
+    session.process.sum([total, *session.flat.gradients])
+    return total
+
+
+def optimizer_step(session: Session, plateau: float | None) -> Tensor:
+    """One optimizer step; returns its loss, 0-d on the device. A non-finite step leaves the parameters as they were."""
+    loss = gradients(session, session.step)
+    scaler, flat = session.scaler, session.flat
+    if scaler.is_enabled():
+        scaler.unscale_(session.optimizer)
+    finite = flat.guard(loss, session.limits.max_grad_norm)
+    flat.remember()
+    scaler.step(session.optimizer)
+    scaler.update()
+    flat.undo_unless(finite)
+    session.scheduler.step(plateau)
+    session.step += 1
+    if scaler.is_enabled():  # an overflow of the scaled gradients is the scaler's own business, a broken loss is not
+        return loss
+    return torch.where(finite, loss, torch.full_like(loss, math.nan))
+
+
+def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing, hooks: Hooks) -> None:
+    """Run optimizer steps from `session.step` to the end or to a stop. Raises TrainingError when the loss breaks."""
+    limits = session.limits
+    while session.step < limits.total_steps and not control.stopping:
+        rates = tuple(session.scheduler.rates())
+        ring.push(session.step + 1, optimizer_step(session, ring.plateau), rates)
+        step = session.step
+        state_due = bool(limits.state_every) and step % limits.state_every == 0
+        sample_due = bool(limits.sample_every) and step % limits.sample_every == 0
+        if ring.full or state_due or sample_due or step in limits.save_steps:
+            tell(session, ring, log)
+        if step in limits.save_steps:
+            hooks.save()
+        if sample_due:
+            hooks.sample()
+        if state_due:
+            hooks.keep(ring)
+    tell(session, ring, log)
+
+
+def tell(session: Session, ring: LossRing, log: EventLog) -> None:
+    """Read the pending losses and tell them. Raises TrainingError at the first that is not finite."""
+    readings, seconds = ring.read()
+    per_step = seconds / max(len(readings), 1)
+    limits = session.limits
+    for reading in readings:
+        if not math.isfinite(reading.loss):
+            rate = max(reading.rates, default=0.0)
+            raise TrainingError(_NOT_FINITE.format(loss=reading.loss, step=reading.step, rate=rate))
+        log.tell(
+            Step(
+                step=reading.step,
+                total=limits.total_steps,
+                loss=reading.loss,
+                loss_ema=reading.ema,
+                rates=reading.rates,
+                images_per_second=limits.batch_size * limits.accumulation / max(per_step, 1e-9),
+                seconds_left=per_step * (limits.total_steps - reading.step),
+                at=time.time(),
+            )
+        )

@@ -1,0 +1,81 @@
+"""How much memory a training step takes: predicted by running it on fake tensors, which have sizes but no data."""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages created inside the block that are still alive; `peak` is their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_flatten(out)[0]:
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            key = storage._cdata
+            if key in self._seen:
+                continue
+            size = storage.nbytes()
+            self._seen.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, key, size)
+        return out
+
+
+class _Step(nn.Module):
+    """One forward of the loss as a module, so that `functional_call` can put fake tensors in the place of its weights."""
+
+    def __init__(self, modules: Iterable[nn.Module], loss: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self._loss = loss
+
+    def forward(self) -> Tensor:
+        """The loss with whatever weights the parts have at the moment."""
+        return self._loss().sum()
+
+
+def step_bytes(modules: Iterable[nn.Module], loss: Callable[[], Tensor]) -> int:
+    """Peak bytes that one forward and backward of `loss` would allocate beyond the weights of `modules`.
+
+    `loss` is called with fake tensors in the place of all parameters and buffers of the modules, and must make its inputs itself.
+    Gradients of the trainable parameters are counted in.
+    """
+    step = _Step(modules, loss)
+    named = {**dict(step.named_parameters()), **dict(step.named_buffers())}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        empty = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in named.items()}
+        with LiveBytes() as counter:
+            value = torch.func.functional_call(step, empty)
+            if value.requires_grad:
+                value.backward()
+    return counter.peak
+
+
+def module_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the distinct storages behind parameters and buffers."""
+    sizes: dict[int, int] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())

@@ -1,0 +1,106 @@
+"""Pictures from a model as it stands: DPM-Solver++ (2M) or DDIM of diffusers with classifier-free guidance."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..maths import rng
+from ..models.base import Conditioning, Model
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """`size` is (height, width) in pixels; `sampler` is dpm or ddim; `cfg` 1 turns guidance off."""
+
+    size: tuple[int, int]
+    steps: int = 20
+    cfg: float = 7.0
+    seed: int = 0
+    sampler: str = "dpm"
+    clip_skip: int = 1
+    batch_size: int = 8
+
+
+def _scheduler(model: Model, sampler: str) -> Any:
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    alphas = model.schedule.alphas_cumprod_T.double()
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    common = {"trained_betas": betas.clamp_max(0.999).numpy(), "prediction_type": model.schedule.prediction}
+    if sampler == "ddim":
+        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    return DPMSolverMultistepScheduler(**common, timestep_spacing="trailing")
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Model,
+    conditioning: Conditioning,
+    empty: Conditioning,
+    x_BCHW: Tensor,
+    settings: SampleSettings,
+    watch: Callable[[Tensor, int], None] | None = None,
+) -> Tensor:
+    """Denoise pure noise (B, C, H, W) under `conditioning` (B rows) with guidance against `empty` (B rows).
+
+    `watch` sees every state x_t with its timestep before the model does.
+    """
+    scheduler = _scheduler(model, settings.sampler)
+    scheduler.set_timesteps(settings.steps)
+    x = x_BCHW * scheduler.init_noise_sigma
+    guided = settings.cfg != 1
+    both = Conditioning.cat([empty, conditioning]) if guided else conditioning
+    ids = model.time_ids(settings.size, (0, 0), settings.size)
+    for t in scheduler.timesteps:
+        if watch:
+            watch(x, int(t))
+        wide = torch.cat([x, x]) if guided else x
+        steps = torch.full((len(wide),), int(t), dtype=torch.int64, device=x.device)
+        time_ids = None if ids is None else ids.expand(len(wide), -1).to(x.device)
+        predicted = model.predict(wide, steps, both, time_ids).float()
+        if guided:
+            plain, asked = predicted.chunk(2)
+            predicted = plain + settings.cfg * (asked - plain)
+        x = scheduler.step(predicted, t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def sample(
+    model: Model, prompts: Sequence[str], settings: SampleSettings, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Pictures for the prompts, (len(prompts), 3, H, W) in [−1, 1] on the CPU; picture i depends on (seed, i) alone."""
+    height, width = settings.size
+    pictures = []
+    for start in range(0, len(prompts), settings.batch_size):
+        part = list(prompts[start : start + settings.batch_size])
+        rows = model.encode_prompts([*part, *([""] * len(part))], settings.clip_skip)
+        shape = (model.latent_channels, height // 8, width // 8)
+        indices = range(start, start + len(part))
+        noise = rng.normal(shape, "sample", settings.seed, 0, list(indices)).to(model.device)
+        latents = sample_latents(model, rows[: len(part)], rows[len(part) :], noise, settings)
+        pictures.append(model.decode(latents).float().clamp(-1, 1).cpu())
+        if progress:
+            progress(start + len(part), len(prompts))
+    return torch.cat(pictures)
+
+
+def to_pil(picture_CHW: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [−1, 1] as an 8-bit RGB image."""
+    levels = ((picture_CHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), "RGB")
+
+
+def write_samples(pictures_BCHW: Tensor, folder: Path, stem: str) -> tuple[Path, ...]:
+    """Write `<stem>_<i>.png` below `folder`; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = tuple(folder / f"{stem}_{index}.png" for index in range(len(pictures_BCHW)))
+    for path, picture in zip(paths, pictures_BCHW, strict=True):
+        to_pil(picture).save(path)
+    return paths

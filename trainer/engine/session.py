@@ -1,0 +1,63 @@
+"""Everything a running training consists of, put together by `build` and driven by `loop`."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..adapters.network import Network
+from ..models.base import Model
+from ..modes.base import Batch, Mode
+from ..params.job import Job
+from .flat import FlatParameters
+from .kit import Kit
+from .process import Process
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def batch(self, index: int) -> Batch | None:
+        """This process's part of global micro batch `index`; None when it has no sample in it."""
+
+    def report(self) -> dict[str, object]:
+        """What the preflight report says about the data."""
+
+    def fingerprint(self) -> str:
+        """Changes when a resumed run would see other data."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers of the loop. `save_steps` are the optimizer steps after which an intermediate file is written."""
+
+    total_steps: int
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+    state_every: int = 100
+    sample_every: int = 0
+    save_steps: frozenset[int] = frozenset()
+    batch_size: int = 1
+
+
+@dataclass
+class Session:
+    """A training about to run or running. `step` counts finished optimizer steps."""
+
+    job: Job
+    seed: int
+    model: Model
+    network: Network
+    mode: Mode
+    kit: Kit
+    source: Source
+    flat: FlatParameters
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: Any
+    limits: Limits
+    process: Process
+    folder: Path
+    step: int = 0

@@ -1,0 +1,72 @@
+"""Where batches come from. A mode names its source; a source knows data, text and processes, never a loss."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Dataset
+from ..data.text import TextOutputs
+from ..models.base import Conditioning, Model
+from ..modes.base import Batch
+from .process import Process
+
+
+def share_of(samples: Sequence[int], process: Process, batch_size: int) -> slice:
+    """The part of a global batch that falls to this process: `batch_size` samples each, in rank order."""
+    start = min(process.rank * batch_size, len(samples))
+    return slice(start, min(start + batch_size, len(samples)))
+
+
+class Captions:
+    """Conditioning of captions: from the cache, or encoded per step when the text encoder is trained."""
+
+    def __init__(self, model: Model, clip_skip: int, cached: TextOutputs | None) -> None:
+        self._model, self._clip_skip, self._cached = model, clip_skip, cached
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """The conditioning of the captions on the model's device, one row each."""
+        if self._cached is None:
+            return self._model.encode_prompts(captions, self._clip_skip)
+        outputs: Mapping[str, Tensor] = self._cached.outputs(captions)
+        rows = Conditioning(outputs["context_1LD"], outputs.get("pooled_1P"))
+        return rows.to(self._model.device, self._model.compute)
+
+
+class PictureSource:
+    """Batches of a folder of captioned pictures."""
+
+    def __init__(self, dataset: Dataset, captions: Captions, model: Model, seed: int, batch_size: int, process: Process) -> None:
+        self.dataset = dataset
+        self._captions, self._model, self._process = captions, model, process
+        self._batch_size = batch_size
+        self.plan = dataset.plan(seed, batch_size * process.count)
+
+    def batch(self, index: int) -> Batch | None:
+        """This process's part of global micro batch `index`; None when it has no sample in it."""
+        whole = self.plan.batch(index)
+        mine = share_of(whole, self._process, self._batch_size)
+        items = whole[mine]
+        if not items:
+            return None
+        mean, std = self.dataset.latents(items)
+        device = self._model.device
+        ids = [self._model.time_ids(facts.original, facts.crop, facts.target) for facts in self.dataset.sizes(items)]
+        return Batch(
+            index=index,
+            samples=tuple(range(len(whole))[mine]),
+            share=len(whole),
+            conditioning=self._captions(self.dataset.captions(items)),
+            mean=mean.to(device),
+            std=std.to(device),
+            time_ids=None if ids[0] is None else torch.stack([row for row in ids if row is not None]).to(device),
+        )
+
+    def report(self) -> dict[str, object]:
+        """What the preflight report says about the data."""
+        return {**self.dataset.summary(), "batches per epoch": self.plan.batches_per_epoch}
+
+    def fingerprint(self) -> str:
+        """Changes when a resumed run would see other data."""
+        return self.dataset.fingerprint()

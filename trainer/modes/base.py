@@ -1,0 +1,74 @@
+"""What a mode is: a name, what it shows of the form, where its batches come from, and a loss."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from ..maths.schedule import NoiseSchedule
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process computes of one global micro batch.
+
+    `index` counts micro batches from 0 over the whole run. `samples` are the positions of this process's samples inside the
+    global batch (they key the random draws), `share` is the size of the global batch. `mean`/`std` are the VAE posterior of the
+    pictures, scaled, (B, C, H, W); None for modes without pictures. `time_ids` (B, 6) is SDXL's size conditioning in pixels.
+    """
+
+    index: int
+    samples: tuple[int, ...]
+    share: int
+    conditioning: Any
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    time_ids: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Kit(Protocol):
+    """The verbs a mode may use."""
+
+    schedule: NoiseSchedule
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Latents drawn from the pictures' posterior, (B, C, H, W)."""
+
+    def noise(self, batch: Batch) -> Tensor:
+        """Fresh standard normal noise, one keyed stream per sample, (B, C, H, W)."""
+
+    def timesteps(self, batch: Batch) -> Tensor:
+        """Timesteps in the job's range, (B,) int64."""
+
+    def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
+        """The model's prediction at x_t with the adapter at its current strength."""
+
+    def strength(self, value: float | Tensor) -> AbstractContextManager[None]:
+        """The adapter at another strength inside the block; a tensor (B,) is one strength per sample."""
+
+    def teacher(self) -> AbstractContextManager[None]:
+        """The untouched model inside the block: strength 0, no gradient."""
+
+    def loss(self, predicted: Tensor, target: Tensor, t_B: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The job's distance with its weights, per sample, (B,)."""
+
+
+class Mode:
+    """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it declares itself."""
+
+    help: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    sections: ClassVar[tuple[type, ...]] = ()
+    source: ClassVar[str] = "pictures"
+
+    def loss(self, kit: Kit, batch: Batch) -> Tensor:
+        """Loss per sample, (B,), differentiable in the adapter."""
+        raise TypeError(f"{type(self).__name__} does not say what its loss is")
+
+
+MODES: Registry[Callable[[], Mode]] = Registry("mode", "modes")
