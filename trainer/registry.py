@@ -57,6 +57,11 @@ class Registry(Generic[T]):
         self.scan()
         return iter(tuple(self._things.items()))
 
+    def aliases(self) -> dict[str, str]:
+        """Every accepted spelling in lower case → the registered name."""
+        self.scan()
+        return dict(self._aliases)
+
     def canonical(self, name: str) -> str:
         """The registered spelling of `name`, ignoring case and resolving aliases. Raises AtelierError with a suggestion."""
         self.scan()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..events import EventLog, Step
+from ..optim.optimizers import rates as optimizer_rates
 from .control import Control
 from .losses import LossRing
 from .session import Session
@@ -68,7 +69,7 @@ def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing,
     """Run optimizer steps from `session.step` to the end or to a stop. Raises TrainingError when the loss breaks."""
     limits = session.limits
     while session.step < limits.total_steps and not control.stopping:
-        rates = tuple(session.scheduler.rates())
+        rates = tuple(optimizer_rates(session.optimizer).values())
         ring.push(session.step + 1, optimizer_step(session, ring.plateau), rates)
         step = session.step
         state_due = bool(limits.state_every) and step % limits.state_every == 0

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..optim.state import flatten, unflatten
+from ..optim.state import flatten, restore, unflatten
 from .losses import LossRing
 from .session import Session
 
@@ -29,6 +29,8 @@ def write_state(session: Session, ring: LossRing) -> Path:
     tensors: dict[str, Tensor] = {f"network/{key}": value for key, value in session.network.state_dict().items()}
     optimizer_tensors, optimizer_json = flatten(session.optimizer.state_dict())
     tensors.update({f"optimizer/{key}": value for key, value in optimizer_tensors.items()})
+    scheduler_tensors, scheduler_json = flatten(session.scheduler.state_dict())
+    tensors.update({f"scheduler/{key}": value for key, value in scheduler_tensors.items()})
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -41,7 +43,7 @@ def write_state(session: Session, ring: LossRing) -> Path:
         "loss_average": ring.average,
         "loss_plateau": ring.plateau,
         "optimizer": optimizer_json,
-        "scheduler": session.scheduler.state_dict(),
+        "scheduler": scheduler_json,
         "scaler": session.scaler.state_dict(),
     }
     target = session.folder / STATE_FILE
@@ -86,8 +88,8 @@ def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], 
     with torch.no_grad():
         for key, value in session.network.state_dict(keep_vars=True).items():
             value.copy_(tensors[f"network/{key}"])
-    session.optimizer.load_state_dict(unflatten(part("optimizer/"), facts["optimizer"]))
-    session.scheduler.load_state_dict(facts["scheduler"])
+    restore(session.optimizer, unflatten(part("optimizer/"), facts["optimizer"]))
+    session.scheduler.load_state_dict(unflatten(part("scheduler/"), facts["scheduler"]))
     if session.scaler.is_enabled():
         session.scaler.load_state_dict(facts["scaler"])
     torch.set_rng_state(tensors["rng/cpu"])

@@ -11,7 +11,7 @@ class LoRA(Mode):
     """Learns from a folder of pictures with captions."""
 
     help = "Learns from a folder of pictures and their captions: a character, a style, a thing."
-    needs = frozenset({"folder", "trigger", "size", "text_rate", "name"})
+    needs = frozenset({"folder", "size", "trigger", "resume", "te_rate", "run"})
     source = "pictures"
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:

@@ -1,0 +1,125 @@
+"""From a job to the plain records the rooms below take: the only place where parameters become arguments."""
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from ..adapters.base import AdapterSpec
+from ..data.settings import ImageSettings
+from ..errors import JobError, Problem
+from ..params import core
+from ..params.job import Job
+from .kit import LossSettings
+from .samples import SampleSettings
+from .session import Limits
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def precision(name: str, field: str) -> torch.dtype | None:
+    """The dtype of a precision name; None for `model`, which keeps what is there. Raises JobError for int8."""
+    if name == "model":
+        return None
+    if name not in DTYPES:
+        message = "a quantised base model cannot be trained yet; use model, fp16, bf16 or fp32."
+        raise JobError([Problem(field, name, message)])
+    return DTYPES[name]
+
+
+def image_settings(job: Job) -> ImageSettings:
+    """How pictures are found and cut."""
+    images = job[core.Images]
+    return ImageSettings(
+        folder=Path(images.lora_data_directory),
+        trigger=images.lora_trigger_word,
+        size=images.image_size,
+        buckets_step=images.image_buckets_step,
+        min_length=images.image_min_length,
+        max_ratio=images.image_max_ratio,
+        sub_images=images.sub_image_num,
+        mirroring=images.image_mirroring,
+        filename_as_tag=images.image_use_filename_as_tag,
+        disable_upscale=images.image_disable_upscale,
+        multiply=images.image_num_multiply,
+        skip_broken=images.data_skip_broken,
+    )
+
+
+def loss_settings(job: Job) -> LossSettings:
+    """Distance, weights and timesteps."""
+    train = job[core.Train]
+    return LossSettings(
+        distance=train.train_loss_function,
+        snr_gamma=train.train_snr_gamma,
+        low=train.train_min_timesteps,
+        high=train.train_max_timesteps,
+        fixed_timesteps=train.train_fixed_timsteps_in_batch,
+    )
+
+
+def adapter_spec(job: Job) -> AdapterSpec:
+    """What every adapter of the network is built from. A convolution rank or alpha of 0 means the linear one."""
+    network = job[core.Network]
+    return AdapterSpec(
+        type=network.network_type,
+        rank=network.network_rank,
+        alpha=network.network_alpha,
+        conv_rank=network.network_conv_rank or network.network_rank,
+        conv_alpha=network.network_conv_alpha or network.network_alpha,
+    )
+
+
+def parts(job: Job) -> Collection[str]:
+    """The parts of the model that are trained: unet, te1, te2."""
+    wanted = {"both": ("unet", "te1", "te2"), "unet": ("unet",), "text_encoder": ("te1", "te2")}
+    return wanted[job[core.Network].network_targets]
+
+
+def steps(job: Job, batches_per_epoch: int | None) -> tuple[int, int]:
+    """(optimizer steps in all, optimizer steps per epoch; 0 where there are no epochs)."""
+    train = job[core.Train]
+    per_epoch = math.ceil(batches_per_epoch / train.train_gradient_accumulation) if batches_per_epoch else 0
+    if train.train_epochs and per_epoch:
+        return train.train_epochs * per_epoch, per_epoch
+    return train.train_iterations, per_epoch
+
+
+def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:
+    """The numbers of the loop; `batches_per_epoch` is None for modes without pictures."""
+    train, save = job[core.Train], job[core.Save]
+    total, per_epoch = steps(job, batches_per_epoch)
+    due = set(range(save.save_per_steps, total, save.save_per_steps)) if save.save_per_steps else set()
+    if save.save_per_epochs and per_epoch:
+        due |= set(range(save.save_per_epochs * per_epoch, total, save.save_per_epochs * per_epoch))
+    return Limits(
+        total_steps=total,
+        accumulation=train.train_gradient_accumulation,
+        max_grad_norm=train.train_max_grad_norm,
+        state_every=train.train_state_every,
+        sample_every=job[core.Sample].sample_every,
+        save_steps=frozenset(due),
+        batch_size=train.train_batch_size * processes,
+    )
+
+
+def sample_settings(job: Job) -> SampleSettings:
+    """How preview pictures are drawn."""
+    wanted = job[core.Sample]
+    return SampleSettings(
+        size=job[core.Images].image_size,
+        steps=wanted.sample_steps,
+        cfg=wanted.sample_cfg,
+        seed=wanted.sample_seed,
+        clip_skip=job[core.Train].train_clip_skip,
+        batch_size=1 if job[core.Images].image_size[0] > 256 else 8,
+    )
+
+
+def rates(job: Job) -> dict[str, float]:
+    """Learning rate by part."""
+    train = job[core.Train]
+    text = train.train_textencoder_learning_rate or train.train_learning_rate
+    return {"unet": train.train_learning_rate, "te1": text, "te2": text}
