@@ -11,7 +11,8 @@ class Spec:
     """What the table says of one parameter beside its name, type and default.
 
     `key`: its spelling in JSON when it differs from the attribute. `needs`: the tag a mode must carry to show it ("" = all modes).
-    `low`/`high`: inclusive bounds in `unit`. `choices`: allowed values. `advanced`: folded away in the tab.
+    `low`/`high`: inclusive bounds in `unit`. `multiple`: the value must be a multiple of it (0 = any). `choices`: allowed
+    values (a catalogue may give them instead). `advanced`: folded away in the tab.
     """
 
     help: str
@@ -21,6 +22,7 @@ class Spec:
     choices: tuple[Any, ...] = ()
     low: float | None = None
     high: float | None = None
+    multiple: int = 0
     unit: str = ""
     advanced: bool = True
 
@@ -28,3 +30,18 @@ class Spec:
 def param(default: Any, help: str, group: str, **spec: Any) -> Any:
     """A dataclass field that is a parameter; `spec` are the other attributes of `Spec`."""
     return dataclasses.field(default=default, metadata={"param": Spec(help=help, group=group, **spec)})
+
+
+@dataclass(frozen=True)
+class ModeInfo:
+    """A training mode as the table sees it.
+
+    `needs`: the tags it carries; a parameter whose `Spec.needs` is among them is shown. `required`: attribute names that must
+    not be empty when a run starts. `second`: the tags of its second pass, None when it has none.
+    """
+
+    name: str
+    help: str
+    needs: frozenset[str] = frozenset()
+    required: tuple[str, ...] = ()
+    second: frozenset[str] | None = None

@@ -1,0 +1,240 @@
+"""The parameters every installation has, in the names TrainTrain's users know. A mode or adapter adds its own in its own file.
+
+Attribute names are the JSON keys; `key` is given where the JSON key is odd. Tags (`needs`) a mode can carry:
+
+folder: learns from a folder of pictures · size: uses `image_size` · trigger: puts a trigger word in front of captions ·
+prompts: original and target prompt · pictures: original and target picture · pair: compares two pictures ·
+pair_name: finds pairs by file name · resume: can start from an existing LoRA · te_rate: has an own rate for the text
+encoder · te_train: asks whether to train the text encoder · first_pass: has a first pass that can be kept ·
+second: has settings for a second pass · run: whatever concerns the run as a whole (every mode, but no second pass).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .field import param
+from .names import (
+    BLOCKS,
+    ELEMENTS,
+    LOSSES,
+    MODEL_PRECISIONS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SAVE_PRECISIONS,
+    SCHEDULERS,
+)
+
+FORMAT = 1
+"""Version of the JSON files written here."""
+
+GROUPS = ("task", "prompts", "images", "required", "blocks", "option", "2nd pass")
+"""Groups in the order in which they are shown."""
+
+TASK, PROMPTS, IMAGES, REQUIRED, BLOCK, OPTION, SECOND = GROUPS
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and on which model."""
+
+    format: int = param(FORMAT, "Version of the settings file.", TASK, low=1, high=FORMAT)
+    mode: str = param("LoRA", "The way of training.", TASK, advanced=False)
+    model: str = param(
+        "", "Base model to train on; empty takes the one that is loaded now.", TASK, advanced=False)
+    vae: str = param("", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False)
+    te: str = param("", "Text encoder file, for models that come without one.", TASK)
+    original_prompt: str = param(
+        "", "What the picture shows before the change.", PROMPTS, key="original prompt", needs="prompts", advanced=False)
+    target_prompt: str = param(
+        "", "What the picture shows after the change.", PROMPTS, key="target prompt", needs="prompts", advanced=False)
+    original_image: str = param(
+        "", "Picture file before the change.", IMAGES, key="original image", needs="pictures", advanced=False)
+    target_image: str = param(
+        "", "Picture file after the change.", IMAGES, key="target image", needs="pictures", advanced=False)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The adapter: its type, its size, where it is attached."""
+
+    network_type: str = param("lierla", "Type of adapter; lierla is plain LoRA.", REQUIRED, advanced=False)
+    network_rank: int = param(
+        16, "Size of the adapter: a higher rank can learn more and makes a larger file.", REQUIRED,
+        low=1, high=1024, advanced=False)
+    network_alpha: float = param(
+        8.0, "Scale of the adapter: what it learns counts alpha / rank.", REQUIRED, low=2**-5, high=1024, advanced=False)
+    network_blocks: tuple[str, ...] = param(
+        BLOCKS, "Blocks of the model that are trained; BASE is the text encoder.", BLOCK,
+        key="network_blocks(BASE = TextEncoder)", choices=BLOCKS, advanced=False)
+    network_targets: str = param(
+        "both", "Which part is trained: the UNet, the text encoder or both.", OPTION, choices=("both", "unet", "text_encoder"))
+    network_resume: str = param("", "LoRA file to start from.", OPTION, needs="resume")
+    network_strength: float = param(
+        1.0, "Factor the finished LoRA is multiplied with when it is saved.", OPTION, low=-10, high=10)
+    network_conv_rank: int = param(
+        0, "Rank of the 3x3 convolutions; 0 takes network_rank.", OPTION, low=0, high=1024)
+    network_conv_alpha: float = param(
+        0.0, "Alpha of the 3x3 convolutions; 0 takes network_alpha.", OPTION, low=0, high=1024)
+    network_element: str = param(
+        "Full", "Layers of the UNet that are trained: all, only cross-attention (text) or only self-attention.", OPTION,
+        choices=ELEMENTS)
+    network_train_text_encoder: bool = param(False, "Train the text encoder too.", OPTION, needs="te_train")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The pictures and how they are cut into sizes."""
+
+    lora_data_directory: str = param(
+        "", "Folder with the pictures and their caption files.", REQUIRED, needs="folder", advanced=False)
+    diff_target_name: str = param(
+        "", "What the file name of a target picture has more than that of its original.", REQUIRED,
+        needs="pair_name", advanced=False)
+    lora_trigger_word: str = param(
+        "", "Words put in front of every caption; they call the LoRA in a prompt.", REQUIRED, needs="trigger", advanced=False)
+    image_size: tuple[int, int] = param(
+        (512, 512), "Size of the training pictures: one number, or height,width.", REQUIRED, key="image_size(height, width)",
+        needs="size", low=32, high=4096, multiple=8, unit="px", advanced=False)
+    image_buckets_step: int = param(
+        256, "Distance between the picture sizes that pictures are sorted into.", OPTION,
+        needs="folder", low=8, high=2048, multiple=8, unit="px")
+    image_num_multiply: int = param(
+        1, "How many times each picture is used in one round.", OPTION, needs="folder", low=1, high=10_000)
+    image_min_length: int = param(
+        512, "Shortest side a training picture may have.", OPTION, needs="folder", low=32, high=4096, multiple=8, unit="px")
+    image_max_ratio: float = param(
+        2.0, "Largest ratio of long side to short side.", OPTION, needs="folder", low=1, high=16)
+    sub_image_num: int = param(
+        0, "How many smaller copies of each picture are trained too.", OPTION, needs="folder", low=0, high=100)
+    image_mirroring: bool = param(False, "Train mirrored copies too.", OPTION, needs="folder")
+    image_use_filename_as_tag: bool = param(False, "Take the caption from the file name.", OPTION, needs="folder")
+    image_disable_upscale: bool = param(
+        False, "Leave out pictures that would have to be enlarged.", OPTION, needs="folder")
+    data_skip_broken: bool = param(
+        False, "Leave out pictures that cannot be read instead of stopping before the training.", OPTION, needs="folder")
+    data_cache: str = param(
+        "disk", "Where the encoded pictures and captions are kept during training.", OPTION, choices=("disk", "memory"))
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, how fast and how exactly it is trained."""
+
+    train_iterations: int = param(
+        1000, "Number of optimizer steps.", REQUIRED, low=0, high=10_000_000, unit="steps", advanced=False)
+    train_epochs: int = param(
+        0, "Rounds through all pictures; if above 0 it is used instead of train_iterations.", OPTION,
+        needs="folder", low=0, high=1_000_000, unit="rounds")
+    train_batch_size: int = param(
+        2, "Pictures per step; more need more memory.", REQUIRED, low=1, high=4096, advanced=False)
+    train_gradient_accumulation: int = param(
+        1, "Batches added up before one optimizer step.", OPTION, low=1, high=4096, unit="batches")
+    train_learning_rate: float = param(
+        1e-4, "How much is changed per step.", REQUIRED, low=0, high=100, advanced=False)
+    train_textencoder_learning_rate: float = param(
+        0.0, "Learning rate of the text encoder; empty or 0 takes train_learning_rate.", OPTION,
+        needs="te_rate", low=0, high=100)
+    train_optimizer: str = param("AdamW", "Method that applies the changes.", REQUIRED, choices=OPTIMIZERS, advanced=False)
+    train_optimizer_settings: str = param(
+        "", "Extra settings of the optimizer, as in betas=(0.9,0.99);weight_decay=0.01.", REQUIRED)
+    train_lr_scheduler: str = param(
+        "cosine", "How the learning rate changes during training.", REQUIRED, choices=SCHEDULERS, advanced=False)
+    train_lr_scheduler_settings: str = param(
+        "", "Extra settings of the schedule, as in eta_min=0.00001.", REQUIRED)
+    train_lr_step_rules: str = param(
+        "", "Steps and factors of the piecewise_constant schedule, as in 1:10,0.1:20,0.01.", OPTION)
+    train_lr_warmup_steps: int = param(
+        0, "Steps in which the learning rate rises to its full value.", OPTION, low=0, high=10_000_000, unit="steps")
+    train_lr_scheduler_num_cycles: int = param(
+        1, "How often schedules with restarts start again.", OPTION, low=1, high=100_000)
+    train_lr_scheduler_power: float = param(1.0, "Exponent of the polynomial schedule.", OPTION, low=0, high=100)
+    train_max_grad_norm: float = param(
+        1.0, "Limit for the size of one change; 0 sets no limit.", OPTION, low=0, high=1_000_000)
+    train_seed: int = param(
+        -1, "Start number of all random draws; -1 draws one and writes it down.", OPTION, low=-1, high=2**63 - 1)
+    train_min_timesteps: int = param(
+        0, "Least noise the training pictures get, as a timestep.", OPTION, low=0, high=999, unit="timesteps")
+    train_max_timesteps: int = param(
+        1000, "Most noise the training pictures get, as a timestep (itself not included).", OPTION,
+        low=0, high=1000, unit="timesteps")
+    train_fixed_timsteps_in_batch: bool = param(False, "Use one timestep for all pictures of a batch.", OPTION)
+    train_loss_function: str = param("MSE", "How the distance to the right answer is measured.", OPTION, choices=LOSSES)
+    train_snr_gamma: float = param(
+        5.0, "Limit of the weight of slightly noisy pictures (min-SNR); 0 weights all alike.", OPTION, low=0, high=1000)
+    train_clip_skip: int = param(
+        1, "Layer of the text encoder that is used, counted from its end: 1 is the last, 2 the one before.", OPTION,
+        low=1, high=12, unit="layers")
+    train_model_precision: str = param(
+        "fp16", "Number format in which the base model is held; model leaves it as it is.", OPTION, choices=MODEL_PRECISIONS)
+    train_lora_precision: str = param("fp32", "Number format in which the LoRA is trained.", OPTION, choices=PRECISIONS)
+    train_VAE_precision: str = param("fp32", "Number format of the VAE.", OPTION, choices=PRECISIONS)
+    use_gradient_checkpointing: bool = param(False, "Need less memory and take more time.", REQUIRED)
+    model_v_pred: bool = param(False, "The base model is a v-prediction model.", OPTION)
+    train_state_every: int = param(
+        100, "Steps between two states from which a broken run goes on; 0 writes none.", OPTION,
+        needs="run", low=0, high=10_000_000, unit="steps")
+    train_traintrain_compatible: bool = param(False, "Use TrainTrain's own rules where they differ from ours.", OPTION)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Settings of the modes that compare two pictures."""
+
+    diff_alt_ratio: float = param(
+        1.0, "Strength of the opposite direction in every second step; a negative value trains it on noise.", OPTION,
+        needs="pair", low=-10, high=10)
+    diff_revert_original_target: bool = param(False, "Swap original and target.", OPTION, needs="pair")
+    diff_use_diff_mask: bool = param(False, "Learn only where the two pictures differ.", OPTION, needs="pair")
+    diff_load_1st_pass: str = param(
+        "", "LoRA file that takes the place of the first pass.", OPTION, needs="first_pass")
+    diff_save_1st_pass: bool = param(False, "Save the LoRA of the first pass too.", OPTION, needs="first_pass")
+    diff_1st_pass_only: bool = param(False, "Stop after the first pass.", OPTION, needs="first_pass")
+    use_2nd_pass_settings: bool = param(False, "Use own settings for the second pass.", SECOND, needs="second")
+
+
+@dataclass(frozen=True)
+class Save:
+    """What is written, when, and under which name."""
+
+    save_lora_name: str = param(
+        "", "File name of the LoRA, without ending; empty is untitled.", REQUIRED, needs="run", advanced=False)
+    save_per_steps: int = param(
+        0, "Steps between two intermediate LoRA files; 0 writes none.", OPTION,
+        low=0, high=10_000_000, unit="steps", advanced=False)
+    save_per_epochs: int = param(
+        0, "Rounds between two intermediate LoRA files; 0 writes none.", OPTION,
+        needs="folder", low=0, high=1_000_000, unit="rounds")
+    save_overwrite: bool = param(False, "Replace a LoRA file of the same name.", OPTION)
+    save_as_json: bool = param(False, "Write these settings to a JSON file when the run starts.", OPTION, needs="run")
+    save_precision: str = param("fp16", "Number format of the LoRA file.", OPTION, choices=SAVE_PRECISIONS)
+    save_metadata: str = param(
+        "full", "How much about the training is written into the LoRA file; never a path of your machine.", OPTION,
+        needs="run", choices=("full", "minimal", "none"))
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is told during a run, and to whom."""
+
+    logging_save_csv: bool = param(False, "Write the losses to a CSV file.", OPTION, needs="run")
+    logging_verbose: bool = param(False, "Tell more details in the log.", OPTION, needs="run")
+    logging_trackers: tuple[str, ...] = param(
+        (), "Programs that get the losses too.", OPTION, needs="run", choices=("tensorboard", "wandb"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Previews that are drawn during training."""
+
+    sample_prompts: str = param("", "Prompts of the preview pictures, one per line.", OPTION, needs="run")
+    sample_every: int = param(
+        0, "Steps between two rounds of preview pictures; 0 draws none.", OPTION,
+        needs="run", low=0, high=10_000_000, unit="steps")
+    sample_steps: int = param(
+        20, "Sampling steps of a preview picture.", OPTION, needs="run", low=1, high=1000, unit="steps")
+    sample_cfg: float = param(7.0, "CFG scale of the preview pictures.", OPTION, needs="run", low=0, high=100)
+    sample_seed: int = param(0, "Seed of the preview pictures.", OPTION, needs="run", low=0, high=2**63 - 1)
+
+
+SECTIONS: tuple[type, ...] = (Task, Network, Images, Train, Pair, Save, Log, Sample)
+"""The core sections, in the order of the files and of the reference page."""
