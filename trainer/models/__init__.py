@@ -1,0 +1,1 @@
+"""Base models: load them from a file or folder, encode text, name their layers."""

@@ -1,0 +1,155 @@
+"""From named tensors to a model: modules are built without memory and the tensors assigned to them, so nothing is held twice."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ..errors import ModelError
+from ..maths.schedule import V_PREDICTION
+from . import infer
+from .base import Model
+from .detect import SUPPORTED
+from .family import FAMILIES, Family, TextRow
+from .keys_text import layer_count, without_layer
+from .noise import schedule_of
+from .source import Source
+from .text import TextEncoder
+from .tokenizer import Tokenizer, Vocabulary, find_vocabulary
+
+
+def assemble(
+    source: Source, *, v_pred: bool = False, storage: torch.dtype | None = None, vae_storage: torch.dtype | None = None,
+    device: torch.device | str = "cpu", vocabularies: Sequence[Path] = (),
+) -> Model:
+    """The model of a source. Tensors already in `storage` (None: any) and on `device` are adopted: same storage, no copy.
+
+    The source is emptied on the way, so that tensors that had to be cast are freed one part at a time.
+    Raises ModelError when the family is not known, tensors are missing or do not fit, or no vocabulary is there.
+    """
+    family = recognise(source)
+    where = Placement(torch.device(device), storage)
+    texts = [_text_encoder(source, row, where, vocabularies) for row in family.texts]
+    pooled = next((text for text in texts if text.row.pooled), None)
+    unet_tensors = source.parts.pop("unet")
+    unet = _unet(unet_tensors, source.configs.get("unet"), pooled, where)
+    vae_tensors = source.parts.pop("vae", None)
+    vae_config = source.configs.get("vae")
+    vae = None if vae_tensors is None else build_vae(vae_tensors, vae_config, family, Placement(where.device, vae_storage))
+    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
+        raise ModelError(
+            f"VAE: it has {vae.config.latent_channels} latent channels, the UNet of {source.name} takes {unet.config.in_channels}. "
+            "Choose a VAE of the same family."
+        )
+    schedule, warnings = schedule_of(source.noise, family, v_pred)
+    if schedule.prediction == V_PREDICTION:
+        family = dataclasses.replace(family, base_version=family.v_base_version)
+    scale = vae.config.scaling_factor if vae is not None and vae_config else family.latent_scale
+    return Model(
+        family, source.name, unet, texts, vae, schedule, latent_scale=scale, path=source.path, warnings=(*source.warnings, *warnings)
+    )
+
+
+def recognise(source: Source) -> Family:
+    """The family of a source, by structure. Raises ModelError that says what was found."""
+    encoders = tuple(part for part in source.parts if part.startswith("te"))
+    facts = infer.unet_facts(source.parts["unet"], encoders)
+    for _, family in FAMILIES.items():
+        if family.matches(facts) and {row.part for row in family.texts} <= set(encoders):
+            return family
+    likely = next((family for _, family in FAMILIES.items() if (family.sizes == facts.sizes)), None)
+    missing = [row.folder for row in likely.texts if row.part not in encoders] if likely else []
+    what = f"{'linear' if facts.linear else 'convolutional'} projections, {'with' if facts.sizes else 'without'} size conditioning"
+    lack = f" Missing: {', '.join(missing)}; a file with the UNet alone cannot be trained." if missing else ""
+    raise ModelError(f"{source.name}: a UNet with {what} and {len(encoders)} text encoders fits no family.{lack} {SUPPORTED}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where tensors go and how they are stored (None: as they are; 8-bit floats become 16-bit ones)."""
+
+    device: torch.device
+    storage: torch.dtype | None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = self.storage
+        if storage is None and tensor.is_floating_point() and tensor.element_size() == 1:
+            storage = torch.float16
+        return tensor.to(device=self.device, dtype=storage)
+
+
+def _unet(tensors: dict[str, Tensor], config: Mapping[str, Any] | None, pooled: TextEncoder | None, where: Placement) -> Any:
+    if config is None:
+        config = infer.unet_config(tensors)
+        if pooled is not None:
+            width = pooled.clip.config.hidden_size if pooled.projection is None else pooled.projection.out_features
+            config["addition_time_embed_dim"] = infer.size_width(config, width)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+    return assign(unet, tensors, "UNet", where)
+
+
+def build_vae(tensors: dict[str, Tensor], config: Mapping[str, Any] | None, family: Family, where: Placement) -> Any:
+    """A VAE with the given tensors; its configuration inferred from them where none is given."""
+    config = infer.vae_config(tensors, family.latent_scale) if config is None else config
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+    return assign(vae, tensors, "VAE", where)
+
+
+def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: Sequence[Path]) -> TextEncoder:
+    tensors = source.parts.pop(row.part)
+    projection = tensors.pop("text_projection.weight", None)
+    if row.drop_last and row.part in source.open_clip:
+        tensors = without_layer(tensors, layer_count(tensors) - 1)
+    given = source.configs.get(row.part)
+    if given is None:
+        config = infer.text_config(tensors, row.activation)
+    else:
+        config = {name: value for name, value in given.items() if name not in ("torch_dtype", "dtype", "architectures")}
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(**config))
+        layer = None if projection is None or not row.pooled else nn.Linear(projection.shape[1], projection.shape[0], bias=False)
+    assign(getattr(clip, "text_model", clip), tensors, f"text encoder {row.part}", where)
+    if layer is not None and projection is not None:
+        assign(layer, {"weight": projection}, f"text projection of {row.part}", where)
+    vocabulary = source.vocabularies.get(row.part) or _plain(find_vocabulary(vocabularies))
+    return TextEncoder(clip, layer, row, Tokenizer(vocabulary, row.pad)).eval().requires_grad_(False)
+
+
+def _plain(vocabulary: Vocabulary) -> Vocabulary:
+    """A vocabulary that is not the model's own: the family decides how prompts are padded."""
+    return dataclasses.replace(vocabulary, pad=None)
+
+
+def assign(module: nn.Module, tensors: dict[str, Tensor], what: str, where: Placement) -> Any:
+    """Give a module built on `meta` its tensors (the dictionary is emptied), frozen and in evaluation mode.
+
+    Raises ModelError when tensors are missing or have another shape; surplus ones are left out.
+    """
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if not name.endswith("position_ids")}
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise ModelError(
+            f"{what}: {len(missing)} of {len(expected)} tensors are missing ({', '.join(missing[:3])}); the file is incomplete."
+        )
+    wrong = [name for name, shape in expected.items() if tensors[name].shape != shape]
+    if wrong:
+        name = wrong[0]
+        raise ModelError(
+            f"{what}: {len(wrong)} tensors do not fit the configuration; {name} is {list(tensors[name].shape)}, "
+            f"{list(expected[name])} was expected."
+        )
+    placed = {name: where(tensors.pop(name)) for name in expected}
+    tensors.clear()
+    module.load_state_dict(placed, strict=False, assign=True)
+    for part in module.modules():  # position numbers are no weights: no file has to bring them
+        if "position_ids" in part._buffers:
+            part.position_ids = torch.arange(part.position_embedding.num_embeddings, device=where.device).expand((1, -1))
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""One file per architecture: a row of facts that tensor shapes cannot tell."""

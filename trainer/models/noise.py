@@ -1,0 +1,107 @@
+"""Which prediction type and noise schedule a model has: read from what lies in the file and beside it."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..maths.schedule import EPSILON, V_PREDICTION, NoiseSchedule, scaled_linear_alphas, zero_terminal_snr
+from .family import Family
+
+_SPELLINGS = {
+    "v": V_PREDICTION, "v_prediction": V_PREDICTION, "v-prediction": V_PREDICTION, "vpred": V_PREDICTION, "v_pred": V_PREDICTION,
+    "eps": EPSILON, "epsilon": EPSILON,
+}
+
+
+@dataclass(frozen=True)
+class NoiseFacts:
+    """Prediction type (None = nothing was said), whether the schedule ends at zero signal, and ᾱ where the model brings its own."""
+
+    prediction: str | None = None
+    zero_snr: bool = False
+    alphas_T: Tensor | None = None
+
+
+def noise_of_file(names: Collection[str], metadata: Mapping[str, str], path: Path | None) -> NoiseFacts:
+    """The facts of a single file, in order of trust: a yaml or json beside it, its `v_pred`/`ztsnr` keys, its modelspec metadata."""
+    beside = _beside(path) if path is not None else None
+    keys = V_PREDICTION if {"v_pred", "ztsnr"} & set(names) else None
+    said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
+    return NoiseFacts(beside or keys or _SPELLINGS.get(said.lower()), "ztsnr" in names)
+
+
+def noise_of_scheduler(config: Mapping[str, Any]) -> NoiseFacts:
+    """The facts of a diffusers `scheduler_config.json`. Raises ModelError for a schedule that is not a diffusion of this kind."""
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in (EPSILON, V_PREDICTION):
+        raise ModelError(f"scheduler_config.json: prediction_type {prediction!r}; epsilon and v_prediction are supported.")
+    return NoiseFacts(prediction, bool(config.get("rescale_betas_zero_snr")), _alphas(config))
+
+
+def _alphas(config: Mapping[str, Any]) -> Tensor:
+    """ᾱ (T,) of diffusers' beta settings."""
+    steps = int(config.get("num_train_timesteps", 1000))
+    first, last = float(config.get("beta_start", 0.00085)), float(config.get("beta_end", 0.012))
+    kind = config.get("beta_schedule", "scaled_linear")
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif kind == "scaled_linear":
+        return scaled_linear_alphas(first, last, steps)
+    elif kind == "linear":
+        betas = torch.linspace(first, last, steps, dtype=torch.float64)
+    else:
+        raise ModelError(f"scheduler_config.json: beta_schedule {kind!r}; scaled_linear, linear and trained_betas are supported.")
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def schedule_of(facts: NoiseFacts, family: Family, forced_v: bool) -> tuple[NoiseSchedule, list[str]]:
+    """(schedule, warnings). `forced_v` overrides what the model says; a model that says nothing is taken for ε."""
+    warnings = []
+    prediction = facts.prediction
+    if prediction is None and family.often_v and not forced_v:
+        warnings.append(
+            f"{family.label}: the file does not say whether it predicts ε or v; ε is assumed. If it is a v-model (768 pixels), "
+            "set model_v_pred or put its yaml beside it."
+        )
+    if forced_v and facts.prediction == EPSILON:
+        warnings.append("model_v_pred is set although the model says that it predicts ε; v-prediction is used.")
+    alphas = scaled_linear_alphas() if facts.alphas_T is None else facts.alphas_T
+    schedule = NoiseSchedule(zero_terminal_snr(alphas) if facts.zero_snr else alphas, V_PREDICTION if forced_v else prediction or EPSILON)
+    return schedule, warnings
+
+
+def _beside(path: Path) -> str | None:
+    """What a yaml or json of the same stem says."""
+    for suffix in (".yaml", ".yml"):
+        config = path.with_suffix(suffix)
+        if config.is_file():
+            found = _of_yaml(config.read_text(encoding="utf-8", errors="replace"))
+            if found:
+                return found
+    config = path.with_suffix(".json")
+    if config.is_file():
+        try:
+            said = json.loads(config.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            return None  # some other program's file: it may say nothing to us
+        if isinstance(said, dict):
+            return _SPELLINGS.get(str(said.get("prediction_type", said.get("parameterization", ""))).lower())
+    return None
+
+
+def _of_yaml(text: str) -> str | None:
+    """What an LDM or sgm configuration says; an LDM one that is silent means ε, its default."""
+    said = re.search(r"^\s*parameterization:\s*[\"']?([\w-]+)", text, re.MULTILINE)
+    if said:
+        return _SPELLINGS.get(said[1].lower())
+    if re.search(r"denoiser_scaling\.VScaling", text):
+        return V_PREDICTION
+    return EPSILON if re.search(r"denoiser_scaling\.EpsScaling|target:\s*\S*\.ddpm\.LatentDiffusion\s*$", text, re.MULTILINE) else None
