@@ -92,6 +92,10 @@ class EventLog:
         """Add a listener."""
         self._listeners.append(listener)
 
+    def forget(self, listener: Callable[[Event], None]) -> None:
+        """Remove a listener."""
+        self._listeners.remove(listener)
+
     def tell(self, event: Event) -> None:
         """Hand the event to all listeners."""
         for listener in self._listeners:

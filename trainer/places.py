@@ -27,6 +27,10 @@ class Places:
         """The folders used when there is no WebUI, named like a WebUI's."""
         return Places(loras=models / "Lora", checkpoints=models / "Stable-diffusion", vaes=models / "VAE")
 
+    def replace(self, **folders: Path) -> Places:
+        """The same with other folders, by name."""
+        return dataclasses.replace(self, **folders)  # type: ignore[arg-type]
+
     def under(self, folder: Path) -> Places:
         """The same layout with everything that is written moved below `folder`."""
         return dataclasses.replace(

@@ -22,6 +22,9 @@ class Source(Protocol):
     def batch(self, index: int) -> Batch | None:
         """This process's part of global micro batch `index`; None when it has no sample in it."""
 
+    def heaviest(self) -> int:
+        """The micro batch that needs most memory."""
+
     def report(self) -> dict[str, object]:
         """What the preflight report says about the data."""
 

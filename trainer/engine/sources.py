@@ -63,6 +63,14 @@ class PictureSource:
             time_ids=None if ids[0] is None else torch.stack([row for row in ids if row is not None]).to(device),
         )
 
+    def heaviest(self) -> int:
+        """The global micro batch of the first epoch with the most pixels: it decides the memory."""
+
+        def pixels(index: int) -> int:
+            return sum(self.dataset.items[item].bucket[0] * self.dataset.items[item].bucket[1] for item in self.plan.batch(index))
+
+        return max(range(self.plan.batches_per_epoch), key=pixels)
+
     def report(self) -> dict[str, object]:
         """What the preflight report says about the data."""
         return {**self.dataset.summary(), "batches per epoch": self.plan.batches_per_epoch}

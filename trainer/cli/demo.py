@@ -1,0 +1,65 @@
+"""`demo`: teach the shipped base model a new word from a dozen shipped pictures, and measure what happened."""
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..adapters.file import read_lora
+from ..demo.effect import demo_grid, measure_effect
+from ..engine.arguments import precision
+from ..engine.build import make_network
+from ..engine.catalogue import catalogue
+from ..engine.control import Control
+from ..engine.preflight import resolve_model
+from ..engine.run import Request, run
+from ..errors import AdapterError
+from ..events import EventLog
+from ..models.load import load_model
+from ..params import core
+from ..params.cli import apply_overrides
+from ..params.codec import load
+from ..params.job import Job
+from ..places import BASE_PICTURES, Places
+from .jobs import raw_job
+from .terminal import Terminal
+
+
+def demo(places: Places, overrides: Sequence[str], control: Control) -> int:
+    """Train, sample before and after with the written file, and print one line of JSON. Returns the exit status."""
+    raw = raw_job("demo")
+    given = [f"lora_data_directory={BASE_PICTURES}", *overrides]
+    job = load(apply_overrides(dict(raw) if isinstance(raw, dict) else {}, given), catalogue()).job
+    terminal = Terminal()
+    log = EventLog(terminal)
+    started = time.perf_counter()
+    result = run(Request(job, places), log, control)
+    trained = time.perf_counter() - started
+    if result.path is None or result.folder is None:
+        return 130
+    log.note("Sampling 500 pictures with and without the LoRA.")
+    effect, picture = _after(job, places, result.path, result.folder, log)
+    print(f"LoRA:    {result.path}")
+    print(f"Picture: {picture}")
+    print(f"Log:     {result.folder / (job[core.Save].save_lora_name + '.csv')}")
+    seconds = {"training": round(trained, 1), "whole": round(time.perf_counter() - started, 1)}
+    print(json.dumps({**effect, "steps": job[core.Train].train_iterations, "seconds": seconds}))
+    sys.stdout.flush()
+    return 0
+
+
+def _after(job: Job, places: Places, lora: Path, folder: Path, log: EventLog) -> tuple[dict[str, object], Path]:
+    """Load the written file onto a fresh model, as a user would, and measure it."""
+    path = resolve_model(job[core.Task].model, places.checkpoints)
+    model = load_model(path, storage=precision("fp32", "train_model_precision"))
+    network = make_network(job, model, 0, log)
+    tensors, metadata = read_lora(lora)
+    if network.load(tensors, metadata) != len(network):
+        raise AdapterError(f"{lora.name} does not fill every module of the adapter it was written from.")
+    network.attach()
+    try:
+        return measure_effect(model, network).as_dict(), demo_grid(model, network, folder / "before_after.png")
+    finally:
+        network.eject()

@@ -1,0 +1,158 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` is quick."""
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..errors import AtelierError
+from ..events import EventLog
+from ..places import ROOT, Places
+from .terminal import Terminal, json_lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except AtelierError as error:
+        print(f"{type(error).__name__}: {error}" if options.verbose else str(error), file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trainer", description="Train LoRA-type adapters for Stable Diffusion.")
+    parser.set_defaults(verbose=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a job, or resume one")
+    train.add_argument("job", nargs="?", help="settings JSON, the name of a preset, or the run folder with --resume")
+    train.add_argument("--resume", action="store_true", help="continue the run in the given run folder")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)")
+    train.add_argument("--dry-run", action="store_true", help="check everything and show what would happen")
+    train.add_argument("--json", action="store_true", help="events as JSON lines on standard output")
+    _add_places(train)
+    train.set_defaults(run=_train)
+
+    presets = commands.add_parser("presets", help="list the presets, or show one")
+    presets.add_argument("name", nargs="?")
+    presets.set_defaults(run=_presets)
+
+    docs = commands.add_parser("docs", help="write the reference of all parameters")
+    docs.add_argument("--out", type=Path, default=ROOT / "docs" / "parameters.md")
+    docs.set_defaults(run=_docs)
+
+    demo = commands.add_parser("demo", help="teach the shipped model a new word and measure the effect")
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)")
+    _add_places(demo)
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="time a training step against PEFT, LyCORIS and the bare UNet")
+    bench.add_argument("--size", default="small", choices=("small", "sd15"))
+    bench.add_argument("--steps", type=int, default=12)
+    bench.set_defaults(run=_bench)
+
+    test = commands.add_parser("test", help="run the tests", add_help=False)
+    test.set_defaults(run=_test)
+    test.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    for flag, text in (
+        ("--models-dir", "folder with Stable-diffusion, VAE and Lora in it"),
+        ("--ckpt-dir", "folder of base models"),
+        ("--vae-dir", "folder of VAE files"),
+        ("--lora-dir", "folder the LoRA is written to"),
+        ("--output-dir", "one folder for everything that is written: Lora, logs, json"),
+    ):
+        parser.add_argument(flag, type=Path, default=None, help=text)
+
+
+def _places(options: argparse.Namespace) -> Places:
+    places = Places.standalone(options.models_dir) if options.models_dir else Places.standalone()
+    if options.output_dir:
+        places = places.under(options.output_dir)
+    chosen = {"checkpoints": options.ckpt_dir, "vaes": options.vae_dir, "loras": options.lora_dir}
+    return places.replace(**{name: path for name, path in chosen.items() if path})
+
+
+def _stop_on_interrupt() -> Any:
+    """A control that Ctrl+C (or a polite kill) asks to stop after the step; the second time it ends at once."""
+    from ..engine.control import Control
+
+    control = Control()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if control.stopping:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        print("Stopping after this step; the state is kept for --resume.", file=sys.stderr)
+        control.stop()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return control
+
+
+def _train(options: argparse.Namespace) -> int:
+    from . import jobs
+
+    if not options.job:
+        print("train needs a settings JSON, a preset name, or --resume with a run folder.", file=sys.stderr)
+        return 2
+    terminal = Terminal()
+    log = EventLog(json_lines(sys.stdout) if options.json else terminal)
+    request = jobs.request(options.job, options.set, _places(options), resume=options.resume, dry=options.dry_run, log=log)
+    from ..engine.run import run
+
+    result = run(request, log, _stop_on_interrupt())
+    if options.dry_run:
+        return 0
+    if result.path is None:
+        print(f"No file was written. Continue with: train --resume {result.folder}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    from . import jobs
+
+    print(jobs.preset_text(options.name))
+    return 0
+
+
+def _docs(options: argparse.Namespace) -> int:
+    from ..engine.catalogue import catalogue
+    from ..params.docs import markdown
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(markdown(catalogue()), encoding="utf-8")
+    print(options.out)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return demo(_places(options), options.set, _stop_on_interrupt())
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import json
+
+    from ..tools.bench import run
+
+    print(json.dumps(run(options.size, steps=options.steps), indent=2))
+    return 0
+
+
+def _test(options: argparse.Namespace) -> int:
+    import subprocess
+
+    return subprocess.call([sys.executable, "-m", "pytest", *options.arguments], cwd=ROOT)

@@ -1,0 +1,166 @@
+"""Puts a session together: adapter, data, optimiser, mode. The model is already loaded."""
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.file import read_lora
+from ..adapters.network import Network, build_network
+from ..data.cache import TensorCache
+from ..data.dataset import build as build_dataset
+from ..data.scan import Scan
+from ..data.text import TextOutputs
+from ..errors import AdapterError
+from ..events import EventLog, Stage
+from ..maths import rng
+from ..models.base import Model
+from ..models.layers import layers_of
+from ..modes.base import MODES
+from ..optim.optimizers import advice, make_optimizer
+from ..optim.schedulers import make_scheduler
+from ..optim.settings import parse_settings
+from ..params import core
+from ..params.job import Job
+from ..places import Places
+from . import arguments
+from .devices import encoding, fingerprint, rest_text_encoders
+from .flat import FlatParameters
+from .kit import Kit
+from .process import Process
+from .session import Session
+from .sources import Captions, PictureSource
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a run happens: folders, processes, the log, and the run's own folder."""
+
+    places: Places
+    process: Process
+    log: EventLog
+    folder: Path
+
+
+def draw_seed(job: Job) -> int:
+    """The job's seed, or a fresh one for −1."""
+    seed = job[core.Train].train_seed
+    return seed if seed >= 0 else secrets.randbelow(2**31)
+
+
+def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
+    """The adapter of a job, not yet attached; continued from `network_resume` when that is given."""
+    wanted = job[core.Network]
+    network = build_network(
+        layers_of(model),
+        arguments.adapter_spec(job),
+        blocks=wanted.network_blocks,
+        element=wanted.network_element,
+        parts=arguments.parts(job),
+        generator=rng.generator("adapter", seed),
+    )
+    dtype = arguments.precision(job[core.Train].train_lora_precision, "train_lora_precision")
+    network.to(model.device, dtype)
+    if wanted.network_resume:
+        path = Path(wanted.network_resume)
+        if not path.is_file():
+            raise AdapterError(f"network_resume = {path.name!r}: there is no such file. Give the path of a LoRA, or leave it empty.")
+        tensors, metadata = read_lora(path)
+        loaded = network.load(tensors, metadata)
+        log.note(f"Continuing from {path.name}: {loaded} of {len(network)} modules found.")
+    return network
+
+
+def text_is_trained(network: Network) -> bool:
+    """Whether any adapter sits in a text encoder."""
+    return any(part.startswith("te") for part in network.parts())
+
+
+def picture_source(job: Job, model: Model, network: Network, seed: int, site: Site, scanned: Scan | None) -> PictureSource:
+    """Encode what is not in the cache and plan the batches."""
+    on_disk = job[core.Images].data_cache == "disk"
+    cache = TensorCache(site.places.cache if on_disk else None)
+    train = job[core.Train]
+    progress = _stages(site.log)
+    with site.process.leader_first():
+        with encoding(model):
+            settings = arguments.image_settings(job)
+            large = max(settings.size) > 256
+            dataset = build_dataset(
+                settings, model.encode_images, fingerprint(model.vae), cache, progress, 1 if large else 16, scanned
+            )
+            cached = None
+            if not text_is_trained(network):
+                cached = TextOutputs(cache, _text_encoder(model, train.train_clip_skip), fingerprint(*model.text_encoders), train.train_clip_skip)
+                cached.prepare(dataset.all_captions(), progress)
+    captions = Captions(model, train.train_clip_skip, cached)
+    return PictureSource(dataset, captions, model, seed, train.train_batch_size, site.process)
+
+
+SOURCES: dict[str, Callable[..., Any]] = {"pictures": picture_source}
+
+
+def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Session:
+    """A session ready to run its first step, the adapter attached. Ejecting it again is the caller's duty."""
+    seed = draw_seed(job)
+    train = job[core.Train]
+    mode = MODES.get(job[core.Task].mode)()
+    network = make_network(job, model, seed, site.log)
+    source = SOURCES[mode.source](job, model, network, seed, site, scanned)
+    if not text_is_trained(network):
+        rest_text_encoders(model)
+    limits = arguments.limits(job, source.plan.batches_per_epoch if hasattr(source, "plan") else None, site.process.count)
+    flat = FlatParameters(parameter for parameters in network.parts().values() for parameter in parameters)
+    rates = arguments.rates(job)
+    groups = [{"params": parameters, "lr": rates[part], "name": part} for part, parameters in network.parts().items()]
+    optimizer = make_optimizer(
+        train.train_optimizer, groups, parse_settings(train.train_optimizer_settings, "train_optimizer_settings"), network
+    )
+    for line in advice(train.train_optimizer, list(rates.values()), train.train_lr_scheduler):
+        site.log.warn(line)
+    scheduler = make_scheduler(
+        train.train_lr_scheduler,
+        optimizer,
+        total_steps=limits.total_steps,
+        warmup=train.train_lr_warmup_steps,
+        cycles=train.train_lr_scheduler_num_cycles,
+        power=train.train_lr_scheduler_power,
+        step_rules=train.train_lr_step_rules,
+        settings=parse_settings(train.train_lr_scheduler_settings, "train_lr_scheduler_settings"),
+    )
+    if train.use_gradient_checkpointing:
+        model.set_gradient_checkpointing(True)
+    network.attach()
+    return Session(
+        job=job,
+        seed=seed,
+        model=model,
+        network=network,
+        mode=mode,
+        kit=Kit(model, network, seed, arguments.loss_settings(job)),
+        source=source,
+        flat=flat,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(model.device.type, enabled=model.compute == torch.float16),
+        limits=limits,
+        process=site.process,
+        folder=site.folder,
+    )
+
+
+def _stages(log: EventLog) -> Callable[[str, int, int], None]:
+    return lambda name, done, total: log.tell(Stage(name, done, total))
+
+
+def _text_encoder(model: Model, clip_skip: int) -> Callable[[str], dict[str, torch.Tensor]]:
+    def encode(prompt: str) -> dict[str, torch.Tensor]:
+        rows = model.encode_prompts([prompt], clip_skip)
+        named = {"context_1LD": rows.context_BLD}
+        return named if rows.pooled_BP is None else {**named, "pooled_1P": rows.pooled_BP}
+
+    return encode

@@ -1,0 +1,50 @@
+"""Which part of a model is on the device when, and how to recognise its weights again."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..models.base import Model
+
+_SAMPLED = 4096
+
+
+def move(module: nn.Module | None, device: torch.device) -> None:
+    """Move a part when it is not there yet."""
+    if module is not None and next(module.parameters()).device != device:
+        module.to(device)
+
+
+@contextmanager
+def encoding(model: Model) -> Iterator[None]:
+    """VAE and text encoders are on the model's device inside the block; the VAE goes back to memory afterwards."""
+    for part in (model.vae, *model.text_encoders):
+        move(part, model.device)
+    try:
+        yield
+    finally:
+        move(model.vae, torch.device("cpu"))
+
+
+def rest_text_encoders(model: Model) -> None:
+    """Text encoders that are not trained leave the device."""
+    for encoder in model.text_encoders:
+        move(encoder, torch.device("cpu"))
+
+
+def fingerprint(*modules: nn.Module | None) -> str:
+    """Identifies weights, precision included, by names, shapes, sums and an even sample of each tensor's values."""
+    digest = hashlib.sha256()
+    for module in modules:
+        if module is None:
+            continue
+        for name, tensor in module.state_dict().items():
+            flat = tensor.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {float(flat.sum(dtype=torch.float64))!r}".encode())
+            digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""What can be known before the first step: refusals before anything is loaded, and the report after."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data.scan import Scan, scan
+from ..errors import AdapterError, JobError, Problem
+from ..modes.base import MODES
+from ..params import core
+from ..params.job import Job
+from ..places import BASE_MODEL, Places
+from . import arguments
+from .memory import module_bytes, step_bytes
+from .session import Session
+
+SUFFIXES = (".safetensors", ".ckpt")
+DEMO_MODEL = "demo"
+
+
+def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
+    """The file or diffusers folder a model name stands for: a path, a name below `folder`, or `demo`.
+
+    Raises JobError when there is none.
+    """
+    if name == DEMO_MODEL:
+        return BASE_MODEL
+    given = Path(name).expanduser()
+    tries = [given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
+    for path in tries:
+        if name and (path.is_file() or (path / "model_index.json").is_file()):
+            return path
+    message = (
+        "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, or demo."
+        if not name
+        else "there is no such file, diffusers folder or model of that name in the model folder. Check the spelling."
+    )
+    raise JobError([Problem(field, name, message)])
+
+
+def lora_path(job: Job, places: Places, suffix: str = "") -> Path:
+    """Where the LoRA (or, with a suffix, an intermediate one) of a job is written."""
+    return places.loras / f"{job[core.Save].save_lora_name or 'untitled'}{suffix}.safetensors"
+
+
+def check_before_loading(job: Job, places: Places, *, resumed: bool = False) -> Scan | None:
+    """Refuse what can be refused without a model. Returns the scan of the pictures for modes that use them.
+
+    Raises JobError with all problems, DataError for the folder.
+    """
+    problems: list[Problem] = []
+    save, train = job[core.Save], job[core.Train]
+    target = lora_path(job, places)
+    if target.exists() and not save.save_overwrite and not resumed:
+        problems.append(
+            Problem("save_lora_name", save.save_lora_name, f"{target.name} exists already. Choose another name or switch on save_overwrite.")
+        )
+    for field in ("train_model_precision", "train_lora_precision", "train_VAE_precision"):
+        try:
+            arguments.precision(getattr(train, field), field)
+        except JobError as error:
+            problems.extend(error.problems)
+    resume = job[core.Network].network_resume
+    if resume and not Path(resume).is_file():
+        problems.append(Problem("network_resume", resume, "there is no such file. Give the path of a LoRA or leave it empty."))
+    if problems:
+        raise JobError(problems)
+    if MODES.get(job[core.Task].mode).source == "pictures":
+        return scan(arguments.image_settings(job))
+    return None
+
+
+def report(session: Session, target: Path) -> dict[str, object]:
+    """What the run will do, name → value. Raises AdapterError when a chosen part has no module."""
+    limits, network = session.limits, session.network
+    modules = {part: len(adapters) for part, adapters in network.modules_by_part().items()}
+    if not sum(modules.values()):
+        raise AdapterError(
+            "No module of the model is trained with these network_blocks, network_element and network_targets. Select more."
+        )
+    _, per_epoch = arguments.steps(session.job, getattr(getattr(session.source, "plan", None), "batches_per_epoch", None))
+    lines: dict[str, object] = {
+        "model": session.model.name,
+        "architecture": session.model.family.name,
+        "prediction": session.model.schedule.prediction,
+        "device": str(session.model.device),
+        "stored as": str(session.model.storage).removeprefix("torch."),
+        "computed in": str(session.model.compute).removeprefix("torch."),
+        **session.source.report(),
+        "modules": modules,
+        "trainable parameters": sum(flat.numel() for flat in session.flat.values),
+        "iterations": limits.total_steps,
+        "epochs": round(limits.total_steps / per_epoch, 2) if per_epoch else 0,
+        "steps per epoch": per_epoch,
+        "seed": session.seed,
+        "writes": target.name,
+    }
+    return {**lines, "estimated memory (MB)": round(estimated_bytes(session) / 2**20)}
+
+
+def estimated_bytes(session: Session) -> int:
+    """Bytes a training step of this session holds at its peak: weights, adapter with optimiser state, and activations.
+
+    The optimiser is taken to keep two values per parameter, as Adam does.
+    """
+    model, network = session.model, session.network
+    modules = [model.unet, *model.text_encoders]
+    trainable = sum(flat.numel() * flat.element_size() for flat in session.flat.values)
+    index = session.source.heaviest()
+
+    def loss() -> object:
+        batch = session.source.batch(index)
+        return session.mode.loss(session.kit, batch)
+
+    state = torch_state_bytes(trainable)
+    return module_bytes([*modules, *([model.vae] if model.vae is not None else [])]) + state + step_bytes([*modules, network], loss)
+
+
+def torch_state_bytes(trainable: int) -> int:
+    """Bytes kept for `trainable` bytes of parameters: values, gradients, the copy to undo with, two optimiser moments."""
+    return 5 * trainable

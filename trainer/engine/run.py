@@ -1,0 +1,199 @@
+"""One run from a job to a file: check, load, build, report, loop, save, give back."""
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ..errors import AtelierError, TrainingError
+from ..events import EventLog, Finished, Preflight, Sampled, Saved
+from ..models.base import Model
+from ..models.load import load_model
+from ..optim.optimizers import evaluating
+from ..params import core
+from ..params.codec import load
+from ..params.job import Job
+from ..places import Places
+from . import arguments
+from .build import Site, build, draw_seed
+from .catalogue import catalogue
+from .control import Control
+from .csvlog import CsvLog
+from .devices import encoding
+from .loop import Hooks, run_steps
+from .losses import LossRing
+from .output import write_network
+from .preflight import check_before_loading, lora_path, report, resolve_model
+from .process import Process, this_process
+from .samples import sample, write_samples
+from .session import Session
+from .state import read_state, restore_state, write_state
+from .trackers import TRACKERS
+
+JOB_FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `reason` as in `events.Finished`, the LoRA (None when none was written), the run folder."""
+
+    reason: str
+    path: Path | None
+    folder: Path | None
+    report: dict[str, object]
+
+
+@dataclass
+class Request:
+    """What is asked of `run`. `model` is a loaded model to use in place of the job's; `resume` a run folder."""
+
+    job: Job
+    places: Places
+    model: Model | None = None
+    resume: Path | None = None
+    dry: bool = False
+
+
+def read_job(folder: Path) -> Job:
+    """The job a run folder was started with. Raises TrainingError when it is not a run folder."""
+    path = folder / JOB_FILE
+    if not path.is_file():
+        raise TrainingError(f"{folder} is not a run folder: it has no {JOB_FILE}. Run folders are below logs/<date>/.")
+    return load(json.loads(path.read_text(encoding="utf-8")), catalogue()).job
+
+
+def run(request: Request, log: EventLog, control: Control | None = None) -> Result:
+    """Carry out one job. Every ending is told as a Finished event; errors are raised after it was told."""
+    control = control or Control()
+    process = this_process()
+    if not process.leads:
+        log = EventLog()
+    step = [0]
+    try:
+        result = _run(request, process, log, control, step)
+    except BaseException as error:
+        text = str(error) if isinstance(error, AtelierError) else f"{type(error).__name__}: {error}"
+        log.tell(Finished("failed", None, step[0], text))
+        raise
+    log.tell(Finished(result.reason, str(result.path) if result.path else None, step[0]))
+    return result
+
+
+def _run(request: Request, process: Process, log: EventLog, control: Control, step: list[int]) -> Result:
+    job, places = request.job, request.places
+    scanned = check_before_loading(job, places, resumed=request.resume is not None)
+    job = job.replace(train_seed=draw_seed(job))
+    folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
+    saved = read_state(folder) if request.resume else None
+    model = request.model or _load(job, places, process, log)
+    session = build(job, model, Site(places, process, log, folder), scanned)
+    try:
+        lines = report(session, lora_path(job, places))
+        log.tell(Preflight(lines))
+        if request.dry:
+            return Result("checked", None, None, lines)
+        ring = LossRing(model.device)
+        if saved:
+            restore_state(session, ring, *saved)
+            log.note(f"Resuming after step {session.step} of {session.limits.total_steps}.")
+        if process.leads:
+            _open_folder(job, places, folder)
+        with _listeners(session, log):
+            reason, path = _train(session, places, ring, log, control)
+        return Result(reason, path, folder, lines)
+    finally:
+        step[0] = session.step
+        session.network.eject()
+
+
+def _load(job: Job, places: Places, process: Process, log: EventLog) -> Model:
+    task, train = job[core.Task], job[core.Train]
+    path = resolve_model(task.model, places.checkpoints)
+    vae = resolve_model(task.vae, places.vaes, "vae") if task.vae else None
+    log.note(f"Loading {path.name}.")
+    model = load_model(
+        path,
+        vae_path=vae,
+        v_pred=train.model_v_pred,
+        storage=arguments.precision(train.train_model_precision, "train_model_precision"),
+        vae_storage=arguments.precision(train.train_VAE_precision, "train_VAE_precision"),
+        device=process.device(),
+        vocabularies=places.vocabularies,
+    )
+    for line in model.warnings:
+        log.warn(line)
+    return model
+
+
+def _open_folder(job: Job, places: Places, folder: Path) -> None:
+    """Make the run folder with the job in it, and the settings JSON when the job asks for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(job.to_dict(full=True), indent=2, ensure_ascii=False)
+    (folder / JOB_FILE).write_text(text, encoding="utf-8")
+    if job[core.Save].save_as_json:
+        settings = places.json / folder.parent.name / f"{folder.name}.json"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _listeners(session: Session, log: EventLog) -> Iterator[None]:
+    """CSV and trackers of this run, for its duration."""
+    job, opened = session.job, []
+    settings = job.to_dict(full=True)
+    name = job[core.Save].save_lora_name or "untitled"
+    if session.process.leads:
+        if job[core.Log].logging_save_csv:
+            header = {**settings, "model_version": session.model.family.base_version}
+            opened.append(CsvLog(session.folder / f"{name}.csv", header, session.step))
+        for tracker in job[core.Log].logging_trackers:
+            opened.append(TRACKERS[tracker](session.folder, name, settings, session.network.mean_abs_weight))
+    for listener in opened:
+        log.listen(listener)
+    try:
+        yield
+    finally:
+        for listener in opened:
+            log.forget(listener)
+            listener.close()
+
+
+def _train(session: Session, places: Places, ring: LossRing, log: EventLog, control: Control) -> tuple[str, Path | None]:
+    leads = session.process.leads
+
+    def save(suffix: str, final: bool) -> Path | None:
+        if not leads:
+            return None
+        with evaluating(session.optimizer):
+            path = write_network(session, lora_path(session.job, places, suffix))
+        log.tell(Saved(str(path), session.step, final))
+        return path
+
+    def keep(ring: LossRing) -> None:
+        if leads:
+            write_state(session, ring)
+
+    hooks = Hooks(keep=keep, save=lambda: save(f"_{session.step}steps", False), sample=lambda: _sample(session, log))
+    run_steps(session, control, log, ring, hooks)
+    if session.step < session.limits.total_steps:
+        keep(ring)
+        if not control.saving:
+            return "stopped", None
+        return "saved_early", save("", True)
+    path = save("", True)
+    if session.limits.state_every:
+        keep(ring)
+    return "done", path
+
+
+def _sample(session: Session, log: EventLog) -> None:
+    prompts = [line for line in session.job[core.Sample].sample_prompts.splitlines() if line.strip()]
+    if not prompts or not session.process.leads:
+        return
+    with evaluating(session.optimizer), encoding(session.model):
+        pictures = sample(session.model, prompts, arguments.sample_settings(session.job))
+    paths = write_samples(pictures, session.folder / "samples", f"{session.step:06d}")
+    log.tell(Sampled(session.step, tuple(map(str, paths))))
