@@ -5,8 +5,33 @@ is a defect of ours and keeps its traceback.
 """
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+def brief(value: object, limit: int = 120) -> str:
+    """`repr` of anything a file can hold, shortened: safe for huge numbers, deep nesting and half symbols."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return f"a whole number of about {int(value.bit_length() * 0.30103)} digits"
+    writer = reprlib.Repr()
+    writer.maxstring = writer.maxlong = writer.maxother = limit
+    writer.maxlevel = 3
+    if isinstance(value, (list, tuple, dict, set, frozenset)) and not _plain(value):
+        return f"{type(value).__name__} of {len(value)}"
+    text = writer.repr(value)
+    return text if len(text) <= 2 * limit else text[: 2 * limit] + "…"
+
+
+def _plain(value: object, depth: int = 3) -> bool:
+    """Whether `reprlib` can write it: no number in it is too long for `repr`."""
+    if isinstance(value, int):
+        return value.bit_length() <= 400
+    if isinstance(value, dict):
+        return depth == 0 or all(_plain(part, depth - 1) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return depth == 0 or all(_plain(part, depth - 1) for part in value)
+    return True
 
 
 class AtelierError(Exception):
@@ -22,7 +47,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.field} = {self.value!r}: {self.message}"
+        return f"{self.field} = {brief(self.value)}: {self.message}"
 
 
 class JobError(AtelierError):

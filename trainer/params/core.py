@@ -1,4 +1,4 @@
-"""The parameters every installation has, in the names TrainTrain's users know. A mode or adapter adds its own in its own file.
+"""The parameters every installation has, under the names TrainTrain's users know. Modes and adapters add their own.
 
 Attribute names are the JSON keys; `key` is given where the JSON key is odd. Tags (`needs`) a mode can carry:
 
@@ -41,10 +41,12 @@ class Task:
     mode: str = param("LoRA", "The way of training.", TASK, advanced=False)
     model: str = param(
         "", "Base model to train on; empty takes the one that is loaded now.", TASK, advanced=False)
-    vae: str = param("", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False)
+    vae: str = param(
+        "", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False)
     te: str = param("", "Text encoder file, for models that come without one.", TASK)
     original_prompt: str = param(
-        "", "What the picture shows before the change.", PROMPTS, key="original prompt", needs="prompts", advanced=False)
+        "", "What the picture shows before the change.", PROMPTS, key="original prompt", needs="prompts",
+        advanced=False)
     target_prompt: str = param(
         "", "What the picture shows after the change.", PROMPTS, key="target prompt", needs="prompts", advanced=False)
     original_image: str = param(
@@ -62,12 +64,14 @@ class Network:
         16, "Size of the adapter: a higher rank can learn more and makes a larger file.", REQUIRED,
         low=1, high=1024, advanced=False)
     network_alpha: float = param(
-        8.0, "Scale of the adapter: what it learns counts alpha / rank.", REQUIRED, low=2**-5, high=1024, advanced=False)
+        8.0, "Scale of the adapter: what it learns counts alpha / rank.", REQUIRED, low=2**-5, high=1024,
+        advanced=False)
     network_blocks: tuple[str, ...] = param(
         BLOCKS, "Blocks of the model that are trained; BASE is the text encoder.", BLOCK,
         key="network_blocks(BASE = TextEncoder)", choices=BLOCKS, advanced=False)
     network_targets: str = param(
-        "both", "Which part is trained: the UNet, the text encoder or both.", OPTION, choices=("both", "unet", "text_encoder"))
+        "both", "Which part is trained: the UNet, the text encoder or both.", OPTION,
+        choices=("both", "unet", "text_encoder"))
     network_resume: str = param("", "LoRA file to start from.", OPTION, needs="resume")
     network_strength: float = param(
         1.0, "Factor the finished LoRA is multiplied with when it is saved.", OPTION, low=-10, high=10)
@@ -91,17 +95,19 @@ class Images:
         "", "What the file name of a target picture has more than that of its original.", REQUIRED,
         needs="pair_name", advanced=False)
     lora_trigger_word: str = param(
-        "", "Words put in front of every caption; they call the LoRA in a prompt.", REQUIRED, needs="trigger", advanced=False)
+        "", "Words put in front of every caption; they call the LoRA in a prompt.", REQUIRED, needs="trigger",
+        advanced=False)
     image_size: tuple[int, int] = param(
-        (512, 512), "Size of the training pictures: one number, or height,width.", REQUIRED, key="image_size(height, width)",
-        needs="size", low=32, high=4096, multiple=8, unit="px", advanced=False)
+        (512, 512), "Size of the training pictures: one number, or height,width.", REQUIRED,
+        key="image_size(height, width)", needs="size", low=32, high=4096, multiple=8, unit="px", advanced=False)
     image_buckets_step: int = param(
         256, "Distance between the picture sizes that pictures are sorted into.", OPTION,
         needs="folder", low=8, high=2048, multiple=8, unit="px")
     image_num_multiply: int = param(
         1, "How many times each picture is used in one round.", OPTION, needs="folder", low=1, high=10_000)
     image_min_length: int = param(
-        512, "Shortest side a training picture may have.", OPTION, needs="folder", low=32, high=4096, multiple=8, unit="px")
+        512, "Shortest side a training picture may have.", OPTION, needs="folder", low=32, high=4096, multiple=8,
+        unit="px")
     image_max_ratio: float = param(
         2.0, "Largest ratio of long side to short side.", OPTION, needs="folder", low=1, high=16)
     sub_image_num: int = param(
@@ -111,7 +117,8 @@ class Images:
     image_disable_upscale: bool = param(
         False, "Leave out pictures that would have to be enlarged.", OPTION, needs="folder")
     data_skip_broken: bool = param(
-        False, "Leave out pictures that cannot be read instead of stopping before the training.", OPTION, needs="folder")
+        False, "Leave out pictures that cannot be read instead of stopping before the training.", OPTION,
+        needs="folder")
     data_cache: str = param(
         "disk", "Where the encoded pictures and captions are kept during training.", OPTION, choices=("disk", "memory"))
 
@@ -134,7 +141,8 @@ class Train:
     train_textencoder_learning_rate: float = param(
         0.0, "Learning rate of the text encoder; empty or 0 takes train_learning_rate.", OPTION,
         needs="te_rate", low=0, high=100)
-    train_optimizer: str = param("AdamW", "Method that applies the changes.", REQUIRED, choices=OPTIMIZERS, advanced=False)
+    train_optimizer: str = param(
+        "AdamW", "Method that applies the changes.", REQUIRED, choices=OPTIMIZERS, advanced=False)
     train_optimizer_settings: str = param(
         "", "Extra settings of the optimizer, as in betas=(0.9,0.99);weight_decay=0.01.", REQUIRED)
     train_lr_scheduler: str = param(
@@ -142,7 +150,7 @@ class Train:
     train_lr_scheduler_settings: str = param(
         "", "Extra settings of the schedule, as in eta_min=0.00001.", REQUIRED)
     train_lr_step_rules: str = param(
-        "", "Steps and factors of the piecewise_constant schedule, as in 1:10,0.1:20,0.01.", OPTION)
+        "", "Factors of the piecewise_constant schedule and the steps they last to, as in 1:10,0.1:20,0.01.", OPTION)
     train_lr_warmup_steps: int = param(
         0, "Steps in which the learning rate rises to its full value.", OPTION, low=0, high=10_000_000, unit="steps")
     train_lr_scheduler_num_cycles: int = param(
@@ -165,7 +173,8 @@ class Train:
         1, "Layer of the text encoder that is used, counted from its end: 1 is the last, 2 the one before.", OPTION,
         low=1, high=12, unit="layers")
     train_model_precision: str = param(
-        "fp16", "Number format in which the base model is held; model leaves it as it is.", OPTION, choices=MODEL_PRECISIONS)
+        "fp16", "Number format in which the base model is held; model leaves it as it is.", OPTION,
+        choices=MODEL_PRECISIONS)
     train_lora_precision: str = param("fp32", "Number format in which the LoRA is trained.", OPTION, choices=PRECISIONS)
     train_VAE_precision: str = param("fp32", "Number format of the VAE.", OPTION, choices=PRECISIONS)
     use_gradient_checkpointing: bool = param(False, "Need less memory and take more time.", REQUIRED)

@@ -10,9 +10,9 @@ from typing import Any
 class Spec:
     """What the table says of one parameter beside its name, type and default.
 
-    `key`: its spelling in JSON when it differs from the attribute. `needs`: the tag a mode must carry to show it ("" = all modes).
-    `low`/`high`: inclusive bounds in `unit`. `multiple`: the value must be a multiple of it (0 = any). `choices`: allowed
-    values (a catalogue may give them instead). `advanced`: folded away in the tab.
+    `key`: its spelling in JSON when it differs from the attribute. `needs`: the tag a mode must carry to show it ("" =
+    all modes). `low`/`high`: inclusive bounds in `unit`. `multiple`: the value must be a multiple of it (0 = any).
+    `choices`: allowed values (a catalogue may give them instead). `advanced`: folded away in the tab.
     """
 
     help: str
@@ -36,12 +36,11 @@ def param(default: Any, help: str, group: str, **spec: Any) -> Any:
 class ModeInfo:
     """A training mode as the table sees it.
 
-    `needs`: the tags it carries; a parameter whose `Spec.needs` is among them is shown. `required`: attribute names that must
-    not be empty when a run starts. `second`: the tags of its second pass, None when it has none.
+    `needs`: the tags it carries; a parameter whose `Spec.needs` is among them is shown. `second`: the tags of its
+    second pass, None when it has none.
     """
 
     name: str
     help: str
     needs: frozenset[str] = frozenset()
-    required: tuple[str, ...] = ()
     second: frozenset[str] | None = None

@@ -1,0 +1,131 @@
+"""What must hold between parameters: a table of rules, each with the fields it speaks of."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .core import Images, Network, Sample, Save, Task, Train
+from .field import ModeInfo
+from .files import name_problem
+from .job import Job
+from .names import LEARNING_RATE_ONE
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule. `check` returns "" when all is well, else what is right and what to do.
+
+    `fields` are attribute names; the first is where it is told. A `warning` does not stop the job. A `complete` rule
+    holds when a run starts, not for a preset, which may leave things open.
+    """
+
+    fields: tuple[str, ...]
+    check: Callable[[Job, ModeInfo], str]
+    warning: bool = False
+    complete: bool = False
+
+
+def timesteps(job: Job, mode: ModeInfo) -> str:
+    """Minimum above maximum; equal is allowed and means always that timestep."""
+    train = job[Train]
+    if train.train_min_timesteps <= train.train_max_timesteps:
+        return ""
+    return f"is above train_max_timesteps ({train.train_max_timesteps}); swap the two."
+
+
+def blocks(job: Job, mode: ModeInfo) -> str:
+    """No block at all, or none of the part that is to be trained."""
+    chosen, targets = job[Network].network_blocks, job[Network].network_targets
+    if not chosen:
+        return "has no block; select at least one."
+    if targets == "text_encoder" and "BASE" not in chosen:
+        return "has not BASE, the text encoder, but network_targets is text_encoder; select BASE or set both."
+    if targets == "unet" and chosen == ("BASE",):
+        return "has only BASE, the text encoder, but network_targets is unet; select blocks of the UNet or set both."
+    return ""
+
+
+def save_name(job: Job, mode: ModeInfo) -> str:
+    """A LoRA name that no system takes as a file name."""
+    name = job[Save].save_lora_name
+    if not name:
+        return ""
+    if name.lower().endswith(".safetensors"):
+        return f"has the ending .safetensors, which is added by itself; write {name[: -len('.safetensors')]!r}."
+    return name_problem(name)
+
+
+def data_folder(job: Job, mode: ModeInfo) -> str:
+    """A mode that learns from a folder (and not from a single pair of pictures) without a folder."""
+    if job[Images].lora_data_directory.strip() or "folder" not in mode.needs or "pictures" in mode.needs:
+        return ""
+    return f"is empty; mode {job[Task].mode} learns from a folder of pictures, so write the folder they are in."
+
+
+def length(job: Job, mode: ModeInfo) -> str:
+    """No steps at all."""
+    train = job[Train]
+    if train.train_iterations or (train.train_epochs and "folder" in mode.needs):
+        return ""
+    rounds = ", or set train_epochs" if "folder" in mode.needs else ""
+    return f"is 0, so nothing would be trained; write at least 1{rounds}."
+
+
+def learning_rate(job: Job, mode: ModeInfo) -> str:
+    """A rate of 0."""
+    return "" if job[Train].train_learning_rate > 0 else "is 0, so nothing would be learned; write for example 1e-4."
+
+
+def strength(job: Job, mode: ModeInfo) -> str:
+    """A strength of 0, which would save an empty LoRA."""
+    return "" if job[Network].network_strength else "is 0, so the saved LoRA would do nothing; write for example 1."
+
+
+def sample_prompts(job: Job, mode: ModeInfo) -> str:
+    """Previews without a prompt."""
+    sample = job[Sample]
+    if not sample.sample_every or sample.sample_prompts.strip():
+        return ""
+    return f"is empty but sample_every is {sample.sample_every}; write a prompt per line, or set sample_every to 0."
+
+
+def rate_of_one(job: Job, mode: ModeInfo) -> str:
+    """A small rate for an optimizer that finds the rate itself."""
+    train = job[Train]
+    if train.train_optimizer not in LEARNING_RATE_ONE or train.train_learning_rate >= 0.1:
+        return ""
+    return f"is small for {train.train_optimizer}, which finds the rate itself and expects 1."
+
+
+def alpha(job: Job, mode: ModeInfo) -> str:
+    """An alpha far above the rank."""
+    network = job[Network]
+    if network.network_alpha <= 4 * network.network_rank:
+        return ""
+    return (
+        f"is more than four times network_rank ({network.network_rank}): every step counts "
+        f"{network.network_alpha / network.network_rank:g} times, which easily breaks the picture."
+    )
+
+
+def warmup(job: Job, mode: ModeInfo) -> str:
+    """A warm-up as long as the training."""
+    train = job[Train]
+    if not 0 < train.train_iterations <= train.train_lr_warmup_steps or train.train_epochs:
+        return ""
+    return f"is not below train_iterations ({train.train_iterations}), so the full learning rate is never reached."
+
+
+CORE_RULES: tuple[Rule, ...] = (
+    Rule(("train_min_timesteps", "train_max_timesteps"), timesteps),
+    Rule(("network_blocks", "network_targets"), blocks),
+    Rule(("save_lora_name",), save_name),
+    Rule(("lora_data_directory", "mode"), data_folder, complete=True),
+    Rule(("train_iterations", "train_epochs"), length),
+    Rule(("train_learning_rate",), learning_rate),
+    Rule(("network_strength",), strength),
+    Rule(("sample_prompts", "sample_every"), sample_prompts, complete=True),
+    Rule(("train_learning_rate", "train_optimizer"), rate_of_one, warning=True),
+    Rule(("network_alpha", "network_rank"), alpha, warning=True),
+    Rule(("train_lr_warmup_steps", "train_iterations", "train_epochs"), warmup, warning=True),
+)

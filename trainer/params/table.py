@@ -1,0 +1,117 @@
+"""The table: what the sections declare, resolved once, and the catalogue that all views are made from."""
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from .field import ModeInfo, Spec
+
+if typing.TYPE_CHECKING:
+    from .rules import Rule
+
+KINDS: Mapping[Any, str] = {
+    str: "text", int: "int", float: "float", bool: "bool", tuple[str, ...]: "list", tuple[int, int]: "size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: `kind` is text, int, float, bool, list or size (height, width); an `optional` one may be None."""
+
+    section: type
+    attribute: str
+    key: str
+    kind: str
+    optional: bool
+    default: object
+    spec: Spec
+
+    def shown_in(self, needs: frozenset[str]) -> bool:
+        """Whether a mode with these tags shows it."""
+        return not self.spec.needs or self.spec.needs in needs
+
+
+@cache
+def parameters_of(section: type) -> tuple[Parameter, ...]:
+    """The parameters a section declares. Raises ValueError for a declaration that no view could show."""
+    hints = typing.get_type_hints(section)
+    return tuple(_parameter(section, declared, hints[declared.name]) for declared in dataclasses.fields(section))
+
+
+def _parameter(section: type, declared: dataclasses.Field[Any], hint: Any) -> Parameter:
+    where = f"{section.__name__}.{declared.name}"
+    spec = declared.metadata.get("param")
+    if not isinstance(spec, Spec):
+        raise ValueError(f"{where} is not declared with param(...)")
+    kind_of, optional = _without_none(hint)
+    if kind_of not in KINDS:
+        raise ValueError(f"{where} has the type {hint}, which no view can show")
+    if optional != (declared.default is None):
+        raise ValueError(f"{where}: None is the default of exactly those parameters that may be None")
+    kind, default = KINDS[kind_of], declared.default
+    if kind == "float" and isinstance(default, int):
+        raise ValueError(f"{where} is a float with the whole number {default} as default; write {default}.0")
+    return Parameter(section, declared.name, spec.key or declared.name, kind, optional, default, spec)
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        rest = [part for part in typing.get_args(hint) if part is not type(None)]
+        return (rest[0], True) if len(rest) == 1 else (hint, False)
+    return hint, False
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """All parameters and modes there are.
+
+    `choices`: key or attribute → names, for parameters whose names come from a registry. `aliases`: key or attribute →
+    (other spelling → name). `rules`: what must hold beside the core rules. Raises ValueError when two parameters
+    share a name, or a mode carries a tag that no parameter has.
+    """
+
+    sections: tuple[type, ...]
+    modes: Mapping[str, ModeInfo] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    parameters: tuple[Parameter, ...] = field(init=False, repr=False)
+    by_name: Mapping[str, Parameter] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parameters = tuple(parameter for section in self.sections for parameter in parameters_of(section))
+        by_name: dict[str, Parameter] = {}
+        for parameter in parameters:
+            for name in {parameter.key, parameter.attribute}:
+                if name in by_name:
+                    raise ValueError(f"the parameter {name} is declared twice")
+                by_name[name] = parameter
+        tags = {parameter.spec.needs for parameter in parameters}
+        for mode in self.modes.values():
+            strange = (mode.needs | (mode.second or frozenset())) - tags
+            if strange:
+                raise ValueError(f"mode {mode.name} needs {sorted(strange)}; tags are {sorted(tags - {''})}")
+        object.__setattr__(self, "parameters", parameters)
+        object.__setattr__(self, "by_name", by_name)
+
+    def choices_of(self, parameter: Parameter) -> tuple[str, ...]:
+        """The names a parameter chooses from; empty when any value in range is right."""
+        if parameter.attribute == "mode":
+            return tuple(self.modes)
+        given = self.choices.get(parameter.attribute, self.choices.get(parameter.key))
+        return tuple(parameter.spec.choices if given is None else given)
+
+    def aliases_of(self, parameter: Parameter) -> Mapping[str, str]:
+        """Other spellings of the names, in lower case."""
+        given = self.aliases.get(parameter.attribute, self.aliases.get(parameter.key, {}))
+        return {alias.lower(): name for alias, name in given.items()}
+
+    def canonical_keys(self, raw: Mapping[str, object]) -> dict[str, object]:
+        """The same values under the spelling of the JSON files. A parameter given twice keeps its last value."""
+        known = self.by_name
+        return {known[name].key if name in known else name: value for name, value in raw.items()}
