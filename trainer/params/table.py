@@ -110,8 +110,3 @@ class Catalogue:
         """Other spellings of the names, in lower case."""
         given = self.aliases.get(parameter.attribute, self.aliases.get(parameter.key, {}))
         return {alias.lower(): name for alias, name in given.items()}
-
-    def canonical_keys(self, raw: Mapping[str, object]) -> dict[str, object]:
-        """The same values under the spelling of the JSON files. A parameter given twice keeps its last value."""
-        known = self.by_name
-        return {known[name].key if name in known else name: value for name, value in raw.items()}

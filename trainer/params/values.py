@@ -80,6 +80,13 @@ def shown(value: object) -> str:
     return str(value)
 
 
+def default_text(parameter: Parameter, choices: Sequence[str] = ()) -> str:
+    """The default of a parameter as a reader understands it."""
+    if choices and parameter.default == tuple(choices):
+        return "all"
+    return shown(parameter.default) if parameter.default not in (None, "", ()) else "empty"
+
+
 def choose(text: str, choices: Sequence[str], aliases: Mapping[str, str]) -> str:
     """The spelling used here of one of `choices`, ignoring case. Raises BadValueError with a suggestion."""
     known = {**aliases, **{choice.lower(): choice for choice in choices}}

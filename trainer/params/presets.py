@@ -1,0 +1,87 @@
+"""Presets: settings under a name. The shipped ones are read-only, the user's own are kept in a folder beside them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import JobError, Problem
+from .codec import Loaded, load_file
+from .files import name_problem, write_json
+from .job import Job
+from .table import Catalogue
+
+USER = "user"
+
+
+class Presets:
+    """The presets of a folder: shipped in it, the user's own in its sub-folder `user`."""
+
+    def __init__(self, folder: Path, user: Path | None = None) -> None:
+        self._shipped = folder
+        self._user = user if user is not None else folder / USER
+
+    def shipped(self) -> tuple[str, ...]:
+        """Names of the read-only presets, sorted."""
+        return _names(self._shipped)
+
+    def own(self) -> tuple[str, ...]:
+        """Names of the user's presets, sorted."""
+        return _names(self._user)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, the shipped ones first."""
+        shipped = self.shipped()
+        return (*shipped, *(name for name in self.own() if name not in shipped))
+
+    def load(self, name: str, catalogue: Catalogue) -> Loaded:
+        """The preset `name`; it may leave open what a run needs. Raises JobError when there is none of it."""
+        path = self._find(name)
+        if path is None:
+            known = ", ".join(self.names()) or "none"
+            raise JobError([Problem("preset", name, f"is not there. Known: {known}.")])
+        return load_file(path, catalogue, complete=False)
+
+    def save(self, name: str, job: Job) -> Path:
+        """Write a user preset with every value, in place of one of the same name. Raises JobError for an unfit name."""
+        self._refuse_name(name)
+        path = _find(self._user, name) or self._user / f"{name}.json"
+        try:
+            write_json(path, job.to_dict(full=True))
+        except OSError as fault:
+            message = f"cannot be written to {path.parent}: {fault.strerror}."
+            raise JobError([Problem("preset", name, message)]) from fault
+        return path
+
+    def delete(self, name: str) -> None:
+        """Delete a user preset. Raises JobError when it is a shipped one or there is none of that name."""
+        self._refuse_name(name)
+        path = _find(self._user, name)
+        if path is None:
+            raise JobError([Problem("preset", name, f"is not there. Yours: {', '.join(self.own()) or 'none'}.")])
+        try:
+            path.unlink()
+        except OSError as fault:
+            raise JobError([Problem("preset", name, f"cannot be deleted: {fault.strerror}.")]) from fault
+
+    def _find(self, name: str) -> Path | None:
+        return None if name_problem(name) else _find(self._shipped, name) or _find(self._user, name)
+
+    def _refuse_name(self, name: str) -> None:
+        fault = name_problem(name)
+        if not fault and _find(self._shipped, name) is not None:
+            fault = "is a shipped preset, which stays as it is; choose another name."
+        if fault:
+            raise JobError([Problem("preset", name, fault)])
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    found = [path.stem for path in folder.glob("*.json") if path.is_file() and not path.name.startswith(".")]
+    return tuple(sorted(found, key=str.lower))
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The file of a name, ignoring case as Windows does."""
+    exact = folder / f"{name}.json"
+    if exact.is_file():
+        return exact
+    same = [folder / f"{held}.json" for held in _names(folder) if held.lower() == name.lower()]
+    return same[0] if same else None
