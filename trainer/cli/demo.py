@@ -13,7 +13,7 @@ from ..engine.arguments import precision
 from ..engine.build import make_network
 from ..engine.catalogue import catalogue
 from ..engine.control import Control
-from ..engine.preflight import resolve_model
+from ..engine.preflight import DEMO_MODEL, resolve_model
 from ..engine.run import Request, run
 from ..errors import AdapterError
 from ..events import EventLog
@@ -29,9 +29,8 @@ from .terminal import Terminal
 
 def demo(places: Places, overrides: Sequence[str], control: Control) -> int:
     """Train, sample before and after with the written file, and print one line of JSON. Returns the exit status."""
-    raw = raw_job("demo")
-    given = [f"lora_data_directory={BASE_PICTURES}", *overrides]
-    job = load(apply_overrides(dict(raw) if isinstance(raw, dict) else {}, given), catalogue()).job
+    given = {"model": DEMO_MODEL, "lora_data_directory": str(BASE_PICTURES), "save_overwrite": True}
+    job = load(apply_overrides({**raw_job("demo"), **given}, overrides, catalogue()), catalogue()).job
     terminal = Terminal()
     log = EventLog(terminal)
     started = time.perf_counter()

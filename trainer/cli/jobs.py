@@ -1,15 +1,17 @@
 """From what was typed to a request: settings files, presets, overrides, run folders."""
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.catalogue import catalogue
 from ..engine.run import Request, read_job
 from ..errors import JobError, Problem
 from ..events import EventLog
-from ..params.cli import apply_overrides
+from ..params.cli import add_flags, apply_overrides, collect_flags, lay_over, unknown_flag_hint
 from ..params.codec import load
 from ..params.files import read_json
 from ..params.presets import Presets
@@ -21,28 +23,48 @@ def presets() -> Presets:
     return Presets(ROOT / "presets")
 
 
-def raw_job(name: str) -> object:
-    """The plain values of a settings file, or of the preset of that name."""
+def raw_job(name: str) -> dict[str, object]:
+    """The plain values of a settings file, or of the preset of that name. Raises JobError when it is neither."""
     path = Path(name)
     if path.is_file():
-        return read_json(path)
+        raw = read_json(path)
+        if not isinstance(raw, dict):
+            raise JobError([Problem("job", name, "must hold a JSON object, as written by save_as_json.")])
+        return raw
     shelf = presets()
     if name in shelf.names():
-        return shelf.read(name)
+        return shelf.load(name, catalogue()).job.to_dict()
     known = ", ".join(shelf.names())
     raise JobError([Problem("job", name, f"is neither a file nor a preset. Presets: {known}.")])
 
 
-def request(name: str, overrides: Sequence[str], places: Places, *, resume: bool, dry: bool, log: EventLog) -> Request:
+def flags_of(words: Sequence[str]) -> dict[str, object]:
+    """The parameters given as flags (`--network-rank 8`), one flag for each row of the table."""
+    parser = argparse.ArgumentParser(prog="trainer train", add_help=False)
+    add_flags(parser, catalogue())
+    options, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        raise JobError([Problem("command line", " ".join(unknown), unknown_flag_hint(unknown, catalogue()))])
+    return collect_flags(options)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was typed besides the job: `--set` pairs and flags of single parameters."""
+
+    overrides: Sequence[str] = ()
+    flags: Sequence[str] = ()
+
+
+def request(name: str, given: Given, places: Places, *, resume: bool, dry: bool, log: EventLog) -> Request:
     """What to run. With `resume`, `name` is a run folder and its own job is taken as it is."""
+    overrides, flags = given.overrides, flags_of(given.flags) if given.flags else {}
     if resume:
-        if overrides:
-            raise JobError([Problem("--set", list(overrides), "a resumed run keeps its settings. Leave --set away.")])
+        if overrides or flags:
+            raise JobError([Problem("--set", [*overrides, *flags], "a resumed run keeps its settings. Leave them away.")])
         folder = Path(name)
         return Request(read_job(folder), places, resume=folder, dry=dry)
-    raw = raw_job(name)
-    if isinstance(raw, dict):
-        raw = apply_overrides(raw, overrides)
+    raw = lay_over(apply_overrides(raw_job(name), overrides, catalogue()), flags, catalogue())
     loaded = load(raw, catalogue())
     for line in loaded.warnings:
         log.warn(line)
@@ -54,4 +76,4 @@ def preset_text(name: str | None) -> str:
     shelf = presets()
     if name is None:
         return "\n".join(shelf.names())
-    return json.dumps(shelf.read(name), indent=2, ensure_ascii=False)
+    return json.dumps(shelf.load(name, catalogue()).job.to_dict(), indent=2, ensure_ascii=False)

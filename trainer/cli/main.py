@@ -17,7 +17,10 @@ from .terminal import Terminal, json_lines
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, options.rest = parser.parse_known_args(argv)
+    if options.rest and not options.takes_flags:
+        parser.error(f"unknown words: {' '.join(options.rest)}")
     try:
         return int(options.run(options))
     except AtelierError as error:
@@ -27,17 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer", description="Train LoRA-type adapters for Stable Diffusion.")
-    parser.set_defaults(verbose=False)
+    parser.set_defaults(verbose=False, takes_flags=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="run a job, or resume one")
+    train = commands.add_parser("train", help="run a job, or resume one", epilog="Every parameter is a flag too: --network-rank 8.")
     train.add_argument("job", nargs="?", help="settings JSON, the name of a preset, or the run folder with --resume")
     train.add_argument("--resume", action="store_true", help="continue the run in the given run folder")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)")
     train.add_argument("--dry-run", action="store_true", help="check everything and show what would happen")
     train.add_argument("--json", action="store_true", help="events as JSON lines on standard output")
     _add_places(train)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, takes_flags=True)
 
     presets = commands.add_parser("presets", help="list the presets, or show one")
     presets.add_argument("name", nargs="?")
@@ -108,7 +111,8 @@ def _train(options: argparse.Namespace) -> int:
         return 2
     terminal = Terminal()
     log = EventLog(json_lines(sys.stdout) if options.json else terminal)
-    request = jobs.request(options.job, options.set, _places(options), resume=options.resume, dry=options.dry_run, log=log)
+    given = jobs.Given(options.set, options.rest)
+    request = jobs.request(options.job, given, _places(options), resume=options.resume, dry=options.dry_run, log=log)
     from ..engine.run import run
 
     result = run(request, log, _stop_on_interrupt())

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from ..places import Places
 from . import arguments
 from .devices import encoding, fingerprint, rest_text_encoders
 from .flat import FlatParameters
-from .kit import Kit
+from .kit import Kit, Text
 from .process import Process
-from .session import Session
-from .sources import Captions, PictureSource
+from .session import Session, Source
+from .sources import PictureSource
 
 
 @dataclass(frozen=True)
@@ -80,58 +80,66 @@ def text_is_trained(network: Network) -> bool:
     return any(part.startswith("te") for part in network.parts())
 
 
-def picture_source(job: Job, model: Model, network: Network, seed: int, site: Site, scanned: Scan | None) -> PictureSource:
-    """Encode what is not in the cache and plan the batches."""
-    on_disk = job[core.Images].data_cache == "disk"
-    cache = TensorCache(site.places.cache if on_disk else None)
+def picture_source(job: Job, model: Model, cache: TensorCache, seed: int, site: Site, scanned: Scan | None) -> PictureSource:
+    """Encode the pictures that are not in the cache and plan the batches."""
+    settings = arguments.image_settings(job)
+    at_once = 1 if max(settings.size) > 256 else 16
+    with site.process.leader_first(), encoding(model):
+        dataset = build_dataset(
+            settings, model.encode_images, fingerprint(model.vae), cache, _stages(site.log), at_once, scanned
+        )
+    return PictureSource(dataset, model, seed, job[core.Train].train_batch_size, site.process)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {"pictures": picture_source}
+
+
+def make_text(job: Job, model: Model, network: Network, prompts: Sequence[str], cache: TensorCache, site: Site) -> Text:
+    """Where conditionings come from: prepared once, unless the text encoder is trained."""
+    clip_skip = job[core.Train].train_clip_skip
+    if text_is_trained(network):
+        return Text(model, clip_skip, None)
+    cached = TextOutputs(cache, _text_encoder(model, clip_skip), fingerprint(*model.text_encoders), clip_skip)
+    with site.process.leader_first(), encoding(model):
+        cached.prepare(prompts, _stages(site.log))
+    rest_text_encoders(model)
+    return Text(model, clip_skip, cached)
+
+
+def make_optimizer_and_scheduler(job: Job, network: Network, total_steps: int, log: EventLog) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer over the parts of the network, each with its rate, and the schedule of the rates."""
     train = job[core.Train]
-    progress = _stages(site.log)
-    with site.process.leader_first():
-        with encoding(model):
-            settings = arguments.image_settings(job)
-            large = max(settings.size) > 256
-            dataset = build_dataset(
-                settings, model.encode_images, fingerprint(model.vae), cache, progress, 1 if large else 16, scanned
-            )
-            cached = None
-            if not text_is_trained(network):
-                cached = TextOutputs(cache, _text_encoder(model, train.train_clip_skip), fingerprint(*model.text_encoders), train.train_clip_skip)
-                cached.prepare(dataset.all_captions(), progress)
-    captions = Captions(model, train.train_clip_skip, cached)
-    return PictureSource(dataset, captions, model, seed, train.train_batch_size, site.process)
-
-
-SOURCES: dict[str, Callable[..., Any]] = {"pictures": picture_source}
-
-
-def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Session:
-    """A session ready to run its first step, the adapter attached. Ejecting it again is the caller's duty."""
-    seed = draw_seed(job)
-    train = job[core.Train]
-    mode = MODES.get(job[core.Task].mode)()
-    network = make_network(job, model, seed, site.log)
-    source = SOURCES[mode.source](job, model, network, seed, site, scanned)
-    if not text_is_trained(network):
-        rest_text_encoders(model)
-    limits = arguments.limits(job, source.plan.batches_per_epoch if hasattr(source, "plan") else None, site.process.count)
-    flat = FlatParameters(parameter for parameters in network.parts().values() for parameter in parameters)
     rates = arguments.rates(job)
     groups = [{"params": parameters, "lr": rates[part], "name": part} for part, parameters in network.parts().items()]
-    optimizer = make_optimizer(
-        train.train_optimizer, groups, parse_settings(train.train_optimizer_settings, "train_optimizer_settings"), network
-    )
-    for line in advice(train.train_optimizer, list(rates.values()), train.train_lr_scheduler):
-        site.log.warn(line)
+    settings = parse_settings(train.train_optimizer_settings, "train_optimizer_settings")
+    optimizer = make_optimizer(train.train_optimizer, groups, settings, network)
+    for line in advice(train.train_optimizer, [group["lr"] for group in groups], train.train_lr_scheduler):
+        log.warn(line)
     scheduler = make_scheduler(
         train.train_lr_scheduler,
         optimizer,
-        total_steps=limits.total_steps,
+        total_steps=total_steps,
         warmup=train.train_lr_warmup_steps,
         cycles=train.train_lr_scheduler_num_cycles,
         power=train.train_lr_scheduler_power,
         step_rules=train.train_lr_step_rules,
         settings=parse_settings(train.train_lr_scheduler_settings, "train_lr_scheduler_settings"),
     )
+    return optimizer, scheduler
+
+
+def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Session:
+    """A session ready to run its first step, the adapter attached. Ejecting it again is the caller's duty."""
+    seed = draw_seed(job)
+    train = job[core.Train]
+    mode = MODES.get(job[core.Task].mode)(job)
+    network = make_network(job, model, seed, site.log)
+    cache = TensorCache(site.places.cache if job[core.Images].data_cache == "disk" else None)
+    source = SOURCES[mode.source](job, model, cache, seed, site, scanned)
+    text = make_text(job, model, network, (*source.prompts(), *mode.prompts()), cache, site)
+    limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
+    flat = FlatParameters(parameter for parameters in network.parts().values() for parameter in parameters)
+    optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
     if train.use_gradient_checkpointing:
         model.set_gradient_checkpointing(True)
     network.attach()
@@ -141,7 +149,7 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Se
         model=model,
         network=network,
         mode=mode,
-        kit=Kit(model, network, seed, arguments.loss_settings(job)),
+        kit=Kit(model, network, text, seed, arguments.loss_settings(job)),
         source=source,
         flat=flat,
         optimizer=optimizer,

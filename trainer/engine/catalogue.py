@@ -12,7 +12,7 @@ from ..params.codec import Catalogue, ModeInfo
 @lru_cache(maxsize=1)
 def catalogue() -> Catalogue:
     """Everything a job can say. Modes and adapter types are what their registries hold."""
-    modes = {name: make() for name, make in MODES.items()}
+    modes = dict(MODES.items())
     sections = dict.fromkeys(section for mode in modes.values() for section in mode.sections)
     return Catalogue(
         sections=(*core.SECTIONS, *sections),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..events import Event, EventLog, Step
 from ..models.base import Model
 
 _SAMPLED = 4096
@@ -48,3 +49,29 @@ def fingerprint(*modules: nn.Module | None) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {float(flat.sum(dtype=torch.float64))!r}".encode())
             digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
+
+
+class SpillWatch:
+    """A listener that warns once when a CUDA device is so full that its driver starts to use system memory."""
+
+    FULL = 0.97
+
+    def __init__(self, device: torch.device, log: EventLog) -> None:
+        self._device, self._log = device, log
+        self._told = device.type != "cuda"
+
+    def __call__(self, event: Event) -> None:
+        """Look at the device when losses are read."""
+        if self._told or not isinstance(event, Step):
+            return
+        free, total = torch.cuda.mem_get_info(self._device)
+        if torch.cuda.memory_reserved(self._device) > self.FULL * total or free < (1 - self.FULL) * total:
+            self._told = True
+            self._log.warn(
+                f"The GPU memory is full ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GB). The driver may move data to system "
+                "memory, which makes every step many times slower. Switch on use_gradient_checkpointing, lower train_batch_size "
+                "or image_size, or close other programs that use the GPU."
+            )
+
+    def close(self) -> None:
+        """Nothing to close."""

@@ -1,7 +1,7 @@
 """The verbs a mode may use, bound to one model, one adapter and one job."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.network import Network
+from ..data.text import TextOutputs
 from ..maths import loss as losses
 from ..maths import rng
-from ..models.base import Model
+from ..models.base import Conditioning, Model
 from ..modes.base import Batch
 
 
@@ -27,21 +28,34 @@ class LossSettings:
     fixed_timesteps: bool = False
 
 
+class Text:
+    """Conditioning of prompts: from the cache, or encoded anew at every call when the text encoder is trained."""
+
+    def __init__(self, model: Model, clip_skip: int, cached: TextOutputs | None) -> None:
+        self._model, self._clip_skip, self._cached = model, clip_skip, cached
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """One row for each prompt, on the model's device."""
+        if self._cached is None:
+            return self._model.encode_prompts(prompts, self._clip_skip)
+        outputs = self._cached.outputs(prompts)
+        rows = Conditioning(outputs["context_1LD"], outputs.get("pooled_1P"))
+        return rows.to(self._model.device, self._model.compute)
+
+
 class Kit:
     """See `modes.base.Kit`. All draws are keyed by (seed, micro batch, position in the global batch)."""
 
-    def __init__(self, model: Model, network: Network, seed: int, settings: LossSettings) -> None:
+    def __init__(self, model: Model, network: Network, text: Text, seed: int, settings: LossSettings) -> None:
         self.model, self.network, self.schedule = model, network, model.schedule
-        self._seed, self._settings = seed, settings
+        self.text, self._seed, self._settings = text, seed, settings
 
     def latents(self, batch: Batch) -> Tensor:
         """Latents drawn from the pictures' posterior, (B, C, H, W)."""
-        assert batch.mean is not None and batch.std is not None
         return batch.mean + batch.std * self._normal("posterior", batch, batch.mean)
 
     def noise(self, batch: Batch) -> Tensor:
         """Fresh standard normal noise shaped like the batch's latents, (B, C, H, W)."""
-        assert batch.mean is not None
         return self._normal("noise", batch, batch.mean)
 
     def timesteps(self, batch: Batch) -> Tensor:

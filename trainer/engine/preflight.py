@@ -77,7 +77,7 @@ def report(session: Session, target: Path) -> dict[str, object]:
         raise AdapterError(
             "No module of the model is trained with these network_blocks, network_element and network_targets. Select more."
         )
-    _, per_epoch = arguments.steps(session.job, getattr(getattr(session.source, "plan", None), "batches_per_epoch", None))
+    _, per_epoch = arguments.steps(session.job, session.source.batches_per_epoch)
     lines: dict[str, object] = {
         "model": session.model.name,
         "architecture": session.model.family.name,
@@ -91,6 +91,7 @@ def report(session: Session, target: Path) -> dict[str, object]:
         "iterations": limits.total_steps,
         "epochs": round(limits.total_steps / per_epoch, 2) if per_epoch else 0,
         "steps per epoch": per_epoch,
+        "processes": session.process.count,
         "seed": session.seed,
         "writes": target.name,
     }

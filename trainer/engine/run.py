@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from ..errors import AtelierError, TrainingError
 from ..events import EventLog, Finished, Preflight, Sampled, Saved
@@ -22,7 +23,7 @@ from .build import Site, build, draw_seed
 from .catalogue import catalogue
 from .control import Control
 from .csvlog import CsvLog
-from .devices import encoding
+from .devices import SpillWatch, encoding
 from .loop import Hooks, run_steps
 from .losses import LossRing
 from .output import write_network
@@ -142,10 +143,12 @@ def _open_folder(job: Job, places: Places, folder: Path) -> None:
 @contextlib.contextmanager
 def _listeners(session: Session, log: EventLog) -> Iterator[None]:
     """CSV and trackers of this run, for its duration."""
-    job, opened = session.job, []
+    job = session.job
+    opened: list[Any] = []
     settings = job.to_dict(full=True)
     name = job[core.Save].save_lora_name or "untitled"
     if session.process.leads:
+        opened.append(SpillWatch(session.model.device, log))
         if job[core.Log].logging_save_csv:
             header = {**settings, "model_version": session.model.family.base_version}
             opened.append(CsvLog(session.folder / f"{name}.csv", header, session.step))

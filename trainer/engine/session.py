@@ -17,7 +17,9 @@ from .process import Process
 
 
 class Source(Protocol):
-    """Where batches come from."""
+    """Where batches come from. `batches_per_epoch` is None where there are no epochs."""
+
+    batches_per_epoch: int | None
 
     def batch(self, index: int) -> Batch | None:
         """This process's part of global micro batch `index`; None when it has no sample in it."""
@@ -27,6 +29,9 @@ class Source(Protocol):
 
     def report(self) -> dict[str, object]:
         """What the preflight report says about the data."""
+
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt a batch can have."""
 
     def fingerprint(self) -> str:
         """Changes when a resumed run would see other data."""

@@ -1,14 +1,12 @@
 """Where batches come from. A mode names its source; a source knows data, text and processes, never a loss."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..data.dataset import Dataset
-from ..data.text import TextOutputs
-from ..models.base import Conditioning, Model
+from ..models.base import Model
 from ..modes.base import Batch
 from .process import Process
 
@@ -19,29 +17,14 @@ def share_of(samples: Sequence[int], process: Process, batch_size: int) -> slice
     return slice(start, min(start + batch_size, len(samples)))
 
 
-class Captions:
-    """Conditioning of captions: from the cache, or encoded per step when the text encoder is trained."""
-
-    def __init__(self, model: Model, clip_skip: int, cached: TextOutputs | None) -> None:
-        self._model, self._clip_skip, self._cached = model, clip_skip, cached
-
-    def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """The conditioning of the captions on the model's device, one row each."""
-        if self._cached is None:
-            return self._model.encode_prompts(captions, self._clip_skip)
-        outputs: Mapping[str, Tensor] = self._cached.outputs(captions)
-        rows = Conditioning(outputs["context_1LD"], outputs.get("pooled_1P"))
-        return rows.to(self._model.device, self._model.compute)
-
-
 class PictureSource:
     """Batches of a folder of captioned pictures."""
 
-    def __init__(self, dataset: Dataset, captions: Captions, model: Model, seed: int, batch_size: int, process: Process) -> None:
-        self.dataset = dataset
-        self._captions, self._model, self._process = captions, model, process
+    def __init__(self, dataset: Dataset, model: Model, seed: int, batch_size: int, process: Process) -> None:
+        self.dataset, self._model, self._process = dataset, model, process
         self._batch_size = batch_size
         self.plan = dataset.plan(seed, batch_size * process.count)
+        self.batches_per_epoch: int | None = self.plan.batches_per_epoch
 
     def batch(self, index: int) -> Batch | None:
         """This process's part of global micro batch `index`; None when it has no sample in it."""
@@ -57,7 +40,7 @@ class PictureSource:
             index=index,
             samples=tuple(range(len(whole))[mine]),
             share=len(whole),
-            conditioning=self._captions(self.dataset.captions(items)),
+            prompts=self.dataset.captions(items),
             mean=mean.to(device),
             std=std.to(device),
             time_ids=None if ids[0] is None else torch.stack([row for row in ids if row is not None]).to(device),
@@ -74,6 +57,10 @@ class PictureSource:
     def report(self) -> dict[str, object]:
         """What the preflight report says about the data."""
         return {**self.dataset.summary(), "batches per epoch": self.plan.batches_per_epoch}
+
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt a batch can have."""
+        return self.dataset.all_captions()
 
     def fingerprint(self) -> str:
         """Changes when a resumed run would see other data."""

@@ -1,10 +1,10 @@
 """What a mode is: a name, what it shows of the form, where its batches come from, and a loss."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,17 +18,19 @@ class Batch:
 
     `index` counts micro batches from 0 over the whole run. `samples` are the positions of this process's samples inside the
     global batch (they key the random draws), `share` is the size of the global batch. `mean`/`std` are the VAE posterior of the
-    pictures, scaled, (B, C, H, W); None for modes without pictures. `time_ids` (B, 6) is SDXL's size conditioning in pixels.
+    pictures, scaled, (B, C, H, W); zeros for modes without pictures. `time_ids` (B, 6) is SDXL's size conditioning in pixels.
+    `prompts` are the captions or original prompts, `targets` the target prompts of modes that have them.
     """
 
     index: int
     samples: tuple[int, ...]
     share: int
-    conditioning: Any
-    mean: Tensor | None = None
-    std: Tensor | None = None
+    prompts: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
     time_ids: Tensor | None = None
     mask: Tensor | None = None
+    targets: tuple[str, ...] = ()
 
 
 class Kit(Protocol):
@@ -45,6 +47,9 @@ class Kit(Protocol):
     def timesteps(self, batch: Batch) -> Tensor:
         """Timesteps in the job's range, (B,) int64."""
 
+    def text(self, prompts: Sequence[str]) -> Any:
+        """The conditioning of prompts, one row each: encoded at the current strength when the text encoder is trained."""
+
     def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
         """The model's prediction at x_t with the adapter at its current strength."""
 
@@ -58,6 +63,16 @@ class Kit(Protocol):
         """The job's distance with its weights, per sample, (B,)."""
 
 
+T = TypeVar("T")
+
+
+class Settings(Protocol):
+    """A job as a mode sees it: its sections by class."""
+
+    def __getitem__(self, section: type[T]) -> T:
+        """The values of a section."""
+
+
 class Mode:
     """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it declares itself."""
 
@@ -66,9 +81,16 @@ class Mode:
     sections: ClassVar[tuple[type, ...]] = ()
     source: ClassVar[str] = "pictures"
 
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts this mode asks for beside those of its batches."""
+        return ()
+
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """Loss per sample, (B,), differentiable in the adapter."""
         raise TypeError(f"{type(self).__name__} does not say what its loss is")
 
 
-MODES: Registry[Callable[[], Mode]] = Registry("mode", "modes")
+MODES: Registry[type[Mode]] = Registry("mode", "modes")

@@ -18,5 +18,5 @@ class LoRA(Mode):
         """‖prediction(x_t, t, c) − target‖² per sample."""
         latents, noise, t = kit.latents(batch), kit.noise(batch), kit.timesteps(batch)
         x = kit.schedule.add_noise(latents, noise, t)
-        predicted = kit.predict(x, t, batch.conditioning, batch.time_ids)
+        predicted = kit.predict(x, t, kit.text(batch.prompts), batch.time_ids)
         return kit.loss(predicted, kit.schedule.target(latents, noise, t), t, batch.mask)

@@ -1,0 +1,105 @@
+"""Resume: the next loss is the same, bit for bit, whatever ended the run."""
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import engine_case
+import pytest
+
+from trainer.engine.control import Control
+from trainer.engine.run import read_job
+from trainer.errors import TrainingError
+from trainer.events import Step
+from trainer.optim.optimizers import OPTIMIZERS
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return engine_case.make(tmp_path_factory.mktemp("case"))
+
+
+def stopped_and_resumed(case, name, **changes):
+    """(losses of a run stopped after step 5 and resumed, losses of the same run left alone)."""
+    changes = {"train_iterations": 9, "train_state_every": 5, "save_overwrite": True, "data_cache": "memory", **changes}
+    whole, parts, control = engine_case.Trace(), engine_case.Trace(), Control()
+    case.run(whole, save_lora_name=f"{name}-whole", **changes)
+
+    def stop(event):
+        if isinstance(event, Step) and event.step == 5:
+            control.stop()
+
+    stopped = case.run(parts, stop, control=control, save_lora_name=f"{name}-parts", **changes)
+    assert stopped.reason == "stopped" and max(parts.losses) == 5
+    result = case.run(parts, resume=stopped.folder, save_lora_name=f"{name}-parts", **changes)
+    assert result.reason == "done" and result.folder == stopped.folder
+    assert engine_case.csv_losses(stopped.folder) == parts.losses
+    return parts.losses, whole.losses
+
+
+@pytest.mark.parametrize("name", [name for name, traits in OPTIMIZERS.items() if not traits.needs_cuda])
+def test_every_optimizer_resumes_bit_for_bit(case, name):
+    rate = 1.0 if OPTIMIZERS.get(name).wants_lr_one else 1e-3
+    resumed, whole = stopped_and_resumed(case, name, train_optimizer=name, train_learning_rate=rate)
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("changes", [
+    {"train_lr_scheduler": "reduce_on_plateau"},
+    {"train_lr_scheduler": "one_cycle", "train_gradient_accumulation": 2},
+    {"network_blocks(BASE = TextEncoder)": ["BASE", "M00"]},
+    {"train_model_precision": "fp16"},
+])
+def test_other_settings_resume_bit_for_bit(case, changes):
+    name = "-".join(str(value)[:8] for value in changes.values()).replace("[", "").replace("'", "").replace(",", "")
+    resumed, whole = stopped_and_resumed(case, name, **changes)
+    assert resumed == whole
+
+
+def test_changed_pictures_are_noticed(case, tmp_path):
+    other = engine_case.make(tmp_path)
+    changes = {"train_state_every": 2, "train_iterations": 4, "data_cache": "memory"}
+    control = Control()
+
+    def stop(event):
+        if isinstance(event, Step) and event.step == 2:
+            control.stop()
+
+    stopped = other.run(stop, control=control, save_lora_name="changed", **changes)
+    (other.pictures / "00.txt").write_text("another caption", encoding="utf-8")
+    with pytest.raises(TrainingError, match="changed"):
+        other.run(resume=stopped.folder, save_lora_name="changed", **changes)
+
+
+def test_a_folder_without_state_is_refused(case, tmp_path):
+    with pytest.raises(TrainingError, match=r"job\.json"):
+        read_job(tmp_path)
+    with pytest.raises(TrainingError, match="state"):
+        case.run(resume=tmp_path, save_lora_name="nostate")
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_losses(tmp_path):
+    """SIGKILL after five random steps, one more in the middle of writing a state; the run still has one loss trace."""
+    case = engine_case.make(tmp_path)
+    import killed_run
+
+    whole = engine_case.Trace()
+    case.run(whole, **{**killed_run.CHANGES, "save_lora_name": "whole"})
+
+    def start(folder, kill_step=0, kill_write=0):
+        command = [sys.executable, str(HERE / "killed_run.py"), str(tmp_path), str(folder), str(kill_step), str(kill_write)]
+        return subprocess.run(command, cwd=HERE.parent, env=engine_case.environment(), capture_output=True, text=True).returncode
+
+    steps = sorted(random.Random(11).sample(range(4, 20), 5))
+    assert start("fresh", kill_step=steps[0]) == -signal.SIGKILL
+    (folder,) = case.places.logs.glob("*/*-killed")
+    assert start(folder, kill_write=1) == -signal.SIGKILL
+    for step in steps[1:]:
+        assert start(folder, kill_step=step) == -signal.SIGKILL
+    assert start(folder) == 0
+    assert engine_case.csv_losses(folder) == whole.losses
