@@ -1,12 +1,15 @@
-"""Tiny random base models of every family, written in well under a second: as a single file, as a diffusers folder, in memory.
+"""Tiny random base models of every family, written in well under a second: as a single file, as a diffusers folder, in
+memory.
 
-    tiny.single_file("sd1", tmp_path / "model.safetensors")     an LDM/sgm checkpoint (needs a vocabulary: tiny.vocabulary(path))
-    tiny.folder("sdxl", tmp_path / "folder")                     the same weights as a diffusers folder, with its tokenizer
-    tiny.model("sd2")                                            the same weights as a loaded Model
+    tiny.single_file("sd1", tmp_path / "model.safetensors")     an LDM/sgm checkpoint (needs a vocabulary:
+tiny.vocabulary(path)) tiny.folder("sdxl", tmp_path / "folder")                     the same weights as a diffusers
+folder, with its tokenizer tiny.model("sd2")                                            the same weights as a loaded
+Model
 
-The names are written out here by the rules of the LDM code, and the folder is made by diffusers' own converters, so that both
-are independent of the trainer's name maps.
+The names are written out here by the rules of the LDM code, and the folder is made by diffusers' own converters, so
+that both are independent of the trainer's name maps.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,7 +29,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one tiny model: transformer depth per level and in the middle, text widths, whether projections are linear."""
+    """Sizes of one tiny model: transformer depth per level and in the middle, text widths, whether projections are
+    linear."""
 
     depth: tuple[int, ...]
     mid: int
@@ -46,9 +50,15 @@ SHAPES = {
     "sd1": Shape((1, 1, 0), 1, False, (("clip", "cond_stage_model.transformer.text_model.", 64, 2),)),
     "sd2": Shape((1, 1, 0), 1, True, (("open_clip", "cond_stage_model.model.", 64, 3),)),
     "sdxl": Shape(
-        (0, 1, 2), 2, True,
-        (("clip", "conditioner.embedders.0.transformer.text_model.", 64, 3), ("open_clip", "conditioner.embedders.1.model.", 128, 3)),
-        sizes=16, mult=(1, 2, 4),
+        (0, 1, 2),
+        2,
+        True,
+        (
+            ("clip", "conditioner.embedders.0.transformer.text_model.", 64, 3),
+            ("open_clip", "conditioner.embedders.1.model.", 128, 3),
+        ),
+        sizes=16,
+        mult=(1, 2, 4),
     ),
 }
 VAE_WIDTHS = (32, 32, 64, 64)
@@ -245,7 +255,8 @@ def letters() -> list[str]:
 
 
 def vocabulary(path: Path) -> Path:
-    """Write a byte-level CLIP vocabulary (every letter is a token, no merges; start and end have CLIP's ids); returns its folder."""
+    """Write a byte-level CLIP vocabulary (every letter is a token, no merges; start and end have CLIP's ids); returns
+    its folder."""
     path.mkdir(parents=True, exist_ok=True)
     tokens = [*letters(), *(letter + "</w>" for letter in letters())]
     ids = {**{token: n for n, token in enumerate(tokens)}, "<|startoftext|>": START, "<|endoftext|>": END}
@@ -257,7 +268,9 @@ def vocabulary(path: Path) -> Path:
 # -------------------------------------------------------------------- files, folders, models
 
 
-def single_file(kind: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, metadata: dict[str, str] | None = None) -> Path:
+def single_file(
+    kind: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, metadata: dict[str, str] | None = None
+) -> Path:
     """Write a tiny checkpoint as .safetensors (or .ckpt by its suffix); returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = checkpoint(kind, seed, dtype)
@@ -268,7 +281,9 @@ def single_file(kind: str, path: Path, seed: int = 0, dtype: torch.dtype = torch
     return path
 
 
-def folder(kind: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, prediction: str = "epsilon") -> Path:
+def folder(
+    kind: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, prediction: str = "epsilon"
+) -> Path:
     """Write the same weights as a diffusers folder through diffusers' own converters; returns its path."""
     from diffusers.loaders import single_file_utils as theirs
 
@@ -281,13 +296,19 @@ def folder(kind: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.floa
         suffix = f"_{n + 1}" if n else ""
         drop = kind == "sd2"
         config = text_config(style, width, layers - drop)
-        _part(path / f"text_encoder{suffix}", "model", _text(theirs, tensors, style, prefix, width, layers - drop), config)
+        _part(
+            path / f"text_encoder{suffix}", "model", _text(theirs, tensors, style, prefix, width, layers - drop), config
+        )
         vocabulary(path / f"tokenizer{suffix}")
         pad = "!" if style == "open_clip" else "<|endoftext|>"
-        (path / f"tokenizer{suffix}" / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad}), encoding="utf-8")
+        (path / f"tokenizer{suffix}" / "special_tokens_map.json").write_text(
+            json.dumps({"pad_token": pad}), encoding="utf-8"
+        )
     (path / "scheduler").mkdir(exist_ok=True)
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps({**noise, "prediction_type": prediction}), encoding="utf-8")
+    (path / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**noise, "prediction_type": prediction}), encoding="utf-8"
+    )
     return path
 
 
@@ -309,16 +330,23 @@ def unet_config(shape: Shape) -> dict:
     widths = [mult * shape.width for mult in shape.mult]
     depth = [layers or shape.mid for layers in shape.depth]
     config = {
-        "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "block_out_channels": widths,
-        "layers_per_block": shape.layers, "cross_attention_dim": shape.context, "use_linear_projection": shape.linear,
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": widths,
+        "layers_per_block": shape.layers,
+        "cross_attention_dim": shape.context,
+        "use_linear_projection": shape.linear,
         "down_block_types": ["CrossAttnDownBlock2D" if layers else "DownBlock2D" for layers in shape.depth],
         "up_block_types": ["CrossAttnUpBlock2D" if layers else "UpBlock2D" for layers in reversed(shape.depth)],
-        "transformer_layers_per_block": depth, "norm_num_groups": 32,
+        "transformer_layers_per_block": depth,
+        "norm_num_groups": 32,
         "attention_head_dim": [max(1, width // 64) for width in widths] if shape.linear else 8,
     }
     if shape.sizes:
         config |= {
-            "addition_embed_type": "text_time", "addition_time_embed_dim": shape.sizes,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": shape.sizes,
             "projection_class_embeddings_input_dim": shape.texts[-1][2] + 6 * shape.sizes,
         }
     return config
@@ -328,18 +356,32 @@ def vae_config(scale: float = 0.18215) -> dict:
     """diffusers' configuration of the tiny VAE."""
     n = len(VAE_WIDTHS)
     return {
-        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
-        "block_out_channels": list(VAE_WIDTHS), "down_block_types": ["DownEncoderBlock2D"] * n, "norm_num_groups": 32,
-        "up_block_types": ["UpDecoderBlock2D"] * n, "scaling_factor": scale,
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": list(VAE_WIDTHS),
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "norm_num_groups": 32,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+        "scaling_factor": scale,
     }
 
 
 def text_config(style: str, width: int, layers: int) -> dict:
     """transformers' configuration of a tiny text encoder."""
     return {
-        "vocab_size": TOKENS, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // 64), "max_position_embeddings": WINDOW, "projection_dim": width,
-        "hidden_act": "quick_gelu" if style == "clip" else "gelu", "eos_token_id": END, "bos_token_id": START,
+        "vocab_size": TOKENS,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": WINDOW,
+        "projection_dim": width,
+        "hidden_act": "quick_gelu" if style == "clip" else "gelu",
+        "eos_token_id": END,
+        "bos_token_id": START,
     }
 
 

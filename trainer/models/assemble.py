@@ -1,4 +1,6 @@
-"""From named tensors to a model: modules are built without memory and the tensors assigned to them, so nothing is held twice."""
+"""From named tensors to a model: modules are built without memory and the tensors assigned to them, so nothing is held
+twice."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,10 +27,16 @@ from .tokenizer import Tokenizer, Vocabulary, find_vocabulary
 
 
 def assemble(
-    source: Source, *, v_pred: bool = False, storage: torch.dtype | None = None, vae_storage: torch.dtype | None = None,
-    device: torch.device | str = "cpu", vocabularies: Sequence[Path] = (),
+    source: Source,
+    *,
+    v_pred: bool = False,
+    storage: torch.dtype | None = None,
+    vae_storage: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    vocabularies: Sequence[Path] = (),
 ) -> Model:
-    """The model of a source. Tensors already in `storage` (None: any) and on `device` are adopted: same storage, no copy.
+    """The model of a source. Tensors already in `storage` (None: any) and on `device` are adopted: same storage, no
+    copy.
 
     The source is emptied on the way, so that tensors that had to be cast are freed one part at a time.
     Raises ModelError when the family is not known, tensors are missing or do not fit, or no vocabulary is there.
@@ -41,18 +49,30 @@ def assemble(
     unet = _unet(unet_tensors, source.configs.get("unet"), pooled, where)
     vae_tensors = source.parts.pop("vae", None)
     vae_config = source.configs.get("vae")
-    vae = None if vae_tensors is None else build_vae(vae_tensors, vae_config, family, Placement(where.device, vae_storage))
+    vae = (
+        None
+        if vae_tensors is None
+        else build_vae(vae_tensors, vae_config, family, Placement(where.device, vae_storage))
+    )
     if vae is not None and vae.config.latent_channels != unet.config.in_channels:
         raise ModelError(
-            f"VAE: it has {vae.config.latent_channels} latent channels, the UNet of {source.name} takes {unet.config.in_channels}. "
-            "Choose a VAE of the same family."
+            f"VAE: it has {vae.config.latent_channels} latent channels, the UNet of {source.name} takes "
+            f"{unet.config.in_channels}. Choose a VAE of the same family."
         )
     schedule, warnings = schedule_of(source.noise, family, v_pred)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
     scale = vae.config.scaling_factor if vae is not None and vae_config else family.latent_scale
     return Model(
-        family, source.name, unet, texts, vae, schedule, latent_scale=scale, path=source.path, warnings=(*source.warnings, *warnings)
+        family,
+        source.name,
+        unet,
+        texts,
+        vae,
+        schedule,
+        latent_scale=scale,
+        path=source.path,
+        warnings=(*source.warnings, *warnings),
     )
 
 
@@ -65,9 +85,12 @@ def recognise(source: Source) -> Family:
             return family
     likely = next((family for _, family in FAMILIES.items() if (family.sizes == facts.sizes)), None)
     missing = [row.folder for row in likely.texts if row.part not in encoders] if likely else []
-    what = f"{'linear' if facts.linear else 'convolutional'} projections, {'with' if facts.sizes else 'without'} size conditioning"
+    projections = "linear" if facts.linear else "convolutional"
+    what = f"{projections} projections, {'with' if facts.sizes else 'without'} size conditioning"
     lack = f" Missing: {', '.join(missing)}; a file with the UNet alone cannot be trained." if missing else ""
-    raise ModelError(f"{source.name}: a UNet with {what} and {len(encoders)} text encoders fits no family.{lack} {SUPPORTED}.")
+    raise ModelError(
+        f"{source.name}: a UNet with {what} and {len(encoders)} text encoders fits no family.{lack} {SUPPORTED}."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +107,20 @@ class Placement:
         return tensor.to(device=self.device, dtype=storage)
 
 
-def _unet(tensors: dict[str, Tensor], config: Mapping[str, Any] | None, pooled: TextEncoder | None, where: Placement) -> Any:
+def _from_config(kind: Any, config: Mapping[str, Any]) -> Any:
+    return kind.from_config(dict(config))
+
+
+def _unet(
+    tensors: dict[str, Tensor], config: Mapping[str, Any] | None, pooled: TextEncoder | None, where: Placement
+) -> Any:
     if config is None:
         config = infer.unet_config(tensors)
         if pooled is not None:
             width = pooled.clip.config.hidden_size if pooled.projection is None else pooled.projection.out_features
             config["addition_time_embed_dim"] = infer.size_width(config, width)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(config))
+        unet = _from_config(UNet2DConditionModel, config)
     return assign(unet, tensors, "UNet", where)
 
 
@@ -99,7 +128,7 @@ def build_vae(tensors: dict[str, Tensor], config: Mapping[str, Any] | None, fami
     """A VAE with the given tensors; its configuration inferred from them where none is given."""
     config = infer.vae_config(tensors, family.latent_scale) if config is None else config
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(config))
+        vae = _from_config(AutoencoderKL, config)
     return assign(vae, tensors, "VAE", where)
 
 
@@ -115,7 +144,11 @@ def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: 
         config = {name: value for name, value in given.items() if name not in ("torch_dtype", "dtype", "architectures")}
     with torch.device("meta"):
         clip = CLIPTextModel(CLIPTextConfig(**config))
-        layer = None if projection is None or not row.pooled else nn.Linear(projection.shape[1], projection.shape[0], bias=False)
+        layer = (
+            None
+            if projection is None or not row.pooled
+            else nn.Linear(projection.shape[1], projection.shape[0], bias=False)
+        )
     assign(getattr(clip, "text_model", clip), tensors, f"text encoder {row.part}", where)
     if layer is not None and projection is not None:
         assign(layer, {"weight": projection}, f"text projection of {row.part}", where)
@@ -137,7 +170,8 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], what: str, where: Plac
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ModelError(
-            f"{what}: {len(missing)} of {len(expected)} tensors are missing ({', '.join(missing[:3])}); the file is incomplete."
+            f"{what}: {len(missing)} of {len(expected)} tensors are missing ({', '.join(missing[:3])}); "
+            "the file is incomplete."
         )
     wrong = [name for name, shape in expected.items() if tensors[name].shape != shape]
     if wrong:
@@ -151,5 +185,6 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], what: str, where: Plac
     module.load_state_dict(placed, strict=False, assign=True)
     for part in module.modules():  # position numbers are no weights: no file has to bring them
         if "position_ids" in part._buffers:
-            part.position_ids = torch.arange(part.position_embedding.num_embeddings, device=where.device).expand((1, -1))
+            positions = len(part.get_parameter("position_embedding.weight"))
+            part._buffers["position_ids"] = torch.arange(positions, device=where.device).expand((1, -1))
     return module.eval().requires_grad_(False)

@@ -1,7 +1,9 @@
 """A loaded base model: UNet, text encoders, VAE and schedule behind the few verbs that training needs."""
+
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +66,17 @@ class Model:
     """
 
     def __init__(
-        self, family: Family, name: str, unet: Any, text_encoders: Sequence[TextEncoder], vae: Any | None, schedule: NoiseSchedule,
-        *, latent_scale: float | None = None, path: Path | None = None, warnings: Sequence[str] = (),
+        self,
+        family: Family,
+        name: str,
+        unet: Any,
+        text_encoders: Sequence[TextEncoder],
+        vae: Any | None,
+        schedule: NoiseSchedule,
+        *,
+        latent_scale: float | None = None,
+        path: Path | None = None,
+        warnings: Sequence[str] = (),
     ) -> None:
         self.family, self.name, self.path = family, name, path
         self.unet, self.text_encoders, self.vae = unet, tuple(text_encoders), vae
@@ -86,8 +97,11 @@ class Model:
         """The precision the UNet and the text encoders compute in."""
         return self._compute or precision.compute_dtype(self.device, self.storage)
 
-    def set_precision(self, storage: torch.dtype | None = None, compute: torch.dtype | None = None, vae: torch.dtype | None = None) -> None:
-        """Store UNet and text encoders in `storage`, compute in `compute`; None keeps the storage, or lets the device decide.
+    def set_precision(
+        self, storage: torch.dtype | None = None, compute: torch.dtype | None = None, vae: torch.dtype | None = None
+    ) -> None:
+        """Store UNet and text encoders in `storage`, compute in `compute`; None keeps the storage, or lets the device
+        decide.
 
         The VAE computes in the precision it is stored in (`vae`), which on a CPU is always float32.
         """
@@ -111,7 +125,9 @@ class Model:
     def _settle(self) -> None:
         for part in (self.unet, *self.text_encoders):
             precision.install(part, self.compute)
-        if self.vae is not None:  # its decoder casts to the precision of its own parameters, so per-call casts cannot serve it
+        if (
+            self.vae is not None
+        ):  # its decoder casts to the precision of its own parameters, so per-call casts cannot serve it
             nn.Module.to(self.vae, precision.compute_dtype(self.device, main_dtype(self.vae)))
 
     def set_gradient_checkpointing(self, on: bool) -> None:
@@ -121,7 +137,9 @@ class Model:
         for encoder in self.text_encoders:
             getattr(encoder.clip, f"gradient_checkpointing_{verb}")()
         for part in (self.unet, *self.text_encoders):
-            part.train(on)  # some versions checkpoint only in training mode; there is no dropout in these models to wake
+            part.train(
+                on
+            )  # some versions checkpoint only in training mode; there is no dropout in these models to wake
 
     # ---------------------------------------------------------------- text
 
@@ -129,27 +147,34 @@ class Model:
         """Tokens of a prompt without start and end; of the first text encoder."""
         return len(self.text_encoders[0].tokenizer.encode(prompt))
 
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 1) -> Conditioning:
+    def chunk_count(self, prompt: str) -> int:
+        """Windows a prompt fills, at least 1."""
+        return max(1, math.ceil(self.token_count(prompt) / (self.window - 2)))
+
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 1, chunks: int = 1) -> Conditioning:
         """Conditioning of prompts, with gradients if the caller enabled them and the encoders' weights want them.
 
-        A prompt longer than the window is split into chunks of window−2 tokens, each encoded on its own with start and end,
-        and joined along the token axis; all rows get the same number of chunks. SDXL's pooled vector is of the first chunk.
-        `clip_skip` 1 is the layer the model was trained on, 2 the penultimate (SDXL always uses at least the penultimate).
+        A prompt longer than the window is split into chunks of window−2 tokens, each encoded on its own with start and
+        end, and joined along the token axis; all rows get the same number of chunks. SDXL's pooled vector is of the
+        first chunk. `clip_skip` 1 is the layer the model was trained on, 2 the penultimate (SDXL always uses at least
+        the penultimate).
         """
         if not prompts:
             raise ValueError("encode_prompts needs at least one prompt")
         contexts, pooled = [], None
         for encoder in self.text_encoders:
             rows = [encoder.tokenizer.chunks(prompt, self.window) for prompt in prompts]
-            most = max(map(len, rows))
+            most = max(chunks, *map(len, rows))
             empty = encoder.tokenizer.row([], self.window)
-            flat = [chunk for chunks in rows for chunk in [*chunks, *([empty] * (most - len(chunks)))]]
+            flat = [chunk for row in rows for chunk in [*row, *([empty] * (most - len(row)))]]
             hidden, projected = encoder(torch.tensor(flat, device=self.device), clip_skip)
             contexts.append(hidden.reshape(len(prompts), most * self.window, -1))
             pooled = pooled if projected is None else projected[::most]
         longest = max(context.shape[1] for context in contexts)
         if any(context.shape[1] != longest for context in contexts):
-            raise ModelError("the two tokenizers split the prompt into different numbers of chunks; use one vocabulary for both.")
+            raise ModelError(
+                "the two tokenizers split the prompt into different numbers of chunks; use one vocabulary for both."
+            )
         return Conditioning(torch.cat(contexts, -1), pooled)
 
     # ---------------------------------------------------------------- pictures
@@ -170,12 +195,15 @@ class Model:
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pictures (about [−1, 1], float32) of latents as the UNet sees them."""
         vae = self._need_vae()
-        return vae.decode((latents_BCHW.to(self.device, torch.float32) / self.latent_scale).to(vae.dtype)).sample.float()
+        return vae.decode(
+            (latents_BCHW.to(self.device, torch.float32) / self.latent_scale).to(vae.dtype)
+        ).sample.float()
 
     # ---------------------------------------------------------------- prediction
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning, time_ids_B6: Tensor | None = None) -> Tensor:
-        """The UNet's prediction (ε or v, as `schedule` says) at x_t, float32. Raises ValueError when SDXL's sizes are missing."""
+        """The UNet's prediction (ε or v, as `schedule` says) at x_t, float32. Raises ValueError when SDXL's sizes are
+        missing."""
         added = None
         if self.family.sizes:
             if time_ids_B6 is None or cond.pooled_BP is None:
@@ -186,10 +214,12 @@ class Model:
             }
         context = cond.context_BLD.to(self.device, self.compute)
         x = x_BCHW.to(self.device, self.compute)
-        return self.unet(x, t_B.to(self.device), context, added_cond_kwargs=added, return_dict=False)[0].float()
+        out: Tensor = self.unet(x, t_B.to(self.device), context, added_cond_kwargs=added, return_dict=False)[0]
+        return out.float()
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor | None:
-        """SDXL's six numbers (6,) in pixels: original (height, width), crop (top, left), target (height, width); None for others."""
+        """SDXL's six numbers (6,) in pixels: original (height, width), crop (top, left), target (height, width); None
+        for others."""
         return torch.tensor([*original, *crop, *target], dtype=torch.float32) if self.family.sizes else None
 
     # ---------------------------------------------------------------- identity

@@ -1,4 +1,5 @@
 """Telling a usable single file from everything else, with an error that says what was recognised."""
+
 from __future__ import annotations
 
 import re
@@ -14,9 +15,15 @@ VAE = "first_stage_model."
 SUPPORTED = "Supported are Stable Diffusion 1.x, 2.x and XL"
 
 _RECOGNISED = (
-    ("a LoRA (or LyCORIS) file", r"(^|[._])(lora_(down|up|mid|A|B)\.|hada_w1_|lokr_w[12]|oft_blocks|lora_linear_layer)|\.(dora_scale|on_input)$"),
+    (
+        "a LoRA (or LyCORIS) file",
+        r"(^|[._])(lora_(down|up|mid|A|B)\.|hada_w1_|lokr_w[12]|oft_blocks|lora_linear_layer)|\.(dora_scale|on_input)$",
+    ),
     ("a textual inversion embedding", r"^(emb_params|string_to_param|clip_[lg])$"),
-    ("a ControlNet", r"^(control_model|controlnet_cond_embedding|input_hint_block|zero_convs|controlnet_down_blocks)\."),
+    (
+        "a ControlNet",
+        r"^(control_model|controlnet_cond_embedding|input_hint_block|zero_convs|controlnet_down_blocks)\.",
+    ),
     ("Stable Diffusion 3", r"(^|\.)joint_blocks\.\d+\."),
     ("Flux (or Chroma)", r"(^|\.)(double_blocks|single_blocks)\.\d+\.|single_transformer_blocks\.\d+\."),
     ("AuraFlow", r"(^|\.)double_layers\.\d+\."),
@@ -29,24 +36,33 @@ _RECOGNISED = (
 )
 _PARTS = (
     ("a UNet in diffusers spelling, without text encoder", r"^(unet\.)?down_blocks\.\d+\.resnets\."),
-    ("a VAE alone (give it as the VAE, not as the model)", r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|down|up)"),
+    (
+        "a VAE alone (give it as the VAE, not as the model)",
+        r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|down|up)",
+    ),
     ("a text encoder alone", r"^(text_model\.|transformer\.(resblocks|text_model)\.|encoder\.(layers|block)\.\d+)"),
 )
 _CHANNELS = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model", 7: "a ×4 upscaler"}
 
 
 def refuse_unsupported(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise ModelError, saying what was recognised, unless the tensors are a Stable Diffusion checkpoint in LDM/sgm spelling."""
+    """Raise ModelError, saying what was recognised, unless the tensors are a Stable Diffusion checkpoint in LDM/sgm
+    spelling."""
     for label, pattern in _RECOGNISED:
         found = _first(tensors, pattern)
         if found:
-            raise ModelError(f"{where}: this is {label} (it has the tensor {found}), not a base model we can train. {SUPPORTED}.")
+            raise ModelError(
+                f"{where}: this is {label} (it has the tensor {found}), not a base model we can train. {SUPPORTED}."
+            )
     entry = tensors.get(f"{UNET}input_blocks.0.0.weight")
     if entry is None:
         for label, pattern in _PARTS:
             found = _first(tensors, pattern)
             if found:
-                raise ModelError(f"{where}: this is {label} (it has the tensor {found}). {SUPPORTED}, as a whole checkpoint or a diffusers folder.")
+                raise ModelError(
+                    f"{where}: this is {label} (it has the tensor {found}). {SUPPORTED}, "
+                    "as a whole checkpoint or a diffusers folder."
+                )
         some = ", ".join(list(tensors)[:3]) or "none at all"
         raise ModelError(f"{where}: the architecture is not known (its first tensors: {some}). {SUPPORTED}.")
     refuse_quantised(tensors, where)
@@ -61,14 +77,19 @@ def refuse_channels(channels: int, where: str) -> None:
     """Raise ModelError when the UNet takes anything beside four latent channels."""
     if channels != 4:
         what = _CHANNELS.get(channels, "another architecture")
-        raise ModelError(f"{where}: the UNet takes {channels} channels, so this is {what}; a base model takes 4. {SUPPORTED}.")
+        raise ModelError(
+            f"{where}: the UNet takes {channels} channels, so this is {what}; a base model takes 4. {SUPPORTED}."
+        )
 
 
 def refuse_quantised(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise ModelError when weights are stored as integers."""
     for name, tensor in tensors.items():
         if name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8, torch.int32):
-            raise ModelError(f"{where}: its weights are quantised ({name} is {tensor.dtype}); use the fp16, bf16 or fp32 file of this model.")
+            raise ModelError(
+                f"{where}: its weights are quantised ({name} is {tensor.dtype}); "
+                "use the fp16, bf16 or fp32 file of this model."
+            )
 
 
 def _first(tensors: Mapping[str, Tensor], pattern: str) -> str | None:

@@ -1,4 +1,5 @@
 """Reading a diffusers folder: the configurations in it rule."""
+
 from __future__ import annotations
 
 import json
@@ -23,7 +24,9 @@ _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 def read_folder(path: Path) -> Source:
     """The source of a diffusers folder. Raises ModelError when it is not one of a supported family."""
     if not (path / "unet").is_dir():
-        kind = read_json(path / "model_index.json").get("_class_name") if (path / "model_index.json").is_file() else None
+        kind = (
+            read_json(path / "model_index.json").get("_class_name") if (path / "model_index.json").is_file() else None
+        )
         what = f"a diffusers {kind}" if kind else "not a diffusers folder (it has no `unet` folder)"
         raise ModelError(f"{path.name}: this is {what}. {SUPPORTED}.")
     unet, unet_config = read_part(path / "unet")
@@ -72,7 +75,10 @@ def _weight_files(folder: Path) -> list[Path]:
                 for index in (f"{stem}.{suffix}.index{variant}.json", f"{stem}{variant}.{suffix}.index.json"):
                     if (folder / index).is_file():
                         return [folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
-    raise ModelError(f"{folder}: no weights; expected {_WEIGHTS[0]}.safetensors (a VAE, a UNet) or {_WEIGHTS[1]}.safetensors (a text encoder).")
+    raise ModelError(
+        f"{folder}: no weights; expected {_WEIGHTS[0]}.safetensors (a VAE, a UNet) or "
+        f"{_WEIGHTS[1]}.safetensors (a text encoder)."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

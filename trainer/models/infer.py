@@ -1,8 +1,9 @@
 """Configurations of UNet, VAE and text encoders from the shapes of their tensors: no table of sizes.
 
-What shapes cannot tell is a rule: with convolutional projections the attention has 8 heads, with linear ones heads of width 64;
-text encoders have heads of width 64; the GroupNorms have 32 groups.
+What shapes cannot tell is a rule: with convolutional projections the attention has 8 heads, with linear ones heads of
+width 64; text encoders have heads of width 64; the GroupNorms have 32 groups.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -32,10 +33,13 @@ def unet_facts(unet: Tensors, encoders: tuple[str, ...]) -> UnetFacts:
 
 
 def unet_config(unet: Tensors) -> dict[str, Any]:
-    """The `UNet2DConditionModel` configuration of UNet tensors in diffusers spelling. Raises ModelError when none fits."""
+    """The `UNet2DConditionModel` configuration of UNet tensors in diffusers spelling. Raises ModelError when none
+    fits."""
     plan = plan_of_diffusers(unet)
     if not plan.down or not plan.up or len(plan.down) != len(plan.up):
-        raise ModelError(f"UNet: {len(plan.down)} down and {len(plan.up)} up blocks were found; the file is incomplete.")
+        raise ModelError(
+            f"UNet: {len(plan.down)} down and {len(plan.up)} up blocks were found; the file is incomplete."
+        )
     _check_uniform(plan)
     widths = [_shape(unet, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(len(plan.down))]
     facts = unet_facts(unet, ())
@@ -66,14 +70,15 @@ def unet_config(unet: Tensors) -> dict[str, Any]:
 
 
 def _check_uniform(plan: UnetPlan) -> None:
-    """Raise ModelError unless every level has the same number of resnets, and a transformer behind all of them or none."""
+    """Raise ModelError unless every level has the same number of resnets, and a transformer behind all of them or
+    none."""
     layers = len(plan.down[0])
     lengths = [len(level) for level in plan.down] + [len(level) - 1 for level in plan.up]
     mixed = [level for level in (*plan.down, *plan.up) if any(level) and not all(level)]
     if not layers or set(lengths) != {layers} or mixed:
         raise ModelError(
-            f"UNet: its blocks (transformer depths {plan.down}, middle {plan.mid}, {plan.up}) are not those of a Stable Diffusion UNet; "
-            "the file is incomplete or of another architecture."
+            f"UNet: its blocks (transformer depths {plan.down}, middle {plan.mid}, {plan.up}) are not those "
+            "of a Stable Diffusion UNet; the file is incomplete or of another architecture."
         )
 
 
@@ -84,7 +89,9 @@ def _depths(plan: UnetPlan) -> dict[str, Any]:
     """
     down = [list(level) if any(level) else [max(plan.mid, 1)] * len(level) for level in plan.down]
     if any(plan.down[-1]) and plan.mid and plan.mid != plan.down[-1][0]:
-        raise ModelError(f"UNet: the middle block has depth {plan.mid}, the last level {plan.down[-1]}; such a UNet cannot be built.")
+        raise ModelError(
+            f"UNet: the middle block has depth {plan.mid}, the last level {plan.down[-1]}; such a UNet cannot be built."
+        )
     same = all(len(set(level)) <= 1 for level in (*plan.down, *plan.up))
     mirrored = all(not any(b) or a[0] == b[0] for a, b in zip(reversed(plan.down), plan.up, strict=True))
     if same and mirrored:
@@ -95,11 +102,11 @@ def _depths(plan: UnetPlan) -> dict[str, Any]:
 
 def size_width(unet_config: Mapping[str, Any], pooled: int) -> int:
     """Width of the sinusoidal embedding of each of SDXL's six size numbers, given the width of the pooled text."""
-    total = unet_config["projection_class_embeddings_input_dim"] - pooled
+    total: int = unet_config["projection_class_embeddings_input_dim"] - pooled
     if total <= 0 or total % 12:
         raise ModelError(
-            f"UNet: its size conditioning takes {total + pooled} numbers, the pooled text has {pooled}; the rest is not six embeddings. "
-            "The text encoders do not belong to this UNet."
+            f"UNet: its size conditioning takes {total + pooled} numbers, the pooled text has {pooled}; "
+            "the rest is not six embeddings. The text encoders do not belong to this UNet."
         )
     return total // 6
 
@@ -113,7 +120,9 @@ def vae_config(vae: Tensors, latent_scale: float) -> dict[str, Any]:
         "in_channels": _shape(vae, "encoder.conv_in.weight")[1],
         "out_channels": _shape(vae, "decoder.conv_out.weight")[0],
         "latent_channels": _shape(vae, "decoder.conv_in.weight")[1],
-        "block_out_channels": [_shape(vae, f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)],
+        "block_out_channels": [
+            _shape(vae, f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
+        ],
         "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,

@@ -1,4 +1,5 @@
 """A two-way map of module names: LDM/sgm spelling ⇄ diffusers spelling."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

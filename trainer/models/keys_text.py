@@ -1,8 +1,9 @@
 """The text encoders' names: transformers (4.30 to 5.x) and OpenCLIP, brought to one spelling.
 
-The one spelling is transformers 5's: `embeddings.…`, `encoder.layers.N.…`, `final_layer_norm.…`, without the `text_model.`
-prefix of earlier versions, and `text_projection.weight` beside it.
+The one spelling is transformers 5's: `embeddings.…`, `encoder.layers.N.…`, `final_layer_norm.…`, without the
+`text_model.` prefix of earlier versions, and `text_projection.weight` beside it.
 """
+
 from __future__ import annotations
 
 import re
@@ -11,7 +12,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _OPEN_CLIP_LAYER = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
 }
 _OPEN_CLIP_OUTER = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -31,7 +36,8 @@ def is_open_clip(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def text_to_one_spelling(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors in the one spelling, names left over) of a text encoder; every result shares storage with what was given."""
+    """(tensors in the one spelling, names left over) of a text encoder; every result shares storage with what was
+    given."""
     rename = _from_open_clip if is_open_clip(tensors) else _from_transformers
     out: dict[str, Tensor] = {}
     unknown = []

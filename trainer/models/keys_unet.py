@@ -1,4 +1,5 @@
 """The UNet's names: which blocks it has, and its LDM/sgm ⇄ diffusers map, both by walking the names themselves."""
+
 from __future__ import annotations
 
 import re
@@ -11,21 +12,32 @@ from .keys import NameMap
 Levels = tuple[tuple[int, ...], ...]
 
 RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
 OUTER = {
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 _LDM = re.compile(r"((?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.(?:transformer_blocks\.(\d+)|(\w+))")
-_DIFFUSERS = re.compile(r"((?:down|up)_blocks\.\d+|mid_block)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+))?")
+_DIFFUSERS = re.compile(
+    r"((?:down|up)_blocks\.\d+|mid_block)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+))?"
+)
 
 
 @dataclass(frozen=True)
 class UnetPlan:
-    """The blocks of a UNet: for each level, for each of its resnets, the depth of the transformer behind it (0 = none)."""
+    """The blocks of a UNet: for each level, for each of its resnets, the depth of the transformer behind it (0 =
+    none)."""
 
     down: Levels
     mid: int
@@ -74,7 +86,8 @@ def plan_of_diffusers(names: Iterable[str]) -> UnetPlan:
     def side(word: str) -> Levels:
         levels: list[list[int]] = []
         while (f"{word}_blocks.{len(levels)}", 0) in depth:
-            block, level = f"{word}_blocks.{len(levels)}", []
+            block = f"{word}_blocks.{len(levels)}"
+            level: list[int] = []
             while (block, len(level)) in depth:
                 level.append(depth[block, len(level)])
             levels.append(level)

@@ -1,4 +1,5 @@
 """The VAE's names: LDM ⇄ diffusers."""
+
 from __future__ import annotations
 
 import re

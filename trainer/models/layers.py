@@ -1,4 +1,5 @@
 """The layers an adapter may sit on, with the names LoRA files give them (kohya's universe)."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ BLOCKS = ("BASE", *(f"IN{n:02d}" for n in range(12)), "M00", *(f"OUT{n:02d}" for
 class Layer:
     """A linear or convolutional layer.
 
-    `key`: its name in the LoRA files we write. `path`: its module name in diffusers (text: transformers 4) spelling. `part`: unet,
-    te1 or te2. `block`: BASE, IN00–IN11, M00 or OUT00–OUT11. `kind`: linear, conv1x1, conv3x3. `owner`: class of the block
-    around it. `attention`: attn1 (self), attn2 (cross) or "". `also`: other spellings of the key in files of other programs.
+    `key`: its name in the LoRA files we write. `path`: its module name in diffusers (text: transformers 4) spelling.
+    `part`: unet, te1 or te2. `block`: BASE, IN00–IN11, M00 or OUT00–OUT11. `kind`: linear, conv1x1, conv3x3. `owner`:
+    class of the block around it. `attention`: attn1 (self), attn2 (cross) or "". `also`: other spellings of the key in
+    files of other programs.
     """
 
     key: str
@@ -47,7 +49,8 @@ def aliases(layer: Layer) -> tuple[str, ...]:
 
 
 def unet_layers(unet: nn.Module, key_style: str) -> Iterator[Layer]:
-    """The layers of a UNet. `key_style` is the spelling of the keys: diffusers, or sgm (the other one becomes an alias)."""
+    """The layers of a UNet. `key_style` is the spelling of the keys: diffusers, or sgm (the other one becomes an
+    alias)."""
     names = unet_names(plan_of_diffusers(name for name, _ in unet.named_parameters()))
     for path, module in unet.named_modules():
         owner = type(module).__name__
@@ -75,7 +78,17 @@ def _text_layers(encoder: TextEncoder) -> Iterator[Layer]:
         if isinstance(module, nn.Linear) and path.startswith("encoder.layers."):
             full = f"text_model.{path}"
             owner = "CLIPAttention" if ".self_attn." in path else "CLIPMLP"
-            yield Layer(f"{row.kohya}_{_flat(full)}", full, module, row.part, "BASE", "linear", owner, "", (f"{row.folder}.{full}",))
+            yield Layer(
+                f"{row.kohya}_{_flat(full)}",
+                full,
+                module,
+                row.part,
+                "BASE",
+                "linear",
+                owner,
+                "",
+                (f"{row.folder}.{full}",),
+            )
 
 
 def _block(sgm: str) -> str:

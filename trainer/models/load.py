@@ -1,4 +1,5 @@
 """Loading a base model from a file or a diffusers folder."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,13 +16,19 @@ from .source import Source
 
 
 def load_model(
-    path: str | Path, *, vae_path: str | Path | None = None, v_pred: bool = False, storage: torch.dtype | None = None,
-    vae_storage: torch.dtype | None = None, device: torch.device | str = "cpu", vocabularies: Sequence[Path] = (),
+    path: str | Path,
+    *,
+    vae_path: str | Path | None = None,
+    v_pred: bool = False,
+    storage: torch.dtype | None = None,
+    vae_storage: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    vocabularies: Sequence[Path] = (),
 ) -> Model:
     """The base model at `path`: a `.safetensors` or `.ckpt` file, or a diffusers folder.
 
-    `vae_path` replaces its VAE (a file or a folder). `v_pred` forces v-prediction. `storage` and `vae_storage` None keep the
-    file's precision. `vocabularies` are places to look for CLIP's vocabulary before the installed packages.
+    `vae_path` replaces its VAE (a file or a folder). `v_pred` forces v-prediction. `storage` and `vae_storage` None
+    keep the file's precision. `vocabularies` are places to look for CLIP's vocabulary before the installed packages.
     Raises ModelError that says what was recognised when the model cannot be used.
     """
     path = Path(path)
@@ -30,7 +37,9 @@ def load_model(
     source = read_folder(path) if path.is_dir() else read_single(path)
     if vae_path is not None:
         _replace_vae(source, Path(vae_path))
-    return assemble(source, v_pred=v_pred, storage=storage, vae_storage=vae_storage, device=device, vocabularies=vocabularies)
+    return assemble(
+        source, v_pred=v_pred, storage=storage, vae_storage=vae_storage, device=device, vocabularies=vocabularies
+    )
 
 
 def _replace_vae(source: Source, path: Path) -> None:

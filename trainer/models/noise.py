@@ -1,4 +1,5 @@
 """Which prediction type and noise schedule a model has: read from what lies in the file and beside it."""
+
 from __future__ import annotations
 
 import json
@@ -16,14 +17,20 @@ from ..maths.schedule import EPSILON, V_PREDICTION, NoiseSchedule, scaled_linear
 from .family import Family
 
 _SPELLINGS = {
-    "v": V_PREDICTION, "v_prediction": V_PREDICTION, "v-prediction": V_PREDICTION, "vpred": V_PREDICTION, "v_pred": V_PREDICTION,
-    "eps": EPSILON, "epsilon": EPSILON,
+    "v": V_PREDICTION,
+    "v_prediction": V_PREDICTION,
+    "v-prediction": V_PREDICTION,
+    "vpred": V_PREDICTION,
+    "v_pred": V_PREDICTION,
+    "eps": EPSILON,
+    "epsilon": EPSILON,
 }
 
 
 @dataclass(frozen=True)
 class NoiseFacts:
-    """Prediction type (None = nothing was said), whether the schedule ends at zero signal, and ᾱ where the model brings its own."""
+    """Prediction type (None = nothing was said), whether the schedule ends at zero signal, and ᾱ where the model brings
+    its own."""
 
     prediction: str | None = None
     zero_snr: bool = False
@@ -31,7 +38,8 @@ class NoiseFacts:
 
 
 def noise_of_file(names: Collection[str], metadata: Mapping[str, str], path: Path | None) -> NoiseFacts:
-    """The facts of a single file, in order of trust: a yaml or json beside it, its `v_pred`/`ztsnr` keys, its modelspec metadata."""
+    """The facts of a single file, in order of trust: a yaml or json beside it, its `v_pred`/`ztsnr` keys, its modelspec
+    metadata."""
     beside = _beside(path) if path is not None else None
     keys = V_PREDICTION if {"v_pred", "ztsnr"} & set(names) else None
     said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
@@ -39,10 +47,13 @@ def noise_of_file(names: Collection[str], metadata: Mapping[str, str], path: Pat
 
 
 def noise_of_scheduler(config: Mapping[str, Any]) -> NoiseFacts:
-    """The facts of a diffusers `scheduler_config.json`. Raises ModelError for a schedule that is not a diffusion of this kind."""
+    """The facts of a diffusers `scheduler_config.json`. Raises ModelError for a schedule that is not a diffusion of
+    this kind."""
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in (EPSILON, V_PREDICTION):
-        raise ModelError(f"scheduler_config.json: prediction_type {prediction!r}; epsilon and v_prediction are supported.")
+        raise ModelError(
+            f"scheduler_config.json: prediction_type {prediction!r}; epsilon and v_prediction are supported."
+        )
     return NoiseFacts(prediction, bool(config.get("rescale_betas_zero_snr")), _alphas(config))
 
 
@@ -58,7 +69,9 @@ def _alphas(config: Mapping[str, Any]) -> Tensor:
     elif kind == "linear":
         betas = torch.linspace(first, last, steps, dtype=torch.float64)
     else:
-        raise ModelError(f"scheduler_config.json: beta_schedule {kind!r}; scaled_linear, linear and trained_betas are supported.")
+        raise ModelError(
+            f"scheduler_config.json: beta_schedule {kind!r}; scaled_linear, linear and trained_betas are supported."
+        )
     return torch.cumprod(1 - betas, 0).float()
 
 
@@ -68,13 +81,15 @@ def schedule_of(facts: NoiseFacts, family: Family, forced_v: bool) -> tuple[Nois
     prediction = facts.prediction
     if prediction is None and family.often_v and not forced_v:
         warnings.append(
-            f"{family.label}: the file does not say whether it predicts ε or v; ε is assumed. If it is a v-model (768 pixels), "
-            "set model_v_pred or put its yaml beside it."
+            f"{family.label}: the file does not say whether it predicts ε or v; ε is assumed. "
+            "If it is a v-model (768 pixels), set model_v_pred or put its yaml beside it."
         )
     if forced_v and facts.prediction == EPSILON:
         warnings.append("model_v_pred is set although the model says that it predicts ε; v-prediction is used.")
     alphas = scaled_linear_alphas() if facts.alphas_T is None else facts.alphas_T
-    schedule = NoiseSchedule(zero_terminal_snr(alphas) if facts.zero_snr else alphas, V_PREDICTION if forced_v else prediction or EPSILON)
+    schedule = NoiseSchedule(
+        zero_terminal_snr(alphas) if facts.zero_snr else alphas, V_PREDICTION if forced_v else prediction or EPSILON
+    )
     return schedule, warnings
 
 
@@ -104,4 +119,8 @@ def _of_yaml(text: str) -> str | None:
         return _SPELLINGS.get(said[1].lower())
     if re.search(r"denoiser_scaling\.VScaling", text):
         return V_PREDICTION
-    return EPSILON if re.search(r"denoiser_scaling\.EpsScaling|target:\s*\S*\.ddpm\.LatentDiffusion\s*$", text, re.MULTILINE) else None
+    return (
+        EPSILON
+        if re.search(r"denoiser_scaling\.EpsScaling|target:\s*\S*\.ddpm\.LatentDiffusion\s*$", text, re.MULTILINE)
+        else None
+    )

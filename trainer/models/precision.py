@@ -1,8 +1,9 @@
 """Storage and compute precision: frozen weights stay as they are stored and are cast at each call.
 
-For the backward pass the *stored* weight is kept and cast again, so that fp16 storage with float32 compute needs no second
-copy of the model. Modules whose weights are already in the compute precision are left alone.
+For the backward pass the *stored* weight is kept and cast again, so that fp16 storage with float32 compute needs no
+second copy of the model. Modules whose weights are already in the compute precision are left alone.
 """
+
 from __future__ import annotations
 
 from types import MethodType
@@ -13,29 +14,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _MARK = "_casts_to"
+_GRADIENTS: Any = torch.nn.grad
 
 
 def compute_dtype(device: torch.device | str, storage: torch.dtype) -> torch.dtype:
-    """The precision to compute in: float32 on a CPU (fp16 arithmetic is many times slower there), else the storage's."""
+    """The precision to compute in: float32 on a CPU (fp16 arithmetic is many times slower there), else the
+    storage's."""
     return torch.float32 if torch.device(device).type == "cpu" else storage
 
 
 def install(root: nn.Module, compute: torch.dtype) -> int:
     """Make every layer below `root` that is stored in another precision cast per call; returns how many do.
 
-    A layer already in the compute precision gets its plain forward back. The cast is an instance attribute `forward`, so
-    an adapter that replaces `forward` of one layer can call it as the base layer.
+    A layer already in the compute precision gets its plain forward back. The cast is an instance attribute `forward`,
+    so an adapter that replaces `forward` of one layer can call it as the base layer.
     """
     casting = 0
     for module in root.modules():
-        forward = _FORWARDS.get(_kind(module))
-        if forward is None:
+        kind = next((kind for kind in _FORWARDS if isinstance(module, kind)), None)
+        if kind is None:
             continue
         remove(module)
         stored = module.weight
         if isinstance(stored, Tensor) and stored.dtype != compute:
             setattr(module, _MARK, compute)
-            module.forward = MethodType(forward, module)
+            setattr(module, "forward", MethodType(_FORWARDS[kind], module))  # noqa: B010 - mypy: it is a method there
             casting += 1
     return casting
 
@@ -83,20 +86,24 @@ class CastConv2d(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = nn.grad.conv2d_input(ctx.x_shape, weight.to(grad.dtype), grad, *ctx.geometry)
+            grad_x = _GRADIENTS.conv2d_input(ctx.x_shape, weight.to(grad.dtype), grad, *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            grad_w = nn.grad.conv2d_weight(x, weight.shape, grad, *ctx.geometry).to(weight.dtype)
+            grad_w = _GRADIENTS.conv2d_weight(x, weight.shape, grad, *ctx.geometry).to(weight.dtype)
         grad_b = grad.sum((0, 2, 3)).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_b, None
 
 
-def _linear(self: nn.Linear, x: Tensor) -> Tensor:
-    return CastLinear.apply(x.to(getattr(self, _MARK)), self.weight, self.bias)
+def _apply(function: Any, *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
 
-def _conv2d(self: nn.Conv2d, x: Tensor) -> Tensor:
+def _linear(self: nn.Linear, x: Tensor) -> Any:
+    return _apply(CastLinear, x.to(getattr(self, _MARK)), self.weight, self.bias)
+
+
+def _conv2d(self: nn.Conv2d, x: Tensor) -> Any:
     geometry = (self.stride, self.padding, self.dilation, self.groups)
-    return CastConv2d.apply(x.to(getattr(self, _MARK)), self.weight, self.bias, geometry)
+    return _apply(CastConv2d, x.to(getattr(self, _MARK)), self.weight, self.bias, geometry)
 
 
 def _group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -114,10 +121,10 @@ def _embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
     return functional.embedding(ids, self.weight, self.padding_idx).to(getattr(self, _MARK))
 
 
-_FORWARDS = {
-    nn.Linear: _linear, nn.Conv2d: _conv2d, nn.GroupNorm: _group_norm, nn.LayerNorm: _layer_norm, nn.Embedding: _embedding,
+_FORWARDS: dict[type[nn.Module], Any] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
 }
-
-
-def _kind(module: nn.Module) -> type[nn.Module] | None:
-    return next((kind for kind in _FORWARDS if isinstance(module, kind)), None)

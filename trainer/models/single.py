@@ -1,4 +1,5 @@
 """Reading a single `.safetensors` or `.ckpt` file in LDM/sgm spelling."""
+
 from __future__ import annotations
 
 import pickle
@@ -34,7 +35,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path.name}: not a readable safetensors file ({error}). Is the download complete?") from error
+            raise ModelError(
+                f"{path.name}: not a readable safetensors file ({error}). Is the download complete?"
+            ) from error
     if path.suffix.lower() in PICKLES:
         return _tensors_only(_unpickle(path)), {}
     raise ModelError(f"{path.name}: a model file ends in .safetensors or .ckpt, or is a diffusers folder.")
@@ -49,8 +52,9 @@ def _unpickle(path: Path) -> Any:
             return load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path.name}: this pickled file holds more than tensors, and loading it could run code ({str(error).splitlines()[0]}). "
-            "Convert it to .safetensors with a tool you trust (the WebUI's checkpoint merger can) and choose that file."
+            f"{path.name}: this pickled file holds more than tensors, and loading it could run code "
+            f"({str(error).splitlines()[0]}). Convert it to .safetensors with a tool you trust "
+            "(the WebUI's checkpoint merger can) and choose that file."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ModelError(f"{path.name}: not a readable checkpoint ({error}). Is the download complete?") from error
@@ -60,7 +64,11 @@ def _tensors_only(content: Any) -> dict[str, Tensor]:
     """The tensors of a pickled file, which may keep them under `state_dict`."""
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, Mapping) else {}
+    return (
+        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
 
 
 def read_single(path: Path) -> Source:
@@ -72,8 +80,8 @@ def read_single(path: Path) -> Source:
 def source_of(tensors: Tensors, metadata: Mapping[str, str], name: str, path: Path | None = None) -> Source:
     """The source of tensors in LDM/sgm spelling, from a file or from a host's live model; they are shared, not copied.
 
-    Prefixes are a checkpoint's: `model.diffusion_model.`, `first_stage_model.`, `cond_stage_model.`, `conditioner.embedders.N.`.
-    Raises ModelError, saying what was recognised, when they are something else.
+    Prefixes are a checkpoint's: `model.diffusion_model.`, `first_stage_model.`, `cond_stage_model.`,
+    `conditioner.embedders.N.`. Raises ModelError, saying what was recognised, when they are something else.
     """
     refuse_unsupported(tensors, name)
     source = Source(name, {}, noise_of_file(tensors.keys(), metadata, path), path)
@@ -105,7 +113,8 @@ def _add_texts(source: Source, tensors: Tensors) -> None:
 
 
 def read_vae(path: Path) -> dict[str, Tensor]:
-    """The tensors of a VAE file in diffusers spelling; it may be in any spelling, or a whole checkpoint. Raises ModelError."""
+    """The tensors of a VAE file in diffusers spelling; it may be in any spelling, or a whole checkpoint. Raises
+    ModelError."""
     tensors, _ = read_tensors(path)
     refuse_quantised(tensors, path.name)
     for prefix in _VAE_PREFIXES:
@@ -128,4 +137,6 @@ def _without_training_parts(vae: Tensors) -> dict[str, Tensor]:
 def _tell_ignored(source: Source, what: str, names: list[str]) -> None:
     if names:
         some = ", ".join(names[:3])
-        source.warnings.append(f"{what}: {len(names)} tensors of {source.name} are not known and were ignored ({some}).")
+        source.warnings.append(
+            f"{what}: {len(names)} tensors of {source.name} are not known and were ignored ({some})."
+        )

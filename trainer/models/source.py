@@ -1,4 +1,5 @@
 """What a file, a folder or a live host yields before modules are built: named tensors and what is known about them."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

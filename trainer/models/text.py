@@ -1,4 +1,5 @@
 """A text encoder with its tokenizer: token ids → what the UNet reads of a prompt."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,18 +29,21 @@ class TextEncoder(nn.Module):
             )
 
     @property
-    def transformer(self) -> nn.Module:
+    def transformer(self) -> Any:
         """The tower itself: transformers before 5 keeps it as `text_model` inside its CLIPTextModel."""
         return getattr(self.clip, "text_model", self.clip)
 
     def forward(self, ids_NL: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
-        """(context (N, L, width), pooled (N, P) or None) of token rows. `clip_skip` 1 is the last layer, 2 the penultimate.
+        """(context (N, L, width), pooled (N, P) or None) of token rows. `clip_skip` 1 is the last layer, 2 the
+        penultimate.
 
         The layer is never later than the one the UNet was trained on. Raises ModelError when there are fewer layers.
         """
         skip = max(clip_skip, self.row.least_skip)
         if not 1 <= skip <= self.layers:
-            raise ModelError(f"clip skip {clip_skip}: text encoder {self.row.part} has {self.layers} layers; use 1 to {self.layers}.")
+            raise ModelError(
+                f"clip skip {clip_skip}: text encoder {self.row.part} has {self.layers} layers; use 1 to {self.layers}."
+            )
         out = self.clip(input_ids=ids_NL, output_hidden_states=True, return_dict=True)
         last = out.last_hidden_state  # the final LayerNorm is already applied to it
         hidden = last if skip == 1 else out.hidden_states[-skip]

@@ -1,8 +1,9 @@
 """CLIP's byte-pair tokenizer from a vocabulary on this machine: nothing is downloaded.
 
-The vocabulary is a folder (`vocab.json` + `merges.txt`, or `tokenizer.json`) or the `bpe_simple_vocab_16e6.txt.gz` that the
-packages `open_clip_torch` and `clip` carry; those packages are read as files, never imported.
+The vocabulary is a folder (`vocab.json` + `merges.txt`, or `tokenizer.json`) or the `bpe_simple_vocab_16e6.txt.gz` that
+the packages `open_clip_torch` and `clip` carry; those packages are read as files, never imported.
 """
+
 from __future__ import annotations
 
 import gzip
@@ -66,13 +67,22 @@ def _byte_pair_encoder(vocabulary: Vocabulary) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     model = models.BPE(
-        vocab=vocabulary.ids, merges=list(vocabulary.merges), unk_token=END, continuing_subword_prefix="", end_of_word_suffix="</w>",
+        vocab=vocabulary.ids,
+        merges=list(vocabulary.merges),
+        unk_token=END,
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
         fuse_unk=False,
     )
     encoder = Tokenizer(model)
-    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    encoder.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     return encoder
 
@@ -87,7 +97,9 @@ def find_vocabulary(places: Sequence[Path] = ()) -> Vocabulary:
         found = read_vocabulary(place)
         if found is not None:
             return found
-    looked = ", ".join(str(place) for place in candidates) or "no folder, and neither open_clip_torch nor clip is installed"
+    looked = (
+        ", ".join(str(place) for place in candidates) or "no folder, and neither open_clip_torch nor clip is installed"
+    )
     raise ModelError(
         f"no CLIP vocabulary was found (looked at: {looked}). Give a folder with vocab.json and merges.txt, "
         "or install one as a file: pip install --no-deps open_clip_torch"
@@ -95,14 +107,17 @@ def find_vocabulary(places: Sequence[Path] = ()) -> Vocabulary:
 
 
 def read_vocabulary(place: Path) -> Vocabulary | None:
-    """The vocabulary at `place`: a BPE file, or a folder with tokenizer files or with a `tokenizer` folder; None if none is there."""
+    """The vocabulary at `place`: a BPE file, or a folder with tokenizer files or with a `tokenizer` folder; None if
+    none is there."""
     if place.is_file():
         return _from_bpe_file(place) if place.name.endswith(".gz") else None
     for folder in (place, place / "tokenizer"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
             merges = _merges(line for line in lines if line and not line.startswith("#version"))
-            return Vocabulary(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges, _pad_token(folder))
+            return Vocabulary(
+                json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges, _pad_token(folder)
+            )
         if (folder / "tokenizer.json").is_file():
             model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("model", {})
             return Vocabulary(model.get("vocab", {}), _merges(model.get("merges", ())), _pad_token(folder))

@@ -1,4 +1,5 @@
 """Stable Diffusion 1.x: CLIP-L, convolutions around the attention."""
+
 from __future__ import annotations
 
 from ..family import FAMILIES, PAD_EOS, Family, TextRow
@@ -12,7 +13,14 @@ SD1 = FAMILIES.register("sd1")(
         key_style="diffusers",
         latent_scale=0.18215,
         texts=(
-            TextRow("te1", "lora_te", ("cond_stage_model.transformer.", "cond_stage_model.model."), "text_encoder", "quick_gelu", PAD_EOS),
+            TextRow(
+                "te1",
+                "lora_te",
+                ("cond_stage_model.transformer.", "cond_stage_model.model."),
+                "text_encoder",
+                "quick_gelu",
+                PAD_EOS,
+            ),
         ),
         sizes=False,
         matches=lambda facts: not facts.linear and not facts.sizes,

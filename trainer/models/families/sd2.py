@@ -1,4 +1,5 @@
 """Stable Diffusion 2.x: OpenCLIP ViT-H (its penultimate layer), linear projections around the attention, ε or v."""
+
 from __future__ import annotations
 
 from ..family import FAMILIES, PAD_ZERO, Family, TextRow
@@ -13,7 +14,12 @@ SD2 = FAMILIES.register("sd2")(
         latent_scale=0.18215,
         texts=(
             TextRow(
-                "te1", "lora_te", ("cond_stage_model.transformer.", "cond_stage_model.model."), "text_encoder", "gelu", PAD_ZERO,
+                "te1",
+                "lora_te",
+                ("cond_stage_model.transformer.", "cond_stage_model.model."),
+                "text_encoder",
+                "gelu",
+                PAD_ZERO,
                 drop_last=True,
             ),
         ),

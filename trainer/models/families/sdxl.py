@@ -1,4 +1,5 @@
 """Stable Diffusion XL: CLIP-L and OpenCLIP bigG side by side, size conditioning."""
+
 from __future__ import annotations
 
 from ..family import FAMILIES, PAD_EOS, PAD_ZERO, Family, TextRow
@@ -13,12 +14,25 @@ SDXL = FAMILIES.register("sdxl")(
         latent_scale=0.13025,
         texts=(
             TextRow(
-                "te1", "lora_te1", ("conditioner.embedders.0.transformer.",), "text_encoder", "quick_gelu", PAD_EOS,
-                least_skip=2, final_norm=False,
+                "te1",
+                "lora_te1",
+                ("conditioner.embedders.0.transformer.",),
+                "text_encoder",
+                "quick_gelu",
+                PAD_EOS,
+                least_skip=2,
+                final_norm=False,
             ),
             TextRow(
-                "te2", "lora_te2", ("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."), "text_encoder_2", "gelu",
-                PAD_ZERO, least_skip=2, final_norm=False, pooled=True,
+                "te2",
+                "lora_te2",
+                ("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."),
+                "text_encoder_2",
+                "gelu",
+                PAD_ZERO,
+                least_skip=2,
+                final_norm=False,
+                pooled=True,
             ),
         ),
         sizes=True,
