@@ -13,37 +13,17 @@ that both are independent of the trainer's name maps.
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ldm_names import TOKENS, WINDOW, Shape
+from ldm_names import checkpoint as every_tensor
 from safetensors.torch import save_file
 from torch import Tensor
 
 KINDS = ("sd1", "sd2", "sdxl")
-TOKENS, WINDOW = 49408, 77
 START, END = TOKENS - 2, TOKENS - 1
 Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one tiny model: transformer depth per level and in the middle, text widths, whether projections are
-    linear."""
-
-    depth: tuple[int, ...]
-    mid: int
-    linear: bool
-    texts: tuple[tuple[str, str, int, int], ...]  # (kind, prefix, width, layers)
-    sizes: int = 0  # width of the embedding of one size number
-    mult: tuple[int, ...] = (1, 2, 2)
-    width: int = 32
-    layers: int = 1
-
-    @property
-    def context(self) -> int:
-        return sum(width for _, _, width, _ in self.texts)
 
 
 SHAPES = {
@@ -61,188 +41,50 @@ SHAPES = {
         mult=(1, 2, 4),
     ),
 }
-VAE_WIDTHS = (32, 32, 64, 64)
-
-
-class Writer:
-    """Collects random tensors under their names."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = torch.Generator().manual_seed(seed)
-        self.tensors: Tensors = {}
-
-    def random(self, name: str, *shape: int, std: float | None = None, mean: float = 0.0) -> None:
-        std = 0.7 / math.sqrt(math.prod(shape[1:]) or 1) if std is None else std
-        self.tensors[name] = torch.randn(shape, generator=self.rng) * std + mean
-
-    def linear(self, name: str, out: int, into: int, bias: bool = True) -> None:
-        self.random(f"{name}.weight", out, into)
-        if bias:
-            self.random(f"{name}.bias", out, std=0.05)
-
-    def conv(self, name: str, out: int, into: int, kernel: int) -> None:
-        self.random(f"{name}.weight", out, into, kernel, kernel)
-        self.random(f"{name}.bias", out, std=0.05)
-
-    def norm(self, name: str, width: int) -> None:
-        self.random(f"{name}.weight", width, std=0.1, mean=1.0)
-        self.random(f"{name}.bias", width, std=0.05)
+FULL = {  # the real sizes
+    "sd1": Shape(
+        (1, 1, 1, 0),
+        1,
+        False,
+        (("clip", "cond_stage_model.transformer.text_model.", 768, 12),),
+        mult=(1, 2, 4, 4),
+        width=320,
+        layers=2,
+        vae=(128, 256, 512, 512),
+        vae_layers=2,
+    ),
+    "sd2": Shape(
+        (1, 1, 1, 0),
+        1,
+        True,
+        (("open_clip", "cond_stage_model.model.", 1024, 24),),
+        mult=(1, 2, 4, 4),
+        width=320,
+        layers=2,
+        vae=(128, 256, 512, 512),
+        vae_layers=2,
+    ),
+    "sdxl": Shape(
+        (0, 2, 10),
+        10,
+        True,
+        (
+            ("clip", "conditioner.embedders.0.transformer.text_model.", 768, 12),
+            ("open_clip", "conditioner.embedders.1.model.", 1280, 32),
+        ),
+        sizes=256,
+        mult=(1, 2, 4),
+        width=320,
+        layers=2,
+        vae=(128, 256, 512, 512),
+        vae_layers=2,
+    ),
+}
 
 
 def checkpoint(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
     """The tensors of a tiny checkpoint in LDM/sgm spelling."""
-    shape, writer = SHAPES[kind], Writer(seed)
-    unet(writer, shape)
-    vae(writer)
-    for style, prefix, width, layers in shape.texts:
-        (clip if style == "clip" else open_clip)(writer, prefix, width, layers)
-    return {name: tensor.to(dtype).contiguous() for name, tensor in writer.tensors.items()}
-
-
-def unet(w: Writer, shape: Shape, p: str = "model.diffusion_model.") -> None:
-    """An LDM UNet."""
-    embedding = 4 * shape.width
-    w.linear(f"{p}time_embed.0", embedding, shape.width)
-    w.linear(f"{p}time_embed.2", embedding, embedding)
-    if shape.sizes:
-        w.linear(f"{p}label_emb.0.0", embedding, shape.texts[-1][2] + 6 * shape.sizes)
-        w.linear(f"{p}label_emb.0.2", embedding, embedding)
-    w.conv(f"{p}input_blocks.0.0", shape.width, 4, 3)
-    channels, n, skips = shape.width, 1, [shape.width]
-    for level, mult in enumerate(shape.mult):
-        for _ in range(shape.layers):
-            _resnet(w, f"{p}input_blocks.{n}.0", channels, mult * shape.width, embedding)
-            channels = mult * shape.width
-            _transformer(w, f"{p}input_blocks.{n}.1", channels, shape.depth[level], shape)
-            skips.append(channels)
-            n += 1
-        if level + 1 < len(shape.mult):
-            w.conv(f"{p}input_blocks.{n}.0.op", channels, channels, 3)
-            skips.append(channels)
-            n += 1
-    _resnet(w, f"{p}middle_block.0", channels, channels, embedding)
-    _transformer(w, f"{p}middle_block.1", channels, shape.mid, shape)
-    _resnet(w, f"{p}middle_block.2", channels, channels, embedding)
-    n = 0
-    for level in reversed(range(len(shape.mult))):
-        for j in range(shape.layers + 1):
-            width = shape.mult[level] * shape.width
-            _resnet(w, f"{p}output_blocks.{n}.0", channels + skips.pop(), width, embedding)
-            channels = width
-            _transformer(w, f"{p}output_blocks.{n}.1", channels, shape.depth[level], shape)
-            if level and j == shape.layers:
-                w.conv(f"{p}output_blocks.{n}.{2 if shape.depth[level] else 1}.conv", channels, channels, 3)
-            n += 1
-    w.norm(f"{p}out.0", channels)
-    w.conv(f"{p}out.2", 4, channels, 3)
-
-
-def _resnet(w: Writer, name: str, into: int, out: int, embedding: int) -> None:
-    w.norm(f"{name}.in_layers.0", into)
-    w.conv(f"{name}.in_layers.2", out, into, 3)
-    w.linear(f"{name}.emb_layers.1", out, embedding)
-    w.norm(f"{name}.out_layers.0", out)
-    w.conv(f"{name}.out_layers.3", out, out, 3)
-    if into != out:
-        w.conv(f"{name}.skip_connection", out, into, 1)
-
-
-def _transformer(w: Writer, name: str, width: int, depth: int, shape: Shape) -> None:
-    if not depth:
-        return
-    w.norm(f"{name}.norm", width)
-    for word in ("proj_in", "proj_out"):
-        if shape.linear:
-            w.linear(f"{name}.{word}", width, width)
-        else:
-            w.conv(f"{name}.{word}", width, width, 1)
-    for layer in range(depth):
-        block = f"{name}.transformer_blocks.{layer}"
-        for word, context in (("attn1", width), ("attn2", shape.context)):
-            w.linear(f"{block}.{word}.to_q", width, width, bias=False)
-            w.linear(f"{block}.{word}.to_k", width, context, bias=False)
-            w.linear(f"{block}.{word}.to_v", width, context, bias=False)
-            w.linear(f"{block}.{word}.to_out.0", width, width)
-        w.linear(f"{block}.ff.net.0.proj", 8 * width, width)
-        w.linear(f"{block}.ff.net.2", width, 4 * width)
-        for k in (1, 2, 3):
-            w.norm(f"{block}.norm{k}", width)
-
-
-def vae(w: Writer, p: str = "first_stage_model.", widths: tuple[int, ...] = VAE_WIDTHS, layers: int = 1) -> None:
-    """An LDM VAE with a factor of 2 per level after the first."""
-
-    def resnet(name: str, into: int, out: int) -> None:
-        w.norm(f"{name}.norm1", into)
-        w.conv(f"{name}.conv1", out, into, 3)
-        w.norm(f"{name}.norm2", out)
-        w.conv(f"{name}.conv2", out, out, 3)
-        if into != out:
-            w.conv(f"{name}.nin_shortcut", out, into, 1)
-
-    def middle(name: str, width: int) -> None:
-        resnet(f"{name}.block_1", width, width)
-        w.norm(f"{name}.attn_1.norm", width)
-        for word in ("q", "k", "v", "proj_out"):
-            w.conv(f"{name}.attn_1.{word}", width, width, 1)
-        resnet(f"{name}.block_2", width, width)
-
-    w.conv(f"{p}encoder.conv_in", widths[0], 3, 3)
-    channels = widths[0]
-    for i, width in enumerate(widths):
-        for j in range(layers):
-            resnet(f"{p}encoder.down.{i}.block.{j}", channels, width)
-            channels = width
-        if i + 1 < len(widths):
-            w.conv(f"{p}encoder.down.{i}.downsample.conv", channels, channels, 3)
-    middle(f"{p}encoder.mid", channels)
-    w.norm(f"{p}encoder.norm_out", channels)
-    w.conv(f"{p}encoder.conv_out", 8, channels, 3)
-    w.conv(f"{p}decoder.conv_in", channels, 4, 3)
-    middle(f"{p}decoder.mid", channels)
-    for i in reversed(range(len(widths))):
-        for j in range(layers + 1):
-            resnet(f"{p}decoder.up.{i}.block.{j}", channels, widths[i])
-            channels = widths[i]
-        if i:
-            w.conv(f"{p}decoder.up.{i}.upsample.conv", channels, channels, 3)
-    w.norm(f"{p}decoder.norm_out", channels)
-    w.conv(f"{p}decoder.conv_out", 3, channels, 3)
-    w.conv(f"{p}quant_conv", 8, 8, 1)
-    w.conv(f"{p}post_quant_conv", 4, 4, 1)
-
-
-def clip(w: Writer, p: str, width: int, layers: int) -> None:
-    """A text tower in transformers' spelling."""
-    w.random(f"{p}embeddings.token_embedding.weight", TOKENS, width, std=0.3)
-    w.random(f"{p}embeddings.position_embedding.weight", WINDOW, width, std=0.1)
-    w.tensors[f"{p}embeddings.position_ids"] = torch.arange(WINDOW).unsqueeze(0)
-    for i in range(layers):
-        for word in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            w.linear(f"{p}encoder.layers.{i}.self_attn.{word}", width, width)
-        w.norm(f"{p}encoder.layers.{i}.layer_norm1", width)
-        w.norm(f"{p}encoder.layers.{i}.layer_norm2", width)
-        w.linear(f"{p}encoder.layers.{i}.mlp.fc1", 4 * width, width)
-        w.linear(f"{p}encoder.layers.{i}.mlp.fc2", width, 4 * width)
-    w.norm(f"{p}final_layer_norm", width)
-
-
-def open_clip(w: Writer, p: str, width: int, layers: int) -> None:
-    """A text tower in OpenCLIP's spelling."""
-    w.random(f"{p}token_embedding.weight", TOKENS, width, std=0.3)
-    w.random(f"{p}positional_embedding", WINDOW, width, std=0.1)
-    w.random(f"{p}text_projection", width, width)
-    w.tensors[f"{p}logit_scale"] = torch.tensor(4.6)
-    for i in range(layers):
-        block = f"{p}transformer.resblocks.{i}"
-        w.random(f"{block}.attn.in_proj_weight", 3 * width, width)
-        w.random(f"{block}.attn.in_proj_bias", 3 * width, std=0.05)
-        w.linear(f"{block}.attn.out_proj", width, width)
-        w.norm(f"{block}.ln_1", width)
-        w.norm(f"{block}.ln_2", width)
-        w.linear(f"{block}.mlp.c_fc", 4 * width, width)
-        w.linear(f"{block}.mlp.c_proj", width, 4 * width)
-    w.norm(f"{p}ln_final", width)
+    return {name: tensor.to(dtype).contiguous() for name, tensor in every_tensor(SHAPES[kind], seed).items()}
 
 
 # -------------------------------------------------------------------- vocabulary
@@ -254,13 +96,17 @@ def letters() -> list[str]:
     return [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
+def token_ids() -> dict[str, int]:
+    """A byte-level CLIP vocabulary: every letter is a token, start and end have CLIP's ids."""
+    tokens = [*letters(), *(letter + "</w>" for letter in letters())]
+    return {**{token: n for n, token in enumerate(tokens)}, "<|startoftext|>": START, "<|endoftext|>": END}
+
+
 def vocabulary(path: Path) -> Path:
-    """Write a byte-level CLIP vocabulary (every letter is a token, no merges; start and end have CLIP's ids); returns
+    """Write a byte-level CLIP vocabulary without merges; returns
     its folder."""
     path.mkdir(parents=True, exist_ok=True)
-    tokens = [*letters(), *(letter + "</w>" for letter in letters())]
-    ids = {**{token: n for n, token in enumerate(tokens)}, "<|startoftext|>": START, "<|endoftext|>": END}
-    (path / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    (path / "vocab.json").write_text(json.dumps(token_ids()), encoding="utf-8")
     (path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     return path
 
@@ -312,17 +158,30 @@ def folder(
     return path
 
 
-def model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, v_pred: bool = False):
-    """A loaded tiny model with a byte-level vocabulary (a token is one letter of the prompt), without any file."""
+def model(
+    kind: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    v_pred: bool = False,
+    tensors: Tensors | None = None,
+    device: str = "cpu",
+):
+    """A loaded tiny model with a byte-level vocabulary (a token is one letter of the prompt), without any file.
+
+    `tensors` in LDM/sgm spelling replace the random ones.
+    """
     from trainer.models.assemble import assemble
     from trainer.models.single import source_of
     from trainer.models.tokenizer import Vocabulary
 
-    source = source_of(checkpoint(kind, seed, dtype), {}, f"tiny-{kind}")
-    tokens = [*letters(), *(letter + "</w>" for letter in letters())]
-    ids = {**{token: n for n, token in enumerate(tokens)}, "<|startoftext|>": START, "<|endoftext|>": END}
-    source.vocabularies = {part: Vocabulary(ids, ()) for part in ("te1", "te2")}
-    return assemble(source, v_pred=v_pred)
+    source = source_of(checkpoint(kind, seed, dtype) if tensors is None else tensors, {}, f"tiny-{kind}")
+    source.vocabularies = {part: Vocabulary(token_ids(), ()) for part in ("te1", "te2")}
+    return assemble(source, v_pred=v_pred, device=device)
+
+
+def full_model(kind: str):
+    """The full-size model with tensors that have only a shape (on `meta`)."""
+    return model(kind, tensors=every_tensor(FULL[kind], None), device="meta")
 
 
 def unet_config(shape: Shape) -> dict:
@@ -354,14 +213,14 @@ def unet_config(shape: Shape) -> dict:
 
 def vae_config(scale: float = 0.18215) -> dict:
     """diffusers' configuration of the tiny VAE."""
-    n = len(VAE_WIDTHS)
+    n = len(Shape.vae)
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": 4,
         "layers_per_block": 1,
-        "block_out_channels": list(VAE_WIDTHS),
+        "block_out_channels": list(Shape.vae),
         "down_block_types": ["DownEncoderBlock2D"] * n,
         "norm_num_groups": 32,
         "up_block_types": ["UpDecoderBlock2D"] * n,

@@ -195,9 +195,9 @@ class Model:
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pictures (about [−1, 1], float32) of latents as the UNet sees them."""
         vae = self._need_vae()
-        return vae.decode(
-            (latents_BCHW.to(self.device, torch.float32) / self.latent_scale).to(vae.dtype)
-        ).sample.float()
+        unscaled = latents_BCHW.to(self.device, torch.float32) / self.latent_scale
+        pixels: Tensor = vae.decode(unscaled.to(vae.dtype)).sample
+        return pixels.float()
 
     # ---------------------------------------------------------------- prediction
 
