@@ -1,0 +1,1 @@
+"""Pictures, captions and buckets: from a folder to batches of cached latents."""
