@@ -1,0 +1,155 @@
+"""A cache of tensors that is only believed when it proves itself: in memory, and on disk one file per entry.
+
+An entry's key is a fingerprint of everything it was made from. Its file is named by the key, carries the key and a
+digest of its contents, and is written beside its place and moved there whole. Whatever does not check out counts as
+absent, so it is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as pack_tensors
+
+from ..errors import DataError
+
+Tensors = dict[str, torch.Tensor]
+CACHE_VERSION = 1
+_STALE_SECONDS = 24 * 3600.0
+
+
+def fingerprint(**facts: object) -> str:
+    """A hexadecimal SHA-256 of the facts (JSON values and tuples) and of the version of this cache."""
+    text = json.dumps({"cache": CACHE_VERSION, **facts}, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class TensorCache:
+    """Named float tensors by key, held in memory and, when a folder is given, kept on disk.
+
+    With a folder, at most `hold_bytes` stay in memory and the rest is read again when needed; without one, nothing
+    touches the disk and everything is held. Safe to use from several threads and processes.
+    """
+
+    def __init__(self, folder: Path | None, hold_bytes: int = 2**30) -> None:
+        self._folder = folder
+        self._hold_bytes = hold_bytes
+        self._held: dict[str, Tensors] = {}
+        self._held_bytes = 0
+        self._lock = threading.Lock()
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(folder)
+            except OSError as error:
+                raise _cannot_write(folder, error) from error
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether entries outlive the process."""
+        return self._folder is not None
+
+    def get(self, key: str) -> Tensors | None:
+        """The entry, or None when there is none that can be trusted. The tensors are shared: do not change them."""
+        held = self._held.get(key)
+        if held is not None or self._folder is None:
+            return held
+        tensors = _read(self._path(key), key)
+        if tensors is not None:
+            self._hold(key, tensors)
+        return tensors
+
+    def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Enters finite tensors under `key` as float32 on the CPU.
+
+        Raises ValueError for tensors that are not finite, DataError when the disk does not take them.
+        """
+        entry = {
+            name: tensor.detach().to("cpu", torch.float32).contiguous().clone() for name, tensor in tensors.items()
+        }
+        if not _finite(entry):
+            raise ValueError("only finite tensors can be cached")
+        if self._folder is not None:
+            _write(self._path(key), key, entry)
+        self._hold(key, entry)
+
+    def _path(self, key: str) -> Path:
+        return Path(self._folder or "") / f"{key}.safetensors"
+
+    def _hold(self, key: str, tensors: Tensors) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with self._lock:
+            fits = self._folder is None or self._held_bytes + size <= self._hold_bytes
+            if fits and key not in self._held:
+                self._held[key] = tensors
+                self._held_bytes += size
+
+
+def _read(path: Path, key: str) -> Tensors | None:
+    try:
+        data = path.read_bytes()  # not mapped: a mapped file cannot be replaced on Windows
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        tensors = parse_tensors(data)
+        if metadata.get("fingerprint") != key or metadata.get("digest") != _digest(tensors):
+            return None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError):
+        return None
+    return tensors if _finite(tensors) else None
+
+
+def _write(path: Path, key: str, tensors: Tensors) -> None:
+    metadata = {"fingerprint": key, "digest": _digest(tensors), "version": str(CACHE_VERSION)}
+    beside = path.with_name(f"{key[:16]}-{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            beside.write_bytes(pack_tensors(tensors, metadata=metadata))
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except PermissionError as error:
+        # On Windows another process may be reading the same entry this moment; a good one need not be replaced.
+        if _read(path, key) is None:
+            raise _cannot_write(path.parent, error) from error
+    except OSError as error:
+        raise _cannot_write(path.parent, error) from error
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Deletes the unfinished files of runs that were killed; younger ones may belong to a run beside this one."""
+    for path in folder.glob("*-*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+        except OSError:
+            continue  # another process was faster, or still has it open
+
+
+def _cannot_write(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"The cache folder {str(folder)!r} cannot be written: {error.strerror or error}. "
+        "Make room or check its permissions, or set data_cache = memory."
+    )
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _finite(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

@@ -1,0 +1,169 @@
+"""Latents of all items, encoded once: check every picture first, then encode what the cache does not hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import DataError
+from .buckets import Placement
+from .cache import TensorCache, Tensors, fingerprint
+from .images import BrokenPicture, decode, fit
+from .scan import Broken, Picture
+from .text import Progress
+
+EncodeImages = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+BACKGROUND = "white"  # under transparent pixels; part of the fingerprint
+
+
+@dataclass(frozen=True)
+class Pending:
+    """One item whose latents are still to be encoded; `content` is the SHA-256 of the file it was checked with."""
+
+    key: str
+    picture: Picture
+    placement: Placement
+    content: str
+
+
+@dataclass
+class Checked:
+    """Outcome of `check_pictures`: keys by picture, in the order of its placements; what to encode; what is broken."""
+
+    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pending: list[Pending] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+
+
+def check_pictures(
+    work: Sequence[tuple[Picture, tuple[Placement, ...]]], vae: str, cache: TensorCache, progress: Progress | None
+) -> Checked:
+    """Fingerprints all pictures and decodes those with anything to encode: all broken ones are known at once."""
+    checked = Checked()
+    seen: set[str] = set()
+    for done, (picture, placements) in enumerate(work):
+        if progress:
+            progress("checking pictures", done, len(work))
+        try:
+            data = _bytes_of(picture.path)
+            content = hashlib.sha256(data).hexdigest()
+            keys = tuple(latents_key(content, placement, vae) for placement in placements)
+            pending = [
+                Pending(key, picture, placement, content)
+                for key, placement in zip(keys, placements, strict=True)
+                if key not in seen and not is_usable(cache.get(key), placement)
+            ]
+            if pending:
+                fit(*decode(data), placements[0])
+        except BrokenPicture as error:
+            checked.broken.append(Broken(picture.name, str(error)))
+            continue
+        seen.update(keys)
+        checked.keys[picture.name] = keys
+        checked.pending += pending
+    if progress:
+        progress("checking pictures", len(work), len(work))
+    return checked
+
+
+def encode_pending(
+    pending: Sequence[Pending],
+    encode_images: EncodeImages,
+    cache: TensorCache,
+    batch_size: int,
+    progress: Progress | None,
+) -> None:
+    """Encodes the items bucket by bucket and enters them in the cache; what is done stays when this is interrupted.
+
+    Raises DataError when the VAE gives something unusable or a picture changed since it was checked.
+    """
+    done = 0
+    for batch in _batches(pending, batch_size):
+        if progress:
+            progress("encoding pictures", done, len(pending))
+        _encode_batch(batch, encode_images, cache)
+        done += len(batch)
+    if progress and pending:
+        progress("encoding pictures", done, len(pending))
+
+
+def latents_key(content: str, placement: Placement, vae: str) -> str:
+    """The fingerprint of an item's latents: the file's SHA-256, how it fills its bucket, and the VAE."""
+    return fingerprint(
+        kind="latents",
+        content=content,
+        bucket=placement.bucket,
+        resized=placement.resized,
+        crop=placement.crop,
+        flipped=placement.flipped,
+        background=BACKGROUND,
+        vae=vae,
+    )
+
+
+def is_usable(tensors: Tensors | None, placement: Placement) -> bool:
+    """Whether a cache entry has the tensors and shapes of this item's latents."""
+    if tensors is None or not {"mean", "std"} <= set(tensors) <= {"mean", "std", "mask"}:
+        return False
+    mean_CHW, std_CHW = tensors["mean"], tensors["std"]
+    if mean_CHW.dim() != 3 or mean_CHW.shape != std_CHW.shape:
+        return False
+    height, width = mean_CHW.shape[1:]
+    mask_1HW = tensors.get("mask")
+    if mask_1HW is not None and mask_1HW.shape != (1, height, width):
+        return False
+    return height > 0 and width > 0 and width * placement.bucket[1] == height * placement.bucket[0]
+
+
+def _batches(pending: Sequence[Pending], batch_size: int) -> Iterator[list[Pending]]:
+    by_bucket: dict[tuple[int, int], list[Pending]] = {}
+    for item in pending:
+        by_bucket.setdefault(item.placement.bucket, []).append(item)
+    for items in by_bucket.values():
+        for at in range(0, len(items), batch_size):
+            yield items[at : at + batch_size]
+
+
+def _encode_batch(batch: Sequence[Pending], encode_images: EncodeImages, cache: TensorCache) -> None:
+    loaded = [_load(item) for item in batch]
+    names = ", ".join(dict.fromkeys(item.picture.name for item in batch))
+    with torch.no_grad():
+        mean_BCHW, std_BCHW = encode_images(torch.stack([rgb for rgb, _ in loaded]))
+    if mean_BCHW.dim() != 4 or len(mean_BCHW) != len(batch) or mean_BCHW.shape != std_BCHW.shape:
+        raise DataError(f"The VAE gave latents of shape {tuple(mean_BCHW.shape)} for {len(batch)} pictures ({names}).")
+    if not (torch.isfinite(mean_BCHW).all() and torch.isfinite(std_BCHW).all()):
+        raise DataError(
+            f"The VAE gave latents that are not finite for {names}. "
+            "Set train_VAE_precision = fp32 or bf16, or use another VAE."
+        )
+    for item, (_, mask_HW), mean_CHW, std_CHW in zip(batch, loaded, mean_BCHW, std_BCHW, strict=True):
+        tensors = {"mean": mean_CHW, "std": std_CHW}
+        if mask_HW is not None:
+            tensors["mask"] = F.adaptive_avg_pool2d(mask_HW[None], (mean_CHW.shape[1], mean_CHW.shape[2]))
+        cache.put(item.key, tensors)
+
+
+def _load(item: Pending) -> tuple[torch.Tensor, torch.Tensor | None]:
+    try:
+        data = _bytes_of(item.picture.path)
+        if hashlib.sha256(data).hexdigest() == item.content:
+            return fit(*decode(data), item.placement)
+        reason = "it changed"
+    except BrokenPicture as error:
+        reason = str(error)
+    raise DataError(
+        f"{item.picture.name} could be read a moment ago, but not now: {reason}. "
+        "Start again when nothing writes to the folder."
+    )
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenPicture(error.strerror or str(error)) from error
