@@ -3,6 +3,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..data.scan import Scan, scan
 from ..errors import AdapterError, JobError, Problem
 from ..modes.base import MODES
@@ -10,7 +13,7 @@ from ..params import core
 from ..params.job import Job
 from ..places import BASE_MODEL, Places
 from . import arguments
-from .memory import module_bytes, step_bytes
+from .memory import layout, module_bytes, remembered, step_bytes
 from .session import Session
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -26,8 +29,10 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         return BASE_MODEL
     given = Path(name).expanduser()
     tries = [given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
+    if field == "vae":
+        tries = [path for path in tries if path.is_file()]
     for path in tries:
-        if name and (path.is_file() or (path / "model_index.json").is_file()):
+        if name and (path.is_file() or (path / "unet" / "config.json").is_file()):
             return path
     message = (
         "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, or demo."
@@ -69,7 +74,7 @@ def check_before_loading(job: Job, places: Places, *, resumed: bool = False) -> 
     return None
 
 
-def report(session: Session, target: Path) -> dict[str, object]:
+def report(session: Session, target: Path, cache: Path) -> dict[str, object]:
     """What the run will do, name → value. Raises AdapterError when a chosen part has no module."""
     limits, network = session.limits, session.network
     modules = {part: len(adapters) for part, adapters in network.modules_by_part().items()}
@@ -95,27 +100,37 @@ def report(session: Session, target: Path) -> dict[str, object]:
         "seed": session.seed,
         "writes": target.name,
     }
-    return {**lines, "estimated memory (MB)": round(estimated_bytes(session) / 2**20)}
+    return {**lines, "estimated memory (MB)": round(estimated_bytes(session, cache) / 2**20)}
 
 
-def estimated_bytes(session: Session) -> int:
+def estimated_bytes(session: Session, cache: Path) -> int:
     """Bytes a training step of this session holds at its peak: weights, adapter with optimiser state, and activations.
 
-    The optimiser is taken to keep two values per parameter, as Adam does.
+    The optimiser is taken to keep two values per parameter, as Adam does. Predictions are remembered in `cache`.
     """
     model, network = session.model, session.network
     modules = [model.unet, *model.text_encoders]
     trainable = sum(flat.numel() * flat.element_size() for flat in session.flat.values)
     index = session.source.heaviest()
 
-    def loss() -> object:
+    def loss() -> Tensor:
         batch = session.source.batch(index)
-        return session.mode.loss(session.kit, batch)
+        return torch.zeros(()) if batch is None else session.mode.loss(session.kit, batch)
 
-    state = torch_state_bytes(trainable)
-    return module_bytes([*modules, *([model.vae] if model.vae is not None else [])]) + state + step_bytes([*modules, network], loss)
+    facts = {
+        "torch": torch.__version__,
+        "device": model.device.type,
+        "compute": model.compute,
+        "layout": layout([*modules, network]),
+        "mode": session.job[core.Task].mode,
+        "checkpointing": session.job[core.Train].use_gradient_checkpointing,
+        "latents": session.source.shape(index),
+    }
+    activations = remembered(cache, facts, lambda: step_bytes([*modules, network], loss))
+    weights = module_bytes([*modules, *([model.vae] if model.vae is not None else [])])
+    return weights + state_bytes(trainable) + activations
 
 
-def torch_state_bytes(trainable: int) -> int:
+def state_bytes(trainable: int) -> int:
     """Bytes kept for `trainable` bytes of parameters: values, gradients, the copy to undo with, two optimiser moments."""
     return 5 * trainable

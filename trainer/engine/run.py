@@ -92,7 +92,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     model = request.model or _load(job, places, process, log)
     session = build(job, model, Site(places, process, log, folder), scanned)
     try:
-        lines = report(session, lora_path(job, places))
+        lines = report(session, lora_path(job, places), places.cache)
         log.tell(Preflight(lines))
         if request.dry:
             return Result("checked", None, None, lines)

@@ -27,6 +27,9 @@ class Source(Protocol):
     def heaviest(self) -> int:
         """The micro batch that needs most memory."""
 
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Whatever of a micro batch decides its memory."""
+
     def report(self) -> dict[str, object]:
         """What the preflight report says about the data."""
 

@@ -54,6 +54,12 @@ class PictureSource:
 
         return max(range(self.plan.batches_per_epoch), key=pixels)
 
+    def shape(self, index: int) -> tuple[int, ...]:
+        """(samples of this process, width, height in pixels, longest caption) of a global micro batch."""
+        items = self.plan.batch(index)
+        captions = max(len(caption) for caption in self.dataset.captions(items))
+        return (min(len(items), self._batch_size), *self.dataset.items[items[0]].bucket, captions)
+
     def report(self) -> dict[str, object]:
         """What the preflight report says about the data."""
         return {**self.dataset.summary(), "batches per epoch": self.plan.batches_per_epoch}
