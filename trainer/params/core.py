@@ -43,7 +43,8 @@ class Task:
         "", "Base model to train on; empty takes the one that is loaded now.", TASK, advanced=False)
     vae: str = param(
         "", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False)
-    te: str = param("", "Text encoder file, for models that come without one.", TASK)
+    te: str = param(
+        "", "Text encoder file, for models that come without one; empty takes the model's own.", TASK)
     original_prompt: str = param(
         "", "What the picture shows before the change.", PROMPTS, key="original prompt", needs="prompts",
         advanced=False)
@@ -137,12 +138,14 @@ class Train:
     train_gradient_accumulation: int = param(
         1, "Batches added up before one optimizer step.", OPTION, low=1, high=4096, unit="batches")
     train_learning_rate: float = param(
-        1e-4, "How much is changed per step.", REQUIRED, low=0, high=100, advanced=False)
+        1e-4, "Size of the changes per step; for most optimizers far below 1.", REQUIRED,
+        low=0, high=100, advanced=False)
     train_textencoder_learning_rate: float = param(
         0.0, "Learning rate of the text encoder; empty or 0 takes train_learning_rate.", OPTION,
         needs="te_rate", low=0, high=100)
     train_optimizer: str = param(
-        "AdamW", "Method that applies the changes.", REQUIRED, choices=OPTIMIZERS, advanced=False)
+        "AdamW", "Method that turns what was learned into changes of the LoRA.", REQUIRED,
+        choices=OPTIMIZERS, advanced=False)
     train_optimizer_settings: str = param(
         "", "Extra settings of the optimizer, as in betas=(0.9,0.99);weight_decay=0.01.", REQUIRED)
     train_lr_scheduler: str = param(

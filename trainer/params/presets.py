@@ -4,8 +4,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import JobError, Problem
-from .codec import Loaded, load_file
-from .files import name_problem, write_json
+from .codec import Loaded, load
+from .files import name_problem, read_json, write_json
 from .job import Job
 from .table import Catalogue
 
@@ -33,12 +33,16 @@ class Presets:
         return (*shipped, *(name for name in self.own() if name not in shipped))
 
     def load(self, name: str, catalogue: Catalogue) -> Loaded:
-        """The preset `name`; it may leave open what a run needs. Raises JobError when there is none of it."""
+        """The preset `name`; it may leave open what a run needs. Raises JobError, also when there is no such preset."""
+        return load(self.read(name), catalogue, complete=False)
+
+    def read(self, name: str) -> object:
+        """The plain values of the preset `name`. Raises JobError when there is no such preset or it cannot be read."""
         path = self._find(name)
         if path is None:
             known = ", ".join(self.names()) or "none"
             raise JobError([Problem("preset", name, f"is not there. Known: {known}.")])
-        return load_file(path, catalogue, complete=False)
+        return read_json(path)
 
     def save(self, name: str, job: Job) -> Path:
         """Write a user preset with every value, in place of one of the same name. Raises JobError for an unfit name."""

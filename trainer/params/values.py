@@ -75,6 +75,8 @@ def shown(value: object) -> str:
         return str(int(value))
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]:
+        return str(value[0])
     if isinstance(value, tuple):
         return ",".join(str(part) for part in value)
     return str(value)
