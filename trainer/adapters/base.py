@@ -1,0 +1,238 @@
+"""What every adapter type shares: where it sits, how strong it is, how it is put on a layer and taken off again.
+
+A type is one file with one class: which layers it covers, its tensors, ΔW, and, where it pays, a faster forward.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import AdapterError
+from ..maths.lowrank import per_sample, working_dtype
+from ..registry import Registry
+
+ADAPTERS: Registry[type[Adapter]] = Registry("network_type", "adapters")
+
+_ABSENT = object()
+TEXT_OWNERS = ("CLIPAttention", "CLIPMLP")
+TRANSFORMER_OWNERS = ("Transformer2DModel",)
+RESNET_OWNERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+
+
+class LayerLike(Protocol):
+    """What an adapter must know of a layer (see models/layers.py for the meaning of the fields)."""
+
+    key: str
+    module: nn.Module
+    part: str
+    block: str
+    kind: str
+    owner: str
+    attention: str
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The settings of a network. Conv rank and alpha of 0 mean the linear ones. `options`: settings of single types."""
+
+    type: str = "lierla"
+    rank: int = 16
+    alpha: float = 8.0
+    conv_rank: int = 0
+    conv_alpha: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.conv_rank < 0:
+            raise AdapterError(
+                f"network_rank = {self.rank}, network_conv_rank = {self.conv_rank}: the rank must be at least 1"
+                " (the conv rank may be 0, which means the same as network_rank)."
+            )
+        if self.alpha <= 0 or self.conv_alpha < 0:
+            raise AdapterError(
+                f"network_alpha = {self.alpha}, network_conv_alpha = {self.conv_alpha}: alpha must be above 0"
+                " (the conv alpha may be 0, which means the same as network_alpha)."
+            )
+
+    def rank_of(self, kind: str) -> int:
+        """The rank of a layer of this kind: the conv rank for kernels above 1×1."""
+        return (self.conv_rank or self.rank) if is_wide(kind) else self.rank
+
+    def alpha_of(self, kind: str) -> float:
+        """The alpha of a layer of this kind."""
+        return (self.conv_alpha or self.alpha) if is_wide(kind) else self.alpha
+
+
+def is_wide(kind: str) -> bool:
+    """Whether a kind of layer is a convolution with a kernel above 1×1."""
+    return kind.startswith("conv") and kind != "conv1x1"
+
+
+class Strength:
+    """How much of ΔW is added; one object shared by all adapters of a network.
+
+    `value` is a number, or a tensor (B,) with one number per sample. Exactly 0.0 means the bare layer.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: float | Tensor = 1.0) -> None:
+        self.value = value
+
+    @property
+    def value(self) -> float | Tensor:
+        return self._value
+
+    @value.setter
+    def value(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            if value.ndim != 1:
+                raise ValueError(f"a strength per sample has the shape (B,), not {tuple(value.shape)}")
+            self._value: float | Tensor = value
+        else:
+            self._value = float(value)
+
+
+class Adapter(nn.Module):
+    """An adapter on one layer. `forward` stands in for the layer's own while attached.
+
+    A subclass sets `file_tensors` (names it writes, without the key), `covers`, `delta`, `tensors`, `read` and
+    `rescaled`; it may override `adapted` with something faster than two passes.
+    """
+
+    file_tensors: ClassVar[tuple[str, ...]] = ()
+    network_module: ClassVar[str] = "lycoris.kohya"
+
+    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+        super().__init__()
+        self.key, self.part, self.kind = layer.key, layer.part, layer.kind
+        self.also: tuple[str, ...] = tuple(getattr(layer, "also", ()))
+        self.rank, self.alpha = spec.rank_of(layer.kind), float(spec.alpha_of(layer.kind))
+        self.scale = self.alpha / self.rank
+        self.strength = strength
+        self._held = (layer.module,)  # in a tuple, so that the base layer is no part of this module's state
+        self._previous: Any = _ABSENT
+        self._installed: Any = None
+        self._look()
+
+    # -- what a type defines -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+        """Whether this type sits on this layer."""
+        raise NotImplementedError
+
+    @classmethod
+    def network_args(cls, spec: AdapterSpec) -> dict[str, str]:
+        """What kohya's metadata calls network arguments: everything beside rank and alpha."""
+        return {}
+
+    def delta(self) -> Tensor:
+        """ΔW at strength 1 in float32, shaped like the base weight; differentiable."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the file, by name without the key."""
+        raise NotImplementedError
+
+    def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+        """File tensors as new values of this adapter's parameters, with `factor` × the file's ΔW whatever its alpha.
+
+        Raises AdapterError when they do not fit. Changes nothing.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def rescaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """File tensors whose ΔW is `factor` times as large."""
+        raise NotImplementedError
+
+    def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The layer's output at a strength other than 0; here with the weight W + strength·ΔW."""
+        base = self._base(x)
+        x = x.to(base.dtype)
+        update = self._operate(x, self.delta().to(x.dtype))
+        return base + update * (per_sample(strength, update) if isinstance(strength, Tensor) else strength)
+
+    # -- written once --------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The base layer."""
+        return self._held[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with strength·ΔW added."""
+        strength = self.strength._value
+        if strength.__class__ is float and strength == 0.0:
+            return self._base(x)
+        return self.adapted(x, strength)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over file tensors (see `read`)."""
+        self.assign(self.read(tensors))
+
+    @torch.no_grad()
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into the parameters of these names."""
+        for name, value in values.items():
+            self.get_parameter(name).copy_(value)
+
+    def attach(self) -> None:
+        """Put this adapter in front of whatever computes the layer now."""
+        if self._installed is not None:
+            raise AdapterError(f"{self.key}: this adapter is already attached.")
+        self._look()
+        self._previous = self.module.__dict__.get("forward", _ABSENT)
+        self._installed = self.forward
+        self.module.forward = self._installed
+
+    @property
+    def attached(self) -> bool:
+        """Whether this adapter is on its layer."""
+        return self._installed is not None
+
+    @property
+    def on_top(self) -> bool:
+        """Whether this adapter is attached and nothing was attached after it."""
+        return self._installed is not None and self.module.__dict__.get("forward") is self._installed
+
+    def eject(self) -> None:
+        """Give the layer back exactly as it was before `attach`."""
+        if not self.on_top:
+            raise AdapterError(
+                f"{self.key}: something was attached afterwards (or nothing before)."
+                " Eject in the reverse order of attaching."
+            )
+        if self._previous is _ABSENT:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.forward = self._previous
+        self._previous, self._installed = _ABSENT, None
+
+    def working_input(self, x: Tensor) -> Tensor:
+        """x in the precision the layer computes in (a base layer stored otherwise says so by `_casts_to`)."""
+        dtype = self._casts_to or working_dtype(x)
+        return x if x.dtype == dtype else x.to(dtype)
+
+    def _look(self) -> None:
+        """Note how the layer computes now: by its stored weight alone (`_plain`), or in some way of its own."""
+        module = self.module
+        self._base = module.forward
+        self._casts_to: torch.dtype | None = module.__dict__.get("_casts_to")
+        own = type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+        beneath = getattr(module.__dict__.get("forward"), "__self__", None)
+        bare = "forward" not in module.__dict__ or (self._casts_to is not None and not isinstance(beneath, Adapter))
+        padded = isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str))
+        self._plain = own and bare and not padded
+
+    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's linear operation on x with another weight and no bias."""
+        if isinstance(self.module, nn.Conv2d):
+            return self.module._conv_forward(x, weight, None)
+        return functional.linear(x, weight)

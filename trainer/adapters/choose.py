@@ -1,0 +1,68 @@
+"""Which layers of a model get an adapter: by type, part, block and kind of attention."""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from ..errors import AdapterError
+from .base import ADAPTERS, AdapterSpec, LayerLike
+
+ELEMENTS = {"": "", "None": "", "Full": "", "CrossAttention": "attn2", "SelfAttention": "attn1"}
+
+
+def choose(
+    layers: Iterable[LayerLike], spec: AdapterSpec, blocks: Collection[str], element: str | None, parts: Collection[str]
+) -> tuple[LayerLike, ...]:
+    """The chosen layers in the order given.
+
+    `blocks`: names such as BASE and IN00. `element`: Full, CrossAttention (layers inside attn2 only) or SelfAttention
+    (inside attn1 only; both leave the text encoders out, which have neither). `parts`: unet, te1, te2.
+    Raises AdapterError when nothing is left, with the step that emptied the list.
+    """
+    kind = ADAPTERS.get(spec.type)
+    if (element or "") not in ELEMENTS:
+        raise AdapterError(f"network_element = {element!r} is not known. Known: Full, CrossAttention, SelfAttention.")
+    attention = ELEMENTS[element or ""]
+    left = list(layers)
+    tests = (
+        (f"network_targets ({', '.join(sorted(parts)) or 'none'})", lambda layer: layer.part in parts),
+        (f"network_type {spec.type}", lambda layer: kind.covers(layer, spec)),
+        (f"network_element {element or 'Full'}", lambda layer: not attention or layer.attention == attention),
+        (f"network_blocks ({', '.join(sorted(blocks)) or 'none'})", lambda layer: layer.block in blocks),
+    )
+    for name, test in tests:
+        before, left = len(left), [layer for layer in left if test(layer)]
+        if not left:
+            raise AdapterError(f"No layer is left to train: {name} excludes all {before} layers. Choose more there.")
+    _refuse_twins(left)
+    return tuple(left)
+
+
+def _refuse_twins(layers: Iterable[LayerLike]) -> None:
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.key in seen:
+            raise AdapterError(f"Two layers of this model have the same name in a LoRA file: {layer.key}.")
+        seen.add(layer.key)
+
+
+def spelled(adapters: Iterable[tuple[str, Iterable[str]]]) -> dict[str, str]:
+    """Every spelling of every key → the key itself; a key's own spelling wins over another's alias."""
+    pairs = list(adapters)
+    table = {alias: key for key, also in pairs for alias in also}
+    table.update({key: key for key, _ in pairs})
+    return table
+
+
+def split_name(name: str, table: dict[str, str]) -> tuple[str, str] | None:
+    """A file's tensor name as (key, rest), or None when no layer has that name."""
+    for head, rest in _cuts(name):
+        if head in table:
+            return table[head], rest
+    return None
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    place = name.find(".")
+    while place >= 0:
+        yield name[:place], name[place + 1:]
+        place = name.find(".", place + 1)

@@ -1,0 +1,130 @@
+"""LoRA on linear and 1×1 convolution layers (2106.09685), and LoCon: also the convolutions of the residual blocks."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import AdapterError
+from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, per_sample
+from .base import (
+    ADAPTERS,
+    RESNET_OWNERS,
+    TEXT_OWNERS,
+    TRANSFORMER_OWNERS,
+    Adapter,
+    AdapterSpec,
+    LayerLike,
+    Strength,
+    is_wide,
+)
+
+DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+_SPELLINGS = {
+    "lora_A.weight": DOWN, "lora_B.weight": UP, "lora.down.weight": DOWN, "lora.up.weight": UP,
+    "lora_linear_layer.down.weight": DOWN, "lora_linear_layer.up.weight": UP,
+}
+
+
+@ADAPTERS.register("lierla", "lora")
+class Lora(Adapter):
+    """ΔW = (alpha/rank)·up·down, through a fused forward and backward."""
+
+    file_tensors = (DOWN, UP, ALPHA)
+    network_module = "networks.lora"
+
+    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+        super().__init__(layer, spec, strength, generator)
+        fan_out, *rest = layer.module.weight.shape
+        self.down = nn.Parameter(kaiming_down((self.rank, *rest), generator))
+        self.up = nn.Parameter(torch.zeros(fan_out, self.rank))
+
+    @classmethod
+    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+        owners = TRANSFORMER_OWNERS if layer.part == "unet" else TEXT_OWNERS
+        return layer.owner in owners and not is_wide(layer.kind)
+
+    def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        scale = self.scale * strength
+        parameters = self._parameters
+        down, up = parameters["down"], parameters["up"]
+        module = self._held[0]
+        if not self._plain:
+            return self._on_top_of(self._base(x), x, scale)
+        x = self.working_input(x)
+        if self.kind == "linear":
+            return low_rank_linear(x, module.weight, module.bias, down, up, scale)
+        geometry = (module.stride, module.padding, module.dilation)
+        return low_rank_conv(x, module.weight, module.bias, down, up, scale, geometry)
+
+    def _on_top_of(self, base: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
+        """base + ΔW·x, where the layer beneath computes in its own way (for instance with another adapter)."""
+        x = x.to(base.dtype)
+        middle = self._operate(x, self.down.to(x.dtype))
+        up = self.up.to(x.dtype)
+        linear = self.kind == "linear"
+        update = functional.linear(middle, up) if linear else functional.conv2d(middle, up[:, :, None, None])
+        return base + update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
+
+    def delta(self) -> Tensor:
+        return low_rank_delta(self.down, self.up, self.scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        tail = (1,) * (self.down.ndim - 2)
+        up = self.up.detach().view(*self.up.shape, *tail)
+        return {DOWN: self.down.detach(), UP: up, ALPHA: torch.tensor(self.alpha)}
+
+    def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+        found = {_SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}
+        strange = sorted(set(found) - set(self.file_tensors))
+        lacking = [name for name in (DOWN, UP) if name not in found]
+        if strange or lacking:
+            raise AdapterError(
+                f"{self.key} in the file has the tensors {', '.join(sorted(tensors))}, but a plain LoRA has"
+                f" {', '.join(self.file_tensors)}. Choose the network_type the file was made with."
+            )
+        rank = found[DOWN].shape[0]
+        if rank != self.rank:
+            setting = "network_conv_rank" if is_wide(self.kind) else "network_rank"
+            raise AdapterError(
+                f"{self.key}: the file has rank {rank}, this network has rank {self.rank}."
+                f" Set {setting} to {rank}, or choose a file of rank {self.rank}."
+            )
+        alpha = float(found[ALPHA]) if ALPHA in found else float(rank)
+        found = self.rescaled({DOWN: found[DOWN].float(), UP: found[UP].float()}, factor * alpha / self.alpha)
+        return {"down": self._shaped(DOWN, found[DOWN], self.down), "up": self._shaped(UP, found[UP], self.up)}
+
+    def _shaped(self, name: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+        """A file tensor in a parameter's shape; (r, in) and (r, in, 1, 1) are the same thing."""
+        if [size for size in tensor.shape if size > 1] != [size for size in parameter.shape if size > 1]:
+            raise AdapterError(
+                f"{self.key}.{name} is {tuple(tensor.shape)} in the file, and this model's layer needs"
+                f" {tuple(parameter.shape)}. The file was made for another kind of base model."
+            )
+        return tensor.reshape(parameter.shape)
+
+    @staticmethod
+    def rescaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """√|factor| on both factors, its sign on the up side, so that neither leaves the range of fp16 by itself."""
+        if factor == 1.0:
+            return dict(tensors)
+        root = math.sqrt(abs(factor))
+        return {**tensors, DOWN: tensors[DOWN] * root, UP: tensors[UP] * math.copysign(root, factor)}
+
+
+@ADAPTERS.register("c3lier", "locon")
+class Locon(Lora):
+    """LoRA also on the convolutions, samplers and time projections of the UNet."""
+
+    @classmethod
+    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+        if layer.part == "unet":
+            return layer.owner in TRANSFORMER_OWNERS + RESNET_OWNERS
+        return layer.owner in TEXT_OWNERS
+
+    @classmethod
+    def network_args(cls, spec: AdapterSpec) -> dict[str, str]:
+        return {"conv_dim": str(spec.rank_of("conv3x3")), "conv_alpha": str(spec.alpha_of("conv3x3"))}

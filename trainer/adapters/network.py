@@ -1,0 +1,200 @@
+"""All adapters of one training: made, attached, measured, loaded and exported together."""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from .base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
+from .choose import choose, spelled, split_name
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file: layers filled, names no layer has, layers it has nothing for (they keep their start)."""
+
+    matched: int
+    unmatched: tuple[str, ...]
+    untouched: tuple[str, ...]
+
+
+class Network(nn.Module):
+    """Adapters by key, sharing one strength. Base layers are no part of its state."""
+
+    def __init__(self, adapters: Iterable[Adapter], spec: AdapterSpec, strength: Strength) -> None:
+        super().__init__()
+        self.spec = spec
+        self.strength = strength
+        self.adapters = nn.ModuleDict({adapter.key: adapter for adapter in adapters})
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self.adapters.values())
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    # -- on and off ----------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put every adapter on its layer; none, if one cannot be."""
+        done: list[Adapter] = []
+        try:
+            for adapter in self:
+                adapter.attach()
+                done.append(adapter)
+        except BaseException:
+            for adapter in reversed(done):
+                adapter.eject()
+            raise
+
+    def eject(self) -> None:
+        """Give every layer back exactly as it was. Raises AdapterError, with no change, while a later network is on."""
+        buried = [adapter.key for adapter in self if adapter.attached and not adapter.on_top]
+        if buried:
+            raise AdapterError(
+                f"{len(buried)} layers (first: {buried[0]}) carry something attached later."
+                " Eject in the reverse order of attaching."
+            )
+        for adapter in self:
+            if adapter.attached:
+                adapter.eject()
+
+    @contextmanager
+    def attached(self) -> Iterator[Network]:
+        """Attached inside the block, ejected after it whatever happens."""
+        self.attach()
+        try:
+            yield self
+        finally:
+            self.eject()
+
+    @contextmanager
+    def at_strength(self, value: float | Tensor) -> Iterator[Network]:
+        """Another strength inside the block (0.0: the bare model), the previous one after it whatever happens."""
+        before = self.strength.value
+        self.strength.value = value
+        try:
+            yield self
+        finally:
+            self.strength.value = before
+
+    # -- what an optimizer and a log want to know ----------------------------------------------------------------------
+
+    def parts(self) -> dict[str, list[Adapter]]:
+        """The adapters of each part (unet, te1, te2), in order."""
+        found: dict[str, list[Adapter]] = {}
+        for adapter in self:
+            found.setdefault(adapter.part, []).append(adapter)
+        return found
+
+    def trainable(self) -> list[dict[str, object]]:
+        """One parameter group per part: {"name": part, "params": [...]}."""
+        groups = []
+        for part, adapters in self.parts().items():
+            params = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+            if params:
+                groups.append({"name": part, "params": params})
+        return groups
+
+    @torch.no_grad()
+    def mean_abs_weight(self) -> dict[str, Tensor]:
+        """Mean |weight| of the trained tensors per part, as 0-d tensors on their device (read them when you log)."""
+        means = {}
+        for group in self.trainable():
+            params: list[Tensor] = group["params"]  # type: ignore[assignment]
+            total = torch.stack(torch._foreach_norm(params, 1)).sum()
+            means[str(group["name"])] = total / sum(p.numel() for p in params)
+        return means
+
+    def file_facts(self) -> dict[str, object]:
+        """What the metadata says of the network: keyword arguments for `metadata.FileFacts`."""
+        kind = ADAPTERS.get(self.spec.type)
+        return {
+            "network_type": ADAPTERS.canonical(self.spec.type), "network_module": kind.network_module,
+            "network_rank": self.spec.rank, "network_alpha": self.spec.alpha,
+            "network_args": kind.network_args(self.spec),
+        }
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def load(
+        self, tensors: Mapping[str, Tensor], aliases: Mapping[str, Iterable[str]] | None = None, baked: float = 1.0
+    ) -> LoadReport:
+        """Take over the tensors of a LoRA file; all of them fit, or nothing is changed.
+
+        `aliases`: further spellings by key (those the layers brought along are known). `baked`: the strength the file
+        was exported with, divided out again. Raises AdapterError when no layer matches, or when tensors do not fit.
+        """
+        if baked == 0.0:
+            raise AdapterError("The LoRA file was written at strength 0: nothing of its training is left. Take another.")
+        found, unmatched = self._sort(tensors, aliases or {})
+        if not found:
+            example = next(iter(tensors), "nothing")
+            raise AdapterError(
+                f"None of the {len(tensors)} tensors of the LoRA file belongs to a layer that is trained here (the file"
+                f" has, for example, {example}; here: {next(iter(self.adapters))}). It was made for another kind of"
+                " base model, or network_blocks and network_targets exclude its layers."
+            )
+        values = {key: self.adapters[key].read(own, 1.0 / baked) for key, own in found.items()}
+        for key, value in values.items():
+            self.adapters[key].assign(value)
+        return LoadReport(len(found), tuple(unmatched), tuple(key for key in self.adapters if key not in found))
+
+    def _sort(
+        self, tensors: Mapping[str, Tensor], aliases: Mapping[str, Iterable[str]]
+    ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+        """A file's tensors by key of this network and name, and the names that belong to none."""
+        table = spelled((adapter.key, (*adapter.also, *aliases.get(adapter.key, ()))) for adapter in self)
+        found: dict[str, dict[str, Tensor]] = {}
+        unmatched = []
+        for name, tensor in tensors.items():
+            split = split_name(name, table)
+            if split is None:
+                unmatched.append(name)
+                continue
+            key, rest = split
+            if rest in found.setdefault(key, {}):
+                raise AdapterError(f"The LoRA file has {key}.{rest} twice, in two spellings (one is {name}).")
+            found[key][rest] = tensor
+        return found, unmatched
+
+    @torch.no_grad()
+    def export(self, dtype: torch.dtype | None = None, strength: float = 1.0) -> dict[str, Tensor]:
+        """The tensors of a LoRA file on the CPU, ΔW multiplied by `strength` once.
+
+        `dtype` None keeps the precision trained in.
+        Alpha stays float32: it is one number per layer, and many values of it have no exact form in fp16 or bf16.
+        """
+        if strength == 0.0:
+            raise AdapterError("network_strength = 0 would write a LoRA file that does nothing. Choose another.")
+        exported = {}
+        for key in sorted(self.adapters):
+            adapter = self.adapters[key]
+            own = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
+            wide = {name: tensor if name == "alpha" else tensor.float() for name, tensor in own.items()}
+            for name, tensor in adapter.rescaled(wide, strength).items():
+                kept = tensor.dtype if name == "alpha" else dtype or own[name].dtype
+                exported[f"{key}.{name}"] = tensor.to(kept).clone().contiguous()
+        return exported
+
+
+def build_network(
+    layers: Iterable[LayerLike],
+    spec: AdapterSpec,
+    blocks: Collection[str],
+    element: str | None,
+    parts: Collection[str],
+    generator: torch.Generator,
+) -> Network:
+    """Adapters for the chosen layers (see `choose`), drawn in their order from `generator` (CPU), not yet attached.
+
+    Parameters are float32 on the CPU: move the network to a device and precision with `.to(...)` before attaching.
+    """
+    chosen = choose(layers, spec, blocks, element, parts)
+    kind = ADAPTERS.get(spec.type)
+    strength = Strength()
+    return Network([kind(layer, spec, strength, generator) for layer in chosen], spec, strength)

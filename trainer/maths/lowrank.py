@@ -1,0 +1,210 @@
+"""A frozen linear or convolutional layer with a low-rank update, as one operation with a hand-written backward pass.
+
+y = W·x + b + s·U·(D·x) with D (r, in[, k, k]) "down" and U (out, r) "up" (LoRA, arXiv:2106.09685, eq. 3). W and b are
+frozen and may be stored in another precision than x: they are cast per call and the *stored* tensors are kept for the
+backward pass. s is a number, or a tensor (B,) with one number per sample of the batch.
+
+Two ways to the same result are chosen by their cost (`merging_pays`): through the rank-r middle (few multiplications
+when the layer is wide), or through the summed weight W + s·U·D (when it is narrow and the batch has many rows).
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+Geometry = tuple[Any, Any, Any]  # stride, padding, dilation of a convolution
+Scale = float | Tensor
+_EXACT = (torch.float32, torch.float64)
+
+
+def kaiming_down(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A down matrix drawn as Kaiming-uniform with a = √5, that is U(−1/√fan_in, 1/√fan_in), in float32 on the CPU."""
+    bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """ΔW = s·U·D in float32, of shape (out, in) or (out, in, k, k)."""
+    delta = up.float() @ down.float().flatten(1)
+    return delta.mul(scale).view(up.shape[0], *down.shape[1:])
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The precision a layer computes in: autocast's where it is on for x's device, else x's own."""
+    if _autocast_is_on(x.device.type):
+        return _autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _autocast_functions() -> tuple[Callable[[str], bool], Callable[[str], torch.dtype]]:
+    """Whether autocast is on and in which precision; torch before 2.4 asks per device with other names."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.is_autocast_enabled, torch.get_autocast_dtype
+    return (
+        lambda device: torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled(),
+        lambda device: torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype(),
+    )
+
+
+_autocast_is_on, _autocast_dtype = _autocast_functions()
+
+
+def merging_pays(rows: int, fan_in: int, fan_out: int, rank: int) -> bool:
+    """Whether W + s·U·D costs fewer multiplications in forward and backward than the way through the rank-r middle.
+
+    Merged: the weight's gradient (rows·in·out) and four products with the factors (4·r·in·out). Through the middle:
+    3·rows·r·(in + out).
+    """
+    area = fan_in * fan_out
+    return area * (rows + 4 * rank) < 3 * rows * rank * (fan_in + fan_out)
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Scale) -> Tensor:
+    """W·x + b + s·U·D·x for x (B, …, in), computed in x's precision; gradients reach x, D and U."""
+    if not isinstance(scale, Tensor) and x.dtype in _EXACT:
+        fan_out, fan_in = weight.shape
+        if merging_pays(x.numel() // fan_in, fan_in, fan_out, down.shape[0]):
+            merged = torch.addmm(_cast(weight, x), _cast(up, x), _cast(down, x), alpha=scale)
+            return functional.linear(x, merged, None if bias is None else _cast(bias, x))
+    return LowRankLinear.apply(x, weight, bias, down, up, scale)
+
+
+def low_rank_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Scale, geometry: Geometry
+) -> Tensor:
+    """The same for a 2-D convolution of x (B, in, h, w) with zero padding: the kernel is on the down side."""
+    if not isinstance(scale, Tensor) and x.dtype in _EXACT:
+        fan_out, fan_in = weight.shape[0], weight[0].numel()
+        rows = x.numel() // x.shape[1] // _stride_area(geometry)
+        if merging_pays(rows, fan_in, fan_out, down.shape[0]):
+            merged = torch.addmm(
+                _cast(weight, x).view(fan_out, -1), _cast(up, x), _cast(down, x).view(-1, fan_in), alpha=scale
+            )
+            return functional.conv2d(x, merged.view(weight.shape), None if bias is None else _cast(bias, x), *geometry)
+    return LowRankConv.apply(x, weight, bias, down, up, scale, geometry)
+
+
+class LowRankLinear(torch.autograd.Function):
+    """Through the middle: keeps x, D·x and the parameters; one pass over the output, one over the input gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Scale
+    ) -> Tensor:
+        shape = x.shape
+        rows = x.reshape(-1, shape[-1])
+        middle, factor = _scaled(functional.linear(rows, _cast(down, x)), scale, shape[0])
+        y = functional.linear(rows, _cast(weight, x), None if bias is None else _cast(bias, x))
+        y.addmm_(middle, _cast(up, x).t(), alpha=factor)
+        ctx.save_for_backward(rows, weight, down, up, middle)
+        ctx.scale, ctx.factor = scale, factor
+        return y.view(*shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, middle = ctx.saved_tensors
+        need_x, _, _, need_down, need_up = ctx.needs_input_grad[:5]
+        factor, shape = ctx.factor, grad.shape
+        grad = grad.reshape(-1, shape[-1])
+        down, up = _cast(down, grad), _cast(up, grad)
+        grad_x = grad_down = grad_up = None
+        if need_up:
+            grad_up = torch.addmm(up, grad.t(), middle, beta=0, alpha=factor)
+        if need_x or need_down:
+            inner, _ = _scaled(grad.mm(up), ctx.scale, shape[0])
+            if need_down:
+                grad_down = torch.addmm(down, inner.t(), x, beta=0, alpha=factor)
+            if need_x:
+                grad_x = grad.mm(_cast(weight, grad)).addmm_(inner, down, alpha=factor).view(*shape[:-1], x.shape[-1])
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+class LowRankConv(torch.autograd.Function):
+    """Through the middle for a convolution: keeps x, D*x and the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: Scale,
+        geometry: Geometry,
+    ) -> Tensor:
+        middle, factor = _scaled(functional.conv2d(x, _cast(down, x), None, *geometry), scale, x.shape[0])
+        y = functional.conv2d(x, _cast(weight, x), None if bias is None else _cast(bias, x), *geometry)
+        up_here = _cast(up, x)
+        if y.is_contiguous():
+            flat = y.view(*y.shape[:2], -1)
+            flat.baddbmm_(up_here.expand(y.shape[0], -1, -1), middle.flatten(2), alpha=factor)
+        else:
+            y.add_(functional.conv2d(middle, up_here[:, :, None, None]), alpha=factor)
+        ctx.save_for_backward(x, weight, down, up, middle)
+        ctx.scale, ctx.factor, ctx.geometry = scale, factor, geometry
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, middle = ctx.saved_tensors
+        need_x, _, _, need_down, need_up = ctx.needs_input_grad[:5]
+        factor = ctx.factor
+        up = _cast(up, grad)
+        grad_x = grad_down = grad_up = None
+        if need_up:
+            grad_up = torch.bmm(grad.flatten(2), middle.flatten(2).transpose(1, 2)).sum(0).mul_(factor)
+        if need_x or need_down:
+            inner = functional.conv2d(grad, up.t()[:, :, None, None])
+            inner, _ = _scaled(inner, ctx.scale, grad.shape[0])
+            inner = inner.mul_(factor)
+            grad_x, grad_down = _conv_backward(inner, x, _cast(down, grad), ctx.geometry, (need_x, need_down))
+        if need_x:
+            base, _ = _conv_backward(grad, x, _cast(weight, grad), ctx.geometry, (True, False))
+            grad_x = base.add_(grad_x)
+        return grad_x, None, None, grad_down, grad_up, None, None
+
+
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a 2-D convolution for its input and its weight."""
+    stride, padding, dilation = (_pair(value) for value in geometry)
+    grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [*need, False]
+    )
+    return grad_x, grad_w
+
+
+def _scaled(middle: Tensor, scale: Scale, batch: int) -> tuple[Tensor, float]:
+    """The rank-r middle with a per-sample scale applied, and the number that is still to be applied."""
+    if not isinstance(scale, Tensor):
+        return middle, scale
+    if scale.shape[0] != batch:
+        raise ValueError(f"the strength has {scale.shape[0]} values for a batch of {batch}")
+    return (middle.reshape(batch, -1) * scale.to(middle)[:, None]).view(middle.shape), 1.0
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """A tensor (B,) shaped to multiply `like` (B, …) per sample, in its precision."""
+    return values.to(like).view(-1, *(1 for _ in like.shape[1:]))
+
+
+def _cast(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _stride_area(geometry: Geometry) -> int:
+    return math.prod(_pair(geometry[0]))
