@@ -130,7 +130,7 @@ class Network(nn.Module):
         was exported with, divided out again. Raises AdapterError when no layer matches, or when tensors do not fit.
         """
         if baked == 0.0:
-            raise AdapterError("The LoRA file was written at strength 0: nothing of its training is left. Take another.")
+            raise AdapterError("The LoRA file was written at strength 0: nothing of its training is left.")
         found, unmatched = self._sort(tensors, aliases or {})
         if not found:
             example = next(iter(tensors), "nothing")

@@ -1,0 +1,140 @@
+"""LoRA files: safetensors written whole or not at all, with kohya's hashes, and read without keeping the file open."""
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import AdapterError
+
+_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
+_RETRIES, _PAUSE = 5, 0.2
+
+
+def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a LoRA file and return where it is; an existing file is replaced in one move.
+
+    The bytes go to a temporary file beside the target, which is synced, read back and compared before it takes the
+    name. On Windows a file that a WebUI has mapped cannot be replaced: then, after some retries, the name gets "-1" (or
+    the next free number). With metadata, `sshs_model_hash`, `sshs_legacy_hash` and `modelspec.hash_sha256` are added.
+    Raises AdapterError when the file cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    body, entries = _serialized(tensors)
+    complete = {**metadata, **_hashes(body, entries, metadata)}
+    header = _header(entries, complete)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as out:
+            out.write(header)
+            out.write(body)
+            out.flush()
+            os.fsync(out.fileno())
+        _verify(temporary, header, body)
+        return _take_name(temporary, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise AdapterError(f"Could not write {path}: {reason}. Make room or choose another folder.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors (CPU, as stored) and metadata of a LoRA file; the file is closed afterwards. Raises AdapterError."""
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise AdapterError(
+            f"{path.name} is not a .safetensors file. Other kinds can carry programs and are not opened; convert it."
+        )
+    try:
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    except FileNotFoundError as error:
+        raise AdapterError(f"There is no LoRA file {path}. Check the name and the folder.") from error
+    except OSError as error:
+        raise AdapterError(f"Could not read {path}: {error.strerror or error}.") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterError(f"{path.name} is not a complete safetensors file ({error}). Get it again.") from error
+    return tensors, dict(header.get("__metadata__") or {})
+
+
+def model_hash(path: Path) -> str:
+    """kohya's `sshs_model_hash`: SHA-256 of everything after the header, so that metadata can change without it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def legacy_hash(path: Path) -> str:
+    """kohya's older hash: 8 hex digits of the SHA-256 of 64 KiB at 1 MiB (of nothing, when the file is smaller)."""
+    with open(path, "rb") as file:
+        file.seek(_LEGACY_START)
+        return hashlib.sha256(file.read(_LEGACY_LENGTH)).hexdigest()[:8]
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> tuple[memoryview, dict[str, object]]:
+    """The tensor bytes in safetensors' order and their header entries."""
+    content = safetensors.torch.save({name: tensors[name] for name in sorted(tensors)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    return memoryview(content)[end:], json.loads(content[8:end])
+
+
+def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header with its length in front; written here, since the library's order of metadata is random."""
+    content = {"__metadata__": dict(sorted(metadata.items())), **entries} if metadata else dict(entries)
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _hashes(body: memoryview, entries: Mapping[str, object], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hash keys; none for a file without kohya's keys. As kohya does, the older hash sees only the `ss_` keys."""
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    if not training:
+        return {}
+    whole = hashlib.sha256(body).hexdigest()
+    start = max(0, _LEGACY_START - len(_header(entries, training)))
+    legacy = hashlib.sha256(body[start:start + _LEGACY_LENGTH]).hexdigest()[:8]
+    return {"sshs_model_hash": whole, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{whole}"}
+
+
+def _verify(path: Path, header: bytes, body: memoryview) -> None:
+    """Read back what was written. Raises AdapterError when it differs."""
+    digest, wanted = hashlib.sha256(), hashlib.sha256(header)
+    wanted.update(body)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.digest() != wanted.digest():
+        raise AdapterError(f"{path.name} reads back differently from what was written. Save to another disk.")
+    with safetensors.safe_open(path, framework="pt") as file:
+        file.keys()
+
+
+def _take_name(temporary: Path, path: Path) -> Path:
+    """Move the finished file to its name, or to the next free one when the name's file is held open."""
+    for attempt in range(_RETRIES):
+        try:
+            os.replace(temporary, path)
+            return path
+        except PermissionError:
+            if attempt + 1 < _RETRIES:
+                time.sleep(_PAUSE)
+    number = 1
+    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    os.replace(temporary, free)
+    return free
