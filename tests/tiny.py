@@ -142,9 +142,8 @@ def folder(
         suffix = f"_{n + 1}" if n else ""
         drop = kind == "sd2"
         config = text_config(style, width, layers - drop)
-        _part(
-            path / f"text_encoder{suffix}", "model", _text(theirs, tensors, style, prefix, width, layers - drop), config
-        )
+        text = converted_text(tensors, style, prefix, width, layers - drop)
+        _part(path / f"text_encoder{suffix}", "model", text, config)
         vocabulary(path / f"tokenizer{suffix}")
         pad = "!" if style == "open_clip" else "<|endoftext|>"
         (path / f"tokenizer{suffix}" / "special_tokens_map.json").write_text(
@@ -244,8 +243,10 @@ def text_config(style: str, width: int, layers: int) -> dict:
     }
 
 
-def _text(theirs, tensors: Tensors, style: str, prefix: str, width: int, layers: int) -> Tensors:
-    """A text encoder's tensors in transformers' spelling, by diffusers' converters."""
+def converted_text(tensors: Tensors, style: str, prefix: str, width: int, layers: int) -> Tensors:
+    """The first `layers` layers of a text encoder in transformers' spelling, by diffusers' converters."""
+    from diffusers.loaders import single_file_utils as theirs
+
     if style == "clip":
         return theirs.convert_ldm_clip_checkpoint(tensors, remove_prefix=prefix.removesuffix("text_model."))
 

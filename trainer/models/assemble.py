@@ -47,18 +47,11 @@ def assemble(
     pooled = next((text for text in texts if text.row.pooled), None)
     unet_tensors = source.parts.pop("unet")
     unet = _unet(unet_tensors, source.configs.get("unet"), pooled, where)
-    vae_tensors = source.parts.pop("vae", None)
-    vae_config = source.configs.get("vae")
-    vae = (
-        None
-        if vae_tensors is None
-        else build_vae(vae_tensors, vae_config, family, Placement(where.device, vae_storage))
-    )
-    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
-        raise ModelError(
-            f"VAE: it has {vae.config.latent_channels} latent channels, the UNet of {source.name} takes "
-            f"{unet.config.in_channels}. Choose a VAE of the same family."
-        )
+    vae_tensors, vae_config = source.parts.pop("vae", None), source.configs.get("vae")
+    vae = None
+    if vae_tensors is not None:
+        _same_latents(vae_tensors, unet, source.name)
+        vae = build_vae(vae_tensors, vae_config, family, Placement(where.device, vae_storage))
     schedule, warnings = schedule_of(source.noise, family, v_pred)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
@@ -74,6 +67,16 @@ def assemble(
         path=source.path,
         warnings=(*source.warnings, *warnings),
     )
+
+
+def _same_latents(vae: Mapping[str, Tensor], unet: Any, name: str) -> None:
+    """Raise ModelError when a VAE makes other latents than the UNet takes."""
+    entry = vae.get("decoder.conv_in.weight")
+    if entry is not None and entry.shape[1] != unet.config.in_channels:
+        raise ModelError(
+            f"VAE: it has {entry.shape[1]} latent channels, the UNet of {name} takes {unet.config.in_channels}. "
+            "Choose a VAE of the same family."
+        )
 
 
 def recognise(source: Source) -> Family:

@@ -131,15 +131,9 @@ class Model:
             nn.Module.to(self.vae, precision.compute_dtype(self.device, main_dtype(self.vae)))
 
     def set_gradient_checkpointing(self, on: bool) -> None:
-        """Recompute activations in the backward pass (diffusers' and transformers' own switches)."""
-        verb = "enable" if on else "disable"
-        getattr(self.unet, f"{verb}_gradient_checkpointing")()
-        for encoder in self.text_encoders:
-            getattr(encoder.clip, f"gradient_checkpointing_{verb}")()
-        for part in (self.unet, *self.text_encoders):
-            part.train(
-                on
-            )  # some versions checkpoint only in training mode; there is no dropout in these models to wake
+        """Recompute the UNet's activations in the backward pass (diffusers' own switch)."""
+        (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
+        self.unet.train(on)  # some versions checkpoint only in training mode; there is no dropout in it to wake
 
     # ---------------------------------------------------------------- text
 

@@ -52,11 +52,10 @@ def _unpickle(path: Path) -> Any:
             return load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path.name}: this pickled file holds more than tensors, and loading it could run code "
-            f"({str(error).splitlines()[0]}). Convert it to .safetensors with a tool you trust "
-            "(the WebUI's checkpoint merger can) and choose that file."
+            f"{path.name}: this pickled file is damaged, or holds more than tensors so that loading it could run code. "
+            "Convert it to .safetensors with a tool you trust (the WebUI's checkpoint merger can) and choose that file."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch's reader of damaged pickles raises whatever its loop runs into
         raise ModelError(f"{path.name}: not a readable checkpoint ({error}). Is the download complete?") from error
 
 

@@ -114,7 +114,7 @@ def read_vocabulary(place: Path) -> Vocabulary | None:
     for folder in (place, place / "tokenizer"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            merges = _merges(line for line in lines if line and not line.startswith("#version"))
+            merges = _merges(line for line in lines if not line.startswith("#version"))
             return Vocabulary(
                 json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges, _pad_token(folder)
             )
@@ -137,7 +137,7 @@ def _packaged() -> list[Path]:
 
 
 def _merges(lines: Any) -> tuple[tuple[str, str], ...]:
-    pairs = (line.split() if isinstance(line, str) else line for line in lines)
+    pairs = (line.split() if isinstance(line, str) else line for line in lines if line)
     return tuple((pair[0], pair[1]) for pair in pairs)
 
 
