@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters.file import read_lora
+from ..adapters.metadata import baked_strength
 from ..demo.effect import demo_grid, measure_effect
 from ..engine.arguments import precision
 from ..engine.build import make_network
@@ -55,7 +56,7 @@ def _after(job: Job, places: Places, lora: Path, folder: Path, log: EventLog) ->
     model = load_model(path, storage=precision("fp32", "train_model_precision"))
     network = make_network(job, model, 0, log)
     tensors, metadata = read_lora(lora)
-    if network.load(tensors, metadata) != len(network):
+    if network.load(tensors, baked=baked_strength(metadata)).matched != len(network):
         raise AdapterError(f"{lora.name} does not fill every module of the adapter it was written from.")
     network.attach()
     try:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ..adapters.file import read_lora
+from ..adapters.metadata import baked_strength
 from ..adapters.network import Network, build_network
 from ..data.cache import TensorCache
 from ..data.dataset import build as build_dataset
@@ -70,8 +72,10 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
         if not path.is_file():
             raise AdapterError(f"network_resume = {path.name!r}: there is no such file. Give the path of a LoRA, or leave it empty.")
         tensors, metadata = read_lora(path)
-        loaded = network.load(tensors, metadata)
-        log.note(f"Continuing from {path.name}: {loaded} of {len(network)} modules found.")
+        found = network.load(tensors, baked=baked_strength(metadata))
+        log.note(f"Continuing from {path.name}: {found.matched} of {len(network)} modules found.")
+        if found.unmatched:
+            log.warn(f"{len(found.unmatched)} tensors of {path.name} belong to no trained module (first: {found.unmatched[0]}).")
     return network
 
 
@@ -110,7 +114,7 @@ def make_optimizer_and_scheduler(job: Job, network: Network, total_steps: int, l
     """The optimizer over the parts of the network, each with its rate, and the schedule of the rates."""
     train = job[core.Train]
     rates = arguments.rates(job)
-    groups = [{"params": parameters, "lr": rates[part], "name": part} for part, parameters in network.parts().items()]
+    groups = [{**group, "lr": rates[str(group["name"])]} for group in network.trainable()]
     settings = parse_settings(train.train_optimizer_settings, "train_optimizer_settings")
     optimizer = make_optimizer(train.train_optimizer, groups, settings, network)
     for line in advice(train.train_optimizer, [group["lr"] for group in groups], train.train_lr_scheduler):
@@ -138,7 +142,7 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Se
     source = SOURCES[mode.source](job, model, cache, seed, site, scanned)
     text = make_text(job, model, network, (*source.prompts(), *mode.prompts()), cache, site)
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
-    flat = FlatParameters(parameter for parameters in network.parts().values() for parameter in parameters)
+    flat = FlatParameters(parameter for parameter in network.parameters() if parameter.requires_grad)
     optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
     if train.use_gradient_checkpointing:
         model.set_gradient_checkpointing(True)
@@ -158,6 +162,7 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Se
         limits=limits,
         process=site.process,
         folder=site.folder,
+        started_at=time.time(),
     )
 
 

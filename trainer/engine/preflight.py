@@ -77,7 +77,7 @@ def check_before_loading(job: Job, places: Places, *, resumed: bool = False) -> 
 def report(session: Session, target: Path, cache: Path) -> dict[str, object]:
     """What the run will do, name → value. Raises AdapterError when a chosen part has no module."""
     limits, network = session.limits, session.network
-    modules = {part: len(adapters) for part, adapters in network.modules_by_part().items()}
+    modules = {part: len(adapters) for part, adapters in network.parts().items()}
     if not sum(modules.values()):
         raise AdapterError(
             "No module of the model is trained with these network_blocks, network_element and network_targets. Select more."

@@ -36,6 +36,9 @@ class Source(Protocol):
     def prompts(self) -> tuple[str, ...]:
         """Every prompt a batch can have."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a file's metadata says of the data, as fields of `FileFacts`."""
+
     def fingerprint(self) -> str:
         """Changes when a resumed run would see other data."""
 
@@ -71,4 +74,5 @@ class Session:
     limits: Limits
     process: Process
     folder: Path
+    started_at: float
     step: int = 0

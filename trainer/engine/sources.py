@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -67,6 +68,16 @@ class PictureSource:
     def prompts(self) -> tuple[str, ...]:
         """Every prompt a batch can have."""
         return self.dataset.all_captions()
+
+    def facts(self) -> dict[str, Any]:
+        """What a file's metadata says of the data, as fields of `FileFacts`."""
+        folders = {name: (facts["n_repeats"], facts["img_count"]) for name, facts in self.dataset.dataset_dirs().items()}
+        return {
+            "pictures": sum(count for _, count in folders.values()),
+            "bucket_counts": self.dataset.bucket_report(),
+            "dataset_folders": folders,
+            "tag_frequency": self.dataset.tag_frequency(),
+        }
 
     def fingerprint(self) -> str:
         """Changes when a resumed run would see other data."""

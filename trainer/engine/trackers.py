@@ -11,7 +11,7 @@ from ..errors import MissingPackageError
 from ..events import Event, Sampled, Step
 from .losses import READ_EVERY
 
-Weights = Callable[[], Mapping[str, float]]
+Weights = Callable[[], Mapping[str, Any]]
 
 
 class Tracker(Protocol):
@@ -28,7 +28,7 @@ def _scalars(event: Step, weights: Weights) -> dict[str, float]:
     values = {"loss": event.loss, "loss_ema": event.loss_ema}
     values.update({f"learning_rate/{n + 1}": rate for n, rate in enumerate(event.rates)})
     if event.step % READ_EVERY == 0:
-        values.update({f"mean_abs_weight/{part}": value for part, value in weights().items()})
+        values.update({f"mean_abs_weight/{part}": float(value) for part, value in weights().items()})
     return values
 
 

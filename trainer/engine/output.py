@@ -1,0 +1,71 @@
+"""The LoRA file of a session: tensors with the strength baked once, and all that can be said about how it was made."""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ..adapters.file import write_lora
+from ..adapters.metadata import FileFacts, build_metadata
+from ..params import core
+from . import arguments
+from .session import Session
+
+
+def write_network(session: Session, path: Path) -> Path:
+    """Write the adapter as it stands; returns where it really is. Raises AdapterError, with nothing left behind."""
+    job = session.job
+    strength = job[core.Network].network_strength
+    wanted = arguments.precision(job[core.Save].save_precision, "save_precision") or session.model.storage
+    tensors = session.network.export(wanted, strength)
+    return write_lora(path, tensors, build_metadata(facts(session, path.stem), job[core.Save].save_metadata))
+
+
+def facts(session: Session, name: str) -> FileFacts:
+    """What the file's metadata is made of."""
+    job, model, source = session.job, session.model, session.source
+    train, images = job[core.Train], job[core.Images]
+    rates = arguments.rates(job)
+    _, per_epoch = arguments.steps(job, source.batches_per_epoch)
+    height, width = images.image_size
+    return FileFacts(
+        name=name,
+        base_version=model.family.base_version,
+        prediction=model.schedule.prediction,
+        model_name=model.name,
+        model_hash=model.hash(),
+        vae_name=Path(job[core.Task].vae).name,
+        strength=job[core.Network].network_strength,
+        started_at=session.started_at,
+        finished_at=time.time(),
+        session_id=session.folder.name,
+        step=session.step,
+        steps=session.limits.total_steps,
+        epoch=session.step // per_epoch if per_epoch else 0,
+        epochs=session.limits.total_steps // per_epoch if per_epoch else 0,
+        seed=session.seed,
+        resolution=(width, height),
+        clip_skip=train.train_clip_skip,
+        trigger_word=images.lora_trigger_word,
+        timestep_range=(train.train_min_timesteps, train.train_max_timesteps),
+        learning_rate=train.train_learning_rate,
+        unet_learning_rate=rates["unet"],
+        text_encoder_learning_rate=rates["te1"],
+        optimizer=train.train_optimizer,
+        scheduler=train.train_lr_scheduler,
+        warmup_steps=train.train_lr_warmup_steps,
+        batch_size=train.train_batch_size,
+        accumulation=train.train_gradient_accumulation,
+        max_grad_norm=train.train_max_grad_norm,
+        min_snr_gamma=train.train_snr_gamma or None,
+        loss=train.train_loss_function,
+        mixed_precision=_PRECISION.get(model.compute, "no"),
+        gradient_checkpointing=train.use_gradient_checkpointing,
+        job=job.to_dict(full=True),
+        **session.network.file_facts(),
+        **source.facts(),
+    )
+
+
+_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16"}
