@@ -147,6 +147,8 @@ def test_missing_empty_or_no_folder(tmp_path: Path) -> None:
         scan(ImageSettings(folder=tmp_path))
     with pytest.raises(JobError):
         scan(ImageSettings(folder=tmp_path, multiply=0))
+    with pytest.raises(JobError, match="lora_data_directory"):
+        scan(ImageSettings(folder=Path("")))
 
 
 def test_broken_files_stop_the_run_by_name(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ class ImageSettings:
             )
             if value <= 0 or value % PIXELS_PER_LATENT
         ]
+        if self.folder == Path():  # what an empty field becomes; the folder the program was started in is never meant
+            found.insert(0, Problem("lora_data_directory", str(self.folder), "give the folder that holds the pictures"))
         if not math.isfinite(self.max_ratio) or self.max_ratio < 1:
             found.append(Problem("image_max_ratio", self.max_ratio, "must be 1 (square pictures only) or more"))
         if self.sub_images < 0:
