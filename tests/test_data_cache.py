@@ -129,7 +129,7 @@ def test_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="No space left on device.*data_cache = memory"):
+    with pytest.raises(DataError, match=r"No space left on device.*data_cache = memory"):
         TensorCache(tmp_path).put(KEY, entry())
 
 

@@ -300,7 +300,7 @@ def test_disable_upscale(folder: Path) -> None:
     assert [item.picture.name for item in dataset.items] == ["0.png", "1.png", "2.png", "3.png"]
     assert dataset.summary()["left out as too small"] == ["tiny.png"]
     assert made(folder, TensorCache(None)).summary()["enlarged pictures"] == 1
-    with pytest.raises(DataError, match="All 5 pictures are smaller.*image_disable_upscale"):
+    with pytest.raises(DataError, match=r"All 5 pictures are smaller.*image_disable_upscale"):
         made(folder, TensorCache(None), disable_upscale=True, size=(128, 128))
 
 

@@ -138,12 +138,12 @@ def test_own_name_of_the_folder_is_no_repeat(tmp_path: Path) -> None:
 
 
 def test_missing_empty_or_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist. Give the folder"):
+    with pytest.raises(DataError, match=r"does not exist. Give the folder"):
         scan(ImageSettings(folder=tmp_path / "gone"))
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(DataError, match="is a file"):
         scan(ImageSettings(folder=tmp_path / "file.txt"))
-    with pytest.raises(DataError, match="no picture in it or its sub-folders. Looked for jpg jpeg png"):
+    with pytest.raises(DataError, match=r"no picture in it or its sub-folders. Looked for jpg jpeg png"):
         scan(ImageSettings(folder=tmp_path))
     with pytest.raises(JobError):
         scan(ImageSettings(folder=tmp_path, multiply=0))
