@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -213,21 +213,31 @@ def base_names(value: Any, key: str = "") -> Any:
     A path inside a longer text is reduced where it stands. Values under a key that holds prose (prompts, triggers,
     captions, tags) keep their slashes unless they begin at a root: "and/or" is no path, "/home/me/x.png" always is.
     """
+    return _walk(value, key, _base_name)
+
+
+def _walk(value: Any, key: str, reduced: Callable[[str, str], str]) -> Any:
+    """`value` with `reduced(text, key)` for every text in it, names of mappings included."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
-        return _base_name(value, key.lower())
+        return reduced(value, key.lower())
     if isinstance(value, Mapping):
-        return {base_names(str(name), key): base_names(inner, str(name)) for name, inner in value.items()}
+        return {reduced(str(name), key): _walk(inner, str(name), reduced) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [base_names(inner, key) for inner in value]
+        return [_walk(inner, key, reduced) for inner in value]
     return value
+
+
+def _unrooted(text: str, key: str = "") -> str:
+    """Paths that begin at a root, wherever they stand in the text, reduced to their last part."""
+    return _ABSOLUTE.sub(lambda found: _last(found.group()), text)
 
 
 def _base_name(text: str, key: str) -> str:
     if "/" not in text and "\\" not in text:
         return text
-    text = _ABSOLUTE.sub(lambda found: _last(found.group()), text)
+    text = _unrooted(text)
     if "\n" in text or "://" in text or any(word in key for word in _PROSE):
         return text
     return _last(text) if any(word in key for word in _PATHS) or _RELATIVE.match(text) else text
@@ -239,5 +249,5 @@ def _last(path: str) -> str:
 
 def _text(value: Any) -> str:
     """A metadata value as a string without rooted paths: JSON for mappings, Python's spelling for the rest."""
-    value = base_names(value, _PROSE[0])
+    value = _walk(value, "", _unrooted)
     return json.dumps(value, ensure_ascii=False, sort_keys=True) if isinstance(value, dict) else str(value)
