@@ -15,7 +15,7 @@ from trainer.params.codec import load, load_file
 
 TABLE = catalogue()
 KEYS = sorted({*TABLE.by_name, "2nd pass", "traintrain"})
-FAST = settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=700, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
@@ -63,7 +63,7 @@ def test_any_value_of_any_parameter(parameter, value):
     loads_or_refuses({"lora_data_directory": "x", parameter.key: value})
 
 
-@settings(FAST, max_examples=500)
+@settings(FAST, max_examples=200)
 @given(st.binary(max_size=60) | OBJECTS.map(lambda raw: json.dumps({str(k): None for k in raw}).encode()))
 def test_any_file(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.json"
@@ -74,7 +74,7 @@ def test_any_file(tmp_path_factory, content):
         assert str(refusal)
 
 
-@settings(FAST, max_examples=500)
+@settings(FAST, max_examples=200)
 @given(OBJECTS, st.lists(st.text(max_size=20) | st.builds("{}={}".format, st.sampled_from(KEYS), st.text(max_size=5))))
 def test_any_overrides(raw, pairs):
     try:
@@ -108,7 +108,7 @@ def right_values(parameter):
 RIGHT = st.fixed_dictionaries({}, optional={p.key: right_values(p) for p in TABLE.parameters})
 
 
-@settings(FAST, max_examples=1000)
+@settings(FAST, max_examples=300)
 @given(RIGHT, st.none() | RIGHT, st.booleans(), st.booleans())
 def test_jobs_survive_writing_and_reading(raw, second, full, foreign):
     raw = {**raw, **({} if second is None else {"2nd pass": second})}

@@ -92,7 +92,7 @@ class _Reading:
             unused_second=unused,
         )
         self._check(job, info, wrong)
-        if not traintrain and self.complete:
+        if not traintrain and self.complete and info.name:
             self._tell_hidden(given, values, info)
         return job
 
