@@ -29,11 +29,16 @@ def precision(name: str, field: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def folder(text: str) -> Path:
+    """A folder as people paste it: quotes around it (Windows' "Copy as path") and `~` are understood."""
+    return Path(text.strip().strip('"')).expanduser()
+
+
 def image_settings(job: Job) -> ImageSettings:
     """How pictures are found and cut."""
     images = job[core.Images]
     return ImageSettings(
-        folder=Path(images.lora_data_directory),
+        folder=folder(images.lora_data_directory),
         trigger=images.lora_trigger_word,
         size=images.image_size,
         buckets_step=images.image_buckets_step,

@@ -167,9 +167,9 @@ def _listeners(session: Session, log: EventLog) -> Iterator[None]:
 def _train(session: Session, places: Places, ring: LossRing, log: EventLog, control: Control) -> tuple[str, Path | None]:
     leads = session.process.leads
 
-    def save(suffix: str, final: bool) -> Path | None:
+    def save(suffix: str, final: bool) -> Path:
         if not leads:
-            return None
+            return lora_path(session.job, places, suffix)
         with evaluating(session.optimizer):
             path = write_network(session, lora_path(session.job, places, suffix))
         log.tell(Saved(str(path), session.step, final))
