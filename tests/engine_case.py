@@ -1,4 +1,5 @@
 """A small complete job: a tiny random SD1 model in a diffusers folder, six pictures of the painted world, captions."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -4,6 +4,7 @@
 
 KILL_STEP 0 and KILL_WRITE 0 mean never; KILL_WRITE n kills half-way through the n-th state file.
 """
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """The measurements against closed forms, on a model whose predictions are known."""
+
 from __future__ import annotations
 
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ class Model:
         self.network, self.learned, self.leak = network, learned, leak
 
     def encode_prompts(self, prompts, clip_skip=1):
-        return Conditioning(torch.tensor([[[BASE[prompt], float(prompt == "red"), float(prompt == "green")]] for prompt in prompts]))
+        return Conditioning(
+            torch.tensor([[[BASE[prompt], float(prompt == "red"), float(prompt == "green")]] for prompt in prompts])
+        )
 
     def time_ids(self, *sizes):
         return None
@@ -95,7 +98,11 @@ def test_agreement_counts_an_unreadable_attribute_as_a_miss():
     reading = SimpleNamespace(shape="circle", colour=None, background="white", size="small", side="right")
     rates = measure.agreement([scene, scene], [reading, reading])
     assert {name: rate.value for name, rate in rates.items()} == {
-        "shape": 1.0, "colour": 0.0, "background": 1.0, "size": 1.0, "side": 0.0,
+        "shape": 1.0,
+        "colour": 0.0,
+        "background": 1.0,
+        "size": 1.0,
+        "side": 0.0,
     }
 
 

@@ -1,4 +1,7 @@
-"""Every parameter arrives where it acts: set to a value of its own, it is found in the record that the engine works with."""
+"""Every parameter arrives where it acts: set to a value of its own, it is found in the record that the engine works
+with.
+"""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -55,10 +58,26 @@ def test_a_value_arrives(key, value, record, field, expected):
 
 def test_the_numbers_of_the_loop():
     made = arguments.limits(
-        job(train_iterations=10, train_gradient_accumulation=3, train_max_grad_norm=0.5, train_state_every=7, sample_every=4, sample_prompts="a",
-            save_per_steps=4, train_batch_size=2), batches_per_epoch=9, processes=2,
+        job(
+            train_iterations=10,
+            train_gradient_accumulation=3,
+            train_max_grad_norm=0.5,
+            train_state_every=7,
+            sample_every=4,
+            sample_prompts="a",
+            save_per_steps=4,
+            train_batch_size=2,
+        ),
+        batches_per_epoch=9,
+        processes=2,
     )
-    assert (made.total_steps, made.accumulation, made.max_grad_norm, made.state_every, made.sample_every) == (10, 3, 0.5, 7, 4)
+    assert (made.total_steps, made.accumulation, made.max_grad_norm, made.state_every, made.sample_every) == (
+        10,
+        3,
+        0.5,
+        7,
+        4,
+    )
     assert made.save_steps == {4, 8} and made.batch_size == 4
     by_epoch = arguments.limits(job(train_epochs=4, save_per_epochs=2, train_gradient_accumulation=3), 9, 1)
     assert by_epoch.total_steps == 12 and by_epoch.save_steps == {6}

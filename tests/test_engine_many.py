@@ -1,4 +1,5 @@
 """Two processes under torchrun: the same losses as one with the doubled batch, and one file."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,15 @@ def test_two_processes_train_like_one_with_the_doubled_batch(tmp_path):
 
     job = case.job_file(save_lora_name="together", train_batch_size=2, **changes)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(engine_case.free_port())),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(engine_case.free_port()),
+        ),
         *("-m", "trainer", "train", str(job), "--output-dir", str(case.root / "out"), "--json"),
     ]
     done = subprocess.run(command, cwd=ROOT, env=engine_case.environment(), capture_output=True, text=True, timeout=600)

@@ -1,4 +1,5 @@
 """The prediction of memory against what the process really takes, in a process of its own."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,9 @@ MEASURE = """
     from trainer.engine.memory import step_bytes
 
     torch.set_num_threads(1)
-    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128, attention_head_dim=8)
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128, attention_head_dim=8
+    )
     unet.requires_grad_(False)
     for module in unet.modules():
         if isinstance(module, torch.nn.Linear):
@@ -55,7 +58,9 @@ MEASURE = """
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
 def test_prediction_is_within_15_percent_of_the_measured_peak():
     code = textwrap.dedent(MEASURE)
-    done = subprocess.run([sys.executable, "-c", code], env=engine_case.environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=engine_case.environment(), capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.15)
 

@@ -1,4 +1,5 @@
 """Resume: the next loss is the same, bit for bit, whatever ended the run."""
+
 from __future__ import annotations
 
 import random
@@ -49,12 +50,15 @@ def test_every_optimizer_resumes_bit_for_bit(case, name):
     assert resumed == whole
 
 
-@pytest.mark.parametrize("changes", [
-    {"train_lr_scheduler": "reduce_on_plateau"},
-    {"train_lr_scheduler": "one_cycle", "train_gradient_accumulation": 2},
-    {"network_blocks(BASE = TextEncoder)": ["BASE", "M00"]},
-    {"train_model_precision": "fp16"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_lr_scheduler": "reduce_on_plateau"},
+        {"train_lr_scheduler": "one_cycle", "train_gradient_accumulation": 2},
+        {"network_blocks(BASE = TextEncoder)": ["BASE", "M00"]},
+        {"train_model_precision": "fp16"},
+    ],
+)
 def test_other_settings_resume_bit_for_bit(case, changes):
     name = "-".join(str(value)[:8] for value in changes.values()).replace("[", "").replace("'", "").replace(",", "")
     resumed, whole = stopped_and_resumed(case, name, **changes)
@@ -92,8 +96,17 @@ def test_a_run_killed_again_and_again_ends_with_the_same_losses(tmp_path):
     case.run(whole, **{**killed_run.CHANGES, "save_lora_name": "whole"})
 
     def start(folder, kill_step=0, kill_write=0):
-        command = [sys.executable, str(HERE / "killed_run.py"), str(tmp_path), str(folder), str(kill_step), str(kill_write)]
-        return subprocess.run(command, cwd=HERE.parent, env=engine_case.environment(), capture_output=True, text=True).returncode
+        command = [
+            sys.executable,
+            str(HERE / "killed_run.py"),
+            str(tmp_path),
+            str(folder),
+            str(kill_step),
+            str(kill_write),
+        ]
+        return subprocess.run(
+            command, cwd=HERE.parent, env=engine_case.environment(), capture_output=True, text=True
+        ).returncode
 
     steps = sorted(random.Random(11).sample(range(4, 20), 5))
     assert start("fresh", kill_step=steps[0]) == -signal.SIGKILL

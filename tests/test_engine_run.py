@@ -1,4 +1,5 @@
 """A job from its settings to a file: what is told, written, refused and left alone."""
+
 from __future__ import annotations
 
 import csv
@@ -199,7 +200,11 @@ def test_accumulated_batches_are_one_large_batch(case):
 
 def test_sample_pictures_are_drawn_at_their_steps(case):
     result = case.run(
-        save_lora_name="sampled", train_iterations=4, sample_prompts="a red circle\na blue square", sample_every=2, sample_steps=2
+        save_lora_name="sampled",
+        train_iterations=4,
+        sample_prompts="a red circle\na blue square",
+        sample_every=2,
+        sample_steps=2,
     )
     names = sorted(path.name for path in (result.folder / "samples").iterdir())
     assert names == ["000002_0.png", "000002_1.png", "000004_0.png", "000004_1.png"]

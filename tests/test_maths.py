@@ -1,4 +1,5 @@
 """Closed forms for schedules, targets, weights and keyed random numbers."""
+
 from __future__ import annotations
 
 import pytest

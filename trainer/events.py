@@ -1,4 +1,5 @@
 """What a run tells. Tab, command line, CSV and tests read the same events."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """The folders of the project and of its host, as one record."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 Nothing is ever imported from a name found in a file: presets are strangers' input.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -26,7 +27,9 @@ class Registry(Generic[T]):
         self._scanned = False
 
     def register(self, name: str, *aliases: str) -> Callable[[T], T]:
-        """Decorator: enter the decorated thing under `name`. Raises ValueError when the name is taken by another thing."""
+        """Decorator: enter the decorated thing under `name`. Raises ValueError when the name is taken by another
+        thing.
+        """
 
         def enter(thing: T) -> T:
             if name in self._things:
@@ -63,7 +66,9 @@ class Registry(Generic[T]):
         return dict(self._aliases)
 
     def canonical(self, name: str) -> str:
-        """The registered spelling of `name`, ignoring case and resolving aliases. Raises AtelierError with a suggestion."""
+        """The registered spelling of `name`, ignoring case and resolving aliases. Raises AtelierError with a
+        suggestion.
+        """
         self.scan()
         found = self._aliases.get(name.lower())
         if found is None:

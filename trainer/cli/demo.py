@@ -1,4 +1,5 @@
 """`demo`: teach the shipped base model a new word from a dozen shipped pictures, and measure what happened."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """From what was typed to a request: settings files, presets, overrides, run folders."""
+
 from __future__ import annotations
 
 import argparse
@@ -61,7 +62,9 @@ def request(name: str, given: Given, places: Places, *, resume: bool, dry: bool,
     overrides, flags = given.overrides, flags_of(given.flags) if given.flags else {}
     if resume:
         if overrides or flags:
-            raise JobError([Problem("--set", [*overrides, *flags], "a resumed run keeps its settings. Leave them away.")])
+            raise JobError(
+                [Problem("--set", [*overrides, *flags], "a resumed run keeps its settings. Leave them away.")]
+            )
         folder = Path(name)
         return Request(read_job(folder), places, resume=folder, dry=dry)
     raw = lay_over(apply_overrides(raw_job(name), overrides, catalogue()), flags, catalogue())

@@ -1,4 +1,5 @@
 """The commands. Each imports what it needs when it runs, so that `--help` is quick."""
+
 from __future__ import annotations
 
 import argparse
@@ -33,10 +34,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(verbose=False, takes_flags=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="run a job, or resume one", epilog="Every parameter is a flag too: --network-rank 8.")
+    train = commands.add_parser(
+        "train", help="run a job, or resume one", epilog="Every parameter is a flag too: --network-rank 8."
+    )
     train.add_argument("job", nargs="?", help="settings JSON, the name of a preset, or the run folder with --resume")
     train.add_argument("--resume", action="store_true", help="continue the run in the given run folder")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)"
+    )
     train.add_argument("--dry-run", action="store_true", help="check everything and show what would happen")
     train.add_argument("--json", action="store_true", help="events as JSON lines on standard output")
     _add_places(train)

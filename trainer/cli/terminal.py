@@ -1,4 +1,5 @@
 """How events look on a terminal: a progress bar, notes above it; or one JSON object per line."""
+
 from __future__ import annotations
 
 import json
@@ -32,7 +33,8 @@ class Terminal:
         if isinstance(event, Step):
             bar = self._open("training", event.total, "step")
             bar.set_postfix_str(
-                f"loss {event.loss_ema:.4f}, rate {max(event.rates, default=0):.2e}, {event.images_per_second:.1f} images/s",
+                f"loss {event.loss_ema:.4f}, rate {max(event.rates, default=0):.2e}, "
+                f"{event.images_per_second:.1f} images/s",
                 refresh=False,
             )
             self._advance(event.step)

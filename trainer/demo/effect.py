@@ -1,4 +1,5 @@
 """Before and after: what an adapter changed in the painted world, as numbers and as a grid of pictures."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ UNRELATED_FALL = 0.05
 
 @dataclass(frozen=True)
 class Effect:
-    """How often prompts with the new word show its colour, and how often unrelated prompts show what they ask, before and after."""
+    """How often prompts with the new word show its colour, and how often unrelated prompts show what they ask, before
+    and after.
+    """
 
     asked_before: Rate
     asked_after: Rate
@@ -69,7 +72,9 @@ def measure_effect(model: Model, network: Network, asked: int = 50, unrelated: i
     return Effect(found[0.0][0], found[1.0][0], found[0.0][1], found[1.0][1])
 
 
-def comparison(model: Model, network: Network, prompts: Sequence[str], strengths: Sequence[float], settings: SampleSettings) -> Tensor:
+def comparison(
+    model: Model, network: Network, prompts: Sequence[str], strengths: Sequence[float], settings: SampleSettings
+) -> Tensor:
     """Pictures (prompts, strengths, 3, H, W) in [−1, 1]; each prompt has the same noise at every strength."""
     columns = []
     for strength in strengths:

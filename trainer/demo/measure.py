@@ -1,8 +1,9 @@
 """Whether an adapter did what it should: measured on predictions, and on sampled pictures with the exact reader.
 
-Notation: ε_κ(x, t, c) is the prediction with the adapter at strength κ, ε_0 the untouched model. All prediction measures are
-averaged over held-out states x_t: pure noise, and states of the untouched model's own sampling.
+Notation: ε_κ(x, t, c) is the prediction with the adapter at strength κ, ε_0 the untouched model. All prediction
+measures are averaged over held-out states x_t: pure noise, and states of the untouched model's own sampling.
 """
+
 from __future__ import annotations
 
 import math
@@ -62,7 +63,9 @@ def ask(model: Model, prompts: Sequence[str], settings: SampleSettings) -> list[
 def agreement(scenes: Sequence[world.Scene], readings: Sequence[Reading]) -> dict[str, Rate]:
     """Per attribute, how often the picture shows what the scene says; an unreadable attribute is a miss."""
     return {
-        name: share(getattr(reading, name) == getattr(scene, name) for scene, reading in zip(scenes, readings, strict=True))
+        name: share(
+            getattr(reading, name) == getattr(scene, name) for scene, reading in zip(scenes, readings, strict=True)
+        )
         for name in world.ATTRIBUTES
     }
 
@@ -142,7 +145,9 @@ def memorisation(seen: Probe, unseen: Probe, original: str, target: str) -> floa
 
 @dataclass(frozen=True)
 class PairEffect:
-    """How the change of the implied picture compares with the wanted one: cosine inside the mask, energy share outside."""
+    """How the change of the implied picture compares with the wanted one: cosine inside the mask, energy share
+    outside.
+    """
 
     cosine: float
     outside: float
@@ -156,6 +161,9 @@ def pair_effect(change_BCHW: Tensor, wanted_BCHW: Tensor, mask_B1HW: Tensor) -> 
     return PairEffect(float(cosine), float(outside))
 
 
-def first_reached(trace: Sequence[tuple[float, float, float]], map_at_least: float = 0.8, leak_at_most: float = 0.1) -> float | None:
-    """The first step (or second) of a trace of (step, map ratio, median leak) that reaches both; None when none does."""
+def first_reached(
+    trace: Sequence[tuple[float, float, float]], map_at_least: float = 0.8, leak_at_most: float = 0.1
+) -> float | None:
+    """The first step (or second) of a trace of (step, map ratio, median leak) that reaches both; None when none does.
+    """
     return next((at for at, mapped, leak in trace if mapped >= map_at_least and leak <= leak_at_most), None)

@@ -1,4 +1,5 @@
 """From a job to the plain records the rooms below take: the only place where parameters become arguments."""
+
 from __future__ import annotations
 
 import math

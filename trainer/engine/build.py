@@ -1,4 +1,5 @@
 """Puts a session together: adapter, data, optimiser, mode. The model is already loaded."""
+
 from __future__ import annotations
 
 import secrets
@@ -70,12 +71,17 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
     if wanted.network_resume:
         path = Path(wanted.network_resume)
         if not path.is_file():
-            raise AdapterError(f"network_resume = {path.name!r}: there is no such file. Give the path of a LoRA, or leave it empty.")
+            raise AdapterError(
+                f"network_resume = {path.name!r}: there is no such file. Give the path of a LoRA, or leave it empty."
+            )
         tensors, metadata = read_lora(path)
         found = network.load(tensors, baked=baked_strength(metadata))
         log.note(f"Continuing from {path.name}: {found.matched} of {len(network)} modules found.")
         if found.unmatched:
-            log.warn(f"{len(found.unmatched)} tensors of {path.name} belong to no trained module (first: {found.unmatched[0]}).")
+            log.warn(
+                f"{len(found.unmatched)} tensors of {path.name} belong to no trained module "
+                f"(first: {found.unmatched[0]})."
+            )
     return network
 
 
@@ -84,7 +90,9 @@ def text_is_trained(network: Network) -> bool:
     return any(part.startswith("te") for part in network.parts())
 
 
-def picture_source(job: Job, model: Model, cache: TensorCache, seed: int, site: Site, scanned: Scan | None) -> PictureSource:
+def picture_source(
+    job: Job, model: Model, cache: TensorCache, seed: int, site: Site, scanned: Scan | None
+) -> PictureSource:
     """Encode the pictures that are not in the cache and plan the batches."""
     settings = arguments.image_settings(job)
     at_once = 1 if max(settings.size) > 256 else 16
@@ -110,7 +118,9 @@ def make_text(job: Job, model: Model, network: Network, prompts: Sequence[str], 
     return Text(model, clip_skip, cached)
 
 
-def make_optimizer_and_scheduler(job: Job, network: Network, total_steps: int, log: EventLog) -> tuple[torch.optim.Optimizer, Any]:
+def make_optimizer_and_scheduler(
+    job: Job, network: Network, total_steps: int, log: EventLog
+) -> tuple[torch.optim.Optimizer, Any]:
     """The optimizer over the parts of the network, each with its rate, and the schedule of the rates."""
     train = job[core.Train]
     rates = arguments.rates(job)

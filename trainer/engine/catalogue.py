@@ -1,4 +1,5 @@
 """The whole table of parameters: the core sections and what modes declare in their own files."""
+
 from __future__ import annotations
 
 from functools import lru_cache

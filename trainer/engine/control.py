@@ -1,4 +1,5 @@
 """How a run is asked to stop, from another thread or a signal handler."""
+
 from __future__ import annotations
 
 import threading

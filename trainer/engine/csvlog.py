@@ -1,4 +1,5 @@
 """The CSV log of a run in TrainTrain's layout: a block of settings, one per row, then Step, Loss, Learning Rate 1, …"""
+
 from __future__ import annotations
 
 import csv
@@ -27,7 +28,7 @@ class CsvLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _rows_until(path, resume_step) if resume_step and path.is_file() else []
         self._titled = bool(kept)
-        self._file = open(path, "w", newline="", encoding="utf-8")
+        self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
         self._writer = csv.writer(self._file)
         self._writer.writerows(kept or [[key, header.get(key, "")] for key in HEADER_KEYS])
         self._file.flush()

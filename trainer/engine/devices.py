@@ -1,4 +1,5 @@
 """Which part of a model is on the device when, and how to recognise its weights again."""
+
 from __future__ import annotations
 
 import hashlib
@@ -46,7 +47,9 @@ def fingerprint(*modules: nn.Module | None) -> str:
         for name, tensor in module.state_dict().items():
             flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {float(flat.sum(dtype=torch.float64))!r}".encode())
+            digest.update(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} {float(flat.sum(dtype=torch.float64))!r}".encode()
+            )
             digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
 
@@ -68,9 +71,10 @@ class SpillWatch:
         if torch.cuda.memory_reserved(self._device) > self.FULL * total or free < (1 - self.FULL) * total:
             self._told = True
             self._log.warn(
-                f"The GPU memory is full ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GB). The driver may move data to system "
-                "memory, which makes every step many times slower. Switch on use_gradient_checkpointing, lower train_batch_size "
-                "or image_size, or close other programs that use the GPU."
+                f"The GPU memory is full ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GB). "
+                "The driver may move data to system memory, which makes every step many times slower. Switch on "
+                "use_gradient_checkpointing, lower train_batch_size or image_size, or close other programs that use "
+                "the GPU."
             )
 
     def close(self) -> None:

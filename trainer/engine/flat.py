@@ -2,6 +2,7 @@
 
 One kernel then does what would be hundreds: clear, norm, clip, mask, all-reduce.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 
 class FlatParameters:
-    """Owns flat storage for parameters and gradients; the parameters stay ordinary `nn.Parameter`s with views as data."""
+    """Owns flat storage for parameters and gradients; the parameters stay ordinary `nn.Parameter`s with views as
+    data.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
@@ -38,7 +41,8 @@ class FlatParameters:
             gradient.zero_()
 
     def guard(self, loss: Tensor, max_norm: float) -> Tensor:
-        """Clip to `max_norm` (0 = off) and clear everything when loss or norm is not finite. Returns that finiteness, 0-d bool.
+        """Clip to `max_norm` (0 = off) and clear everything when loss or norm is not finite. Returns that finiteness,
+        0-d bool.
 
         Nothing is read from the device.
         """

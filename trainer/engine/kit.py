@@ -1,4 +1,5 @@
 """The verbs a mode may use, bound to one model, one adapter and one job."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,9 @@ from ..modes.base import Batch
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the job says about losses: distance name, min-SNR γ (0 off), timestep range [low, high), one timestep per batch."""
+    """What the job says about losses: distance name, min-SNR γ (0 off), timestep range [low, high), one timestep per
+    batch.
+    """
 
     distance: str = "MSE"
     snr_gamma: float = 0.0

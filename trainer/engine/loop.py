@@ -1,4 +1,5 @@
 """The training loop: batch → loss → backward → step → event. No mode, host or form is known here."""
+
 from __future__ import annotations
 
 import math
@@ -17,8 +18,8 @@ from .losses import LossRing
 from .session import Session
 
 _NOT_FINITE = (
-    "The loss became {loss} at step {step}. The update was discarded and the last good file is kept. Lower train_learning_rate "
-    "(now {rate:g}), set train_max_grad_norm to 1, or train with train_model_precision bf16 or fp32."
+    "The loss became {loss} at step {step}. The update was discarded and the last good file is kept. "
+    "Lower train_learning_rate (now {rate:g}), set train_max_grad_norm to 1, or train with train_model_precision bf16 or fp32."
 )
 
 
@@ -32,7 +33,9 @@ class Hooks:
 
 
 def gradients(session: Session, step: int) -> Tensor:
-    """Accumulate the gradients of one optimizer step over its micro batches and all processes; returns the mean loss, 0-d."""
+    """Accumulate the gradients of one optimizer step over its micro batches and all processes; returns the mean loss,
+    0-d.
+    """
     accumulation = session.limits.accumulation
     total = torch.zeros((), device=session.model.device)
     session.flat.zero_gradients()

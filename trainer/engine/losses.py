@@ -1,4 +1,5 @@
 """Losses stay on the device in a ring and are read together, so that no step waits for the device."""
+
 from __future__ import annotations
 
 import math
@@ -25,8 +26,8 @@ class Reading:
 class LossRing:
     """The losses since the last read, and their exponential moving average.
 
-    `plateau` is the average as it stood at the last multiple of READ_EVERY: schedulers that watch the loss see this one, so that
-    an extra read (a save, a stop) never changes the run.
+    `plateau` is the average as it stood at the last multiple of READ_EVERY: schedulers that watch the loss see this
+    one, so that an extra read (a save, a stop) never changes the run.
     """
 
     def __init__(self, device: torch.device, average: float | None = None, plateau: float | None = None) -> None:

@@ -1,4 +1,5 @@
 """How much memory a training step takes: predicted by running it on fake tensors, which have sizes but no data."""
+
 from __future__ import annotations
 
 import hashlib
@@ -46,7 +47,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Step(nn.Module):
-    """One forward of the loss as a module, so that `functional_call` can put fake tensors in the place of its weights."""
+    """One forward of the loss as a module, so that `functional_call` can put fake tensors in the place of its
+    weights.
+    """
 
     def __init__(self, modules: Iterable[nn.Module], loss: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -61,8 +64,8 @@ class _Step(nn.Module):
 def step_bytes(modules: Iterable[nn.Module], loss: Callable[[], Tensor]) -> int:
     """Peak bytes that one forward and backward of `loss` would allocate beyond the weights of `modules`.
 
-    `loss` is called with fake tensors in the place of all parameters and buffers of the modules, and must make its inputs itself.
-    Gradients of the trainable parameters are counted in.
+    `loss` is called with fake tensors in the place of all parameters and buffers of the modules, and must make its
+    inputs itself. Gradients of the trainable parameters are counted in.
     """
     step = _Step(modules, loss)
     named = {**dict(step.named_parameters()), **dict(step.named_buffers())}
@@ -86,7 +89,8 @@ def module_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def remembered(folder: Path, facts: Mapping[str, object], work: Callable[[], int]) -> int:
-    """The number that `work` gave for these facts before, kept in a small file per set of facts; `work` is done once."""
+    """The number that `work` gave for these facts before, kept in a small file per set of facts; `work` is done once.
+    """
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = folder / f"memory-{name}.txt"
     if path.is_file() and path.read_text(encoding="ascii").isdigit():

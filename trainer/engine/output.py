@@ -1,4 +1,5 @@
 """The LoRA file of a session: tensors with the strength baked once, and all that can be said about how it was made."""
+
 from __future__ import annotations
 
 import time

@@ -1,4 +1,5 @@
 """What can be known before the first step: refusals before anything is loaded, and the report after."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -35,7 +36,8 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         if name and (path.is_file() or (path / "unet" / "config.json").is_file()):
             return path
     message = (
-        "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, or demo."
+        "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, "
+        "or demo."
         if not name
         else "there is no such file, diffusers folder or model of that name in the model folder. Check the spelling."
     )
@@ -57,7 +59,11 @@ def check_before_loading(job: Job, places: Places, *, resumed: bool = False) -> 
     target = lora_path(job, places)
     if target.exists() and not save.save_overwrite and not resumed:
         problems.append(
-            Problem("save_lora_name", save.save_lora_name, f"{target.name} exists already. Choose another name or switch on save_overwrite.")
+            Problem(
+                "save_lora_name",
+                save.save_lora_name,
+                f"{target.name} exists already. Choose another name or switch on save_overwrite.",
+            )
         )
     for field in ("train_model_precision", "train_lora_precision", "train_VAE_precision"):
         try:
@@ -66,7 +72,9 @@ def check_before_loading(job: Job, places: Places, *, resumed: bool = False) -> 
             problems.extend(error.problems)
     resume = job[core.Network].network_resume
     if resume and not Path(resume).is_file():
-        problems.append(Problem("network_resume", resume, "there is no such file. Give the path of a LoRA or leave it empty."))
+        problems.append(
+            Problem("network_resume", resume, "there is no such file. Give the path of a LoRA or leave it empty.")
+        )
     if problems:
         raise JobError(problems)
     if MODES.get(job[core.Task].mode).source == "pictures":
@@ -80,7 +88,8 @@ def report(session: Session, target: Path, cache: Path) -> dict[str, object]:
     modules = {part: len(adapters) for part, adapters in network.parts().items()}
     if not sum(modules.values()):
         raise AdapterError(
-            "No module of the model is trained with these network_blocks, network_element and network_targets. Select more."
+            "No module of the model is trained with these network_blocks, network_element and network_targets. "
+            "Select more."
         )
     _, per_epoch = arguments.steps(session.job, session.source.batches_per_epoch)
     lines: dict[str, object] = {
@@ -132,5 +141,7 @@ def estimated_bytes(session: Session, cache: Path) -> int:
 
 
 def state_bytes(trainable: int) -> int:
-    """Bytes kept for `trainable` bytes of parameters: values, gradients, the copy to undo with, two optimiser moments."""
+    """Bytes kept for `trainable` bytes of parameters: values, gradients, the copy to undo with, two optimiser
+    moments.
+    """
     return 5 * trainable

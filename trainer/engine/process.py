@@ -1,4 +1,5 @@
 """One process or several: who I am, and sums over all. Several are started by torchrun or accelerate, never by us."""
+
 from __future__ import annotations
 
 import os
@@ -49,7 +50,9 @@ class ManyProcesses(Process):
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
         wanted = int(os.environ["WORLD_SIZE"])
         if self.count != wanted:
-            raise AtelierError(f"WORLD_SIZE is {wanted}, but {self.count} process(es) found each other. Start with torchrun.")
+            raise AtelierError(
+                f"WORLD_SIZE is {wanted}, but {self.count} process(es) found each other. Start with torchrun."
+            )
 
     def sum(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:

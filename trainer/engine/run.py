@@ -1,4 +1,5 @@
 """One run from a job to a file: check, load, build, report, loop, save, give back."""
+
 from __future__ import annotations
 
 import contextlib
@@ -164,7 +165,9 @@ def _listeners(session: Session, log: EventLog) -> Iterator[None]:
             listener.close()
 
 
-def _train(session: Session, places: Places, ring: LossRing, log: EventLog, control: Control) -> tuple[str, Path | None]:
+def _train(
+    session: Session, places: Places, ring: LossRing, log: EventLog, control: Control
+) -> tuple[str, Path | None]:
     leads = session.process.leads
 
     def save(suffix: str, final: bool) -> Path:

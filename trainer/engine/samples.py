@@ -1,4 +1,5 @@
 """Pictures from a model as it stands: DPM-Solver++ (2M) or DDIM of diffusers with classifier-free guidance."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

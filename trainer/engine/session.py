@@ -1,4 +1,5 @@
 """Everything a running training consists of, put together by `build` and driven by `loop`."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Where batches come from. A mode names its source; a source knows data, text and processes, never a loss."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -51,7 +52,10 @@ class PictureSource:
         """The global micro batch of the first epoch with the most pixels: it decides the memory."""
 
         def pixels(index: int) -> int:
-            return sum(self.dataset.items[item].bucket[0] * self.dataset.items[item].bucket[1] for item in self.plan.batch(index))
+            return sum(
+                self.dataset.items[item].bucket[0] * self.dataset.items[item].bucket[1]
+                for item in self.plan.batch(index)
+            )
 
         return max(range(self.plan.batches_per_epoch), key=pixels)
 
@@ -71,7 +75,9 @@ class PictureSource:
 
     def facts(self) -> dict[str, Any]:
         """What a file's metadata says of the data, as fields of `FileFacts`."""
-        folders = {name: (facts["n_repeats"], facts["img_count"]) for name, facts in self.dataset.dataset_dirs().items()}
+        folders = {
+            name: (facts["n_repeats"], facts["img_count"]) for name, facts in self.dataset.dataset_dirs().items()
+        }
         return {
             "pictures": sum(count for _, count in folders.values()),
             "bucket_counts": self.dataset.bucket_report(),

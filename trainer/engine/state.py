@@ -1,8 +1,10 @@
-"""The resume state of a run: one safetensors file, replaced as a whole, from which the next loss is the same bit for bit.
+"""The resume state of a run: one safetensors file, replaced as a whole, from which the next loss is the same bit for
+bit.
 
-Tensors: `network/…`, `optimizer/…`, `rng/cpu`, `rng/cuda`. Metadata: one JSON text with everything else. Data position and
-random draws need no state of their own: both are functions of the step.
+Tensors: `network/…`, `optimizer/…`, `rng/cpu`, `rng/cuda`. Metadata: one JSON text with everything else. Data position
+and random draws need no state of their own: both are functions of the step.
 """
+
 from __future__ import annotations
 
 import json
@@ -61,24 +63,30 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / STATE_FILE
     if not path.is_file():
         raise TrainingError(
-            f"{folder.name} holds no resume state ({STATE_FILE}). A run writes one every train_state_every steps and at a stop; "
-            "start the job anew."
+            f"{folder.name} holds no resume state ({STATE_FILE}). A run writes one every train_state_every steps "
+            "and at a stop; start the job anew."
         )
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["state"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise TrainingError(f"The resume state in {folder.name} cannot be read ({error}). Start the job anew.") from error
+        raise TrainingError(
+            f"The resume state in {folder.name} cannot be read ({error}). Start the job anew."
+        ) from error
     if facts.get("format") != FORMAT:
-        raise TrainingError(f"The resume state in {folder.name} has format {facts.get('format')}, this version reads {FORMAT}.")
+        raise TrainingError(
+            f"The resume state in {folder.name} has format {facts.get('format')}, this version reads {FORMAT}."
+        )
     return tensors, facts
 
 
 def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Put a freshly built session where the state left off. Raises TrainingError when data or job are not the same."""
     if facts["data"] != session.source.fingerprint():
-        raise TrainingError("The pictures, captions or image settings changed since this run was stopped. Start the job anew.")
+        raise TrainingError(
+            "The pictures, captions or image settings changed since this run was stopped. Start the job anew."
+        )
     if facts["processes"] != session.process.count:
         raise TrainingError(f"The run used {facts['processes']} process(es), now there are {session.process.count}.")
 

@@ -1,4 +1,7 @@
-"""TensorBoard and Weights & Biases as listeners: losses, rates, mean absolute adapter weight per part, sample pictures."""
+"""TensorBoard and Weights & Biases as listeners: losses, rates, mean absolute adapter weight per part, sample
+pictures.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -85,4 +88,7 @@ class WandB:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Path, str, Mapping[str, object], Weights], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, object], Weights], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+}

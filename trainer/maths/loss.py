@@ -1,4 +1,5 @@
 """Per-sample losses, their weights, and timestep samplers."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,7 +26,8 @@ def distance(name: str, predicted_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: 
 
 
 def min_snr_weight(schedule: NoiseSchedule, t_B: Tensor, gamma: float) -> Tensor:
-    """Min-SNR-γ (Hang et al. 2303.09556, eq. 5), (B,): min(snr,γ)/snr for ε, min(snr,γ)/(snr+1) for v; γ = 0 gives ones.
+    """Min-SNR-γ (Hang et al. 2303.09556, eq. 5), (B,): min(snr,γ)/snr for ε, min(snr,γ)/(snr+1) for v; γ = 0 gives
+    ones.
 
     At zero SNR the ε weight tends to 1 and the v weight to 0; neither divides by zero.
     """

@@ -3,6 +3,7 @@
 Every draw of a run is keyed by what it is for and by (seed, step, global sample index). Nothing depends on the order of
 drawing, on the device or on the number of processes, and a resumed run needs no generator state for them.
 """
+
 from __future__ import annotations
 
 import hashlib

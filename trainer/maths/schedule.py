@@ -1,4 +1,5 @@
 """The forward diffusion process: x_t = √ᾱ_t·z + √(1−ᾱ_t)·ε (Ho et al. 2006.11239, eq. 4)."""
+
 from __future__ import annotations
 
 import math

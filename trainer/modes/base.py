@@ -1,4 +1,5 @@
 """What a mode is: a name, what it shows of the form, where its batches come from, and a loss."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from ..registry import Registry
 class Batch:
     """What one process computes of one global micro batch.
 
-    `index` counts micro batches from 0 over the whole run. `samples` are the positions of this process's samples inside the
-    global batch (they key the random draws), `share` is the size of the global batch. `mean`/`std` are the VAE posterior of the
-    pictures, scaled, (B, C, H, W); zeros for modes without pictures. `time_ids` (B, 6) is SDXL's size conditioning in pixels.
+    `index` counts micro batches from 0 over the whole run. `samples` are the positions of this process's samples
+    inside the global batch (they key the random draws), `share` is the size of the global batch. `mean`/`std` are the
+    VAE
+    posterior of the pictures, scaled, (B, C, H, W); zeros for modes without pictures. `time_ids` (B, 6) is SDXL's size
+    conditioning in
+    pixels.
     `prompts` are the captions or original prompts, `targets` the target prompts of modes that have them.
     """
 
@@ -48,7 +52,9 @@ class Kit(Protocol):
         """Timesteps in the job's range, (B,) int64."""
 
     def text(self, prompts: Sequence[str]) -> Any:
-        """The conditioning of prompts, one row each: encoded at the current strength when the text encoder is trained."""
+        """The conditioning of prompts, one row each: encoded at the current strength when the text encoder is
+        trained.
+        """
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
         """The model's prediction at x_t with the adapter at its current strength."""
@@ -74,7 +80,9 @@ class Settings(Protocol):
 
 
 class Mode:
-    """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it declares itself."""
+    """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it
+    declares itself.
+    """
 
     help: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()

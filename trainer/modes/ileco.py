@@ -1,8 +1,10 @@
 """iLECO: what the model predicts for one prompt becomes what it predicts for another. No pictures.
 
-After TrainTrain's iLECO, itself a shortened LECO (Gandikota et al. 2303.07345): the student ε_1(x, t, c_original) follows the
-teacher ε_0(x, t, c_target). Unlike TrainTrain's, the noise is fresh in every step and unrelated prompts are anchored.
+After TrainTrain's iLECO, itself a shortened LECO (Gandikota et al. 2303.07345): the student ε_1(x, t, c_original)
+follows the teacher ε_0(x, t, c_target). Unlike TrainTrain's, the noise is fresh in every step and unrelated prompts
+are anchored.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,12 +25,19 @@ class ILecoParams:
     """What iLECO adds to the table."""
 
     ileco_anchors: str = param(
-        "", "Prompts that must stay as they are, one per line; empty takes a built-in list.", "option", needs="ileco")
+        "", "Prompts that must stay as they are, one per line; empty takes a built-in list.", "option", needs="ileco"
+    )
     ileco_anchor_weight: float = param(
-        1.0, "How strongly the anchor prompts are held; 0 lets go.", "option", needs="ileco", low=0, high=100)
+        1.0, "How strongly the anchor prompts are held; 0 lets go.", "option", needs="ileco", low=0, high=100
+    )
     ileco_guidance: float = param(
-        0.0, "How far the target is pushed away from the original; 0 aims at the target itself.", "option",
-        needs="ileco", low=0, high=20)
+        0.0,
+        "How far the target is pushed away from the original; 0 aims at the target itself.",
+        "option",
+        needs="ileco",
+        low=0,
+        high=20,
+    )
 
 
 @MODES.register("iLECO")
@@ -54,7 +63,9 @@ class ILeco(Mode):
         return self._anchors if self._weight else ()
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
-        """‖ε_1(x, t, c_o) − ε_0(x, t, c_t)‖² + w·‖ε_1(x, t, c_a) − ε_0(x, t, c_a)‖² per sample, students in one forward."""
+        """‖ε_1(x, t, c_o) − ε_0(x, t, c_t)‖² + w·‖ε_1(x, t, c_a) − ε_0(x, t, c_a)‖² per sample, students in one
+        forward.
+        """
         x, t = kit.noise(batch, fixed=self._compatible), kit.timesteps(batch)
         anchors = self._anchors_of(batch) if self._weight else ()
         asked = (*batch.prompts, *anchors)

@@ -1,4 +1,5 @@
 """LoRA: the denoising loss on a folder of captioned pictures (Hu et al. 2106.09685; Ho et al. 2006.11239, eq. 14)."""
+
 from __future__ import annotations
 
 from torch import Tensor
