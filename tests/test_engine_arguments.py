@@ -87,8 +87,8 @@ def test_rates_and_parts():
     given = job(train_learning_rate=3e-4, train_textencoder_learning_rate=5e-5)
     assert arguments.rates(given) == {"unet": 3e-4, "te1": 5e-5, "te2": 5e-5}
     assert arguments.rates(job(train_learning_rate=3e-4))["te1"] == 3e-4
-    assert set(arguments.parts(job(network_targets="text_encoder"))) == {"te1", "te2"}
-    assert set(arguments.parts(job(network_targets="unet"))) == {"unet"}
+    assert set(arguments.parts(job(network_targets="text_encoder"), ())) == {"te1", "te2"}
+    assert set(arguments.parts(job(network_targets="unet"), ())) == {"unet"}
 
 
 def test_precisions():

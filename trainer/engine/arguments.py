@@ -16,6 +16,7 @@ from ..params.job import Job
 from .kit import LossSettings
 from .samples import SampleSettings
 from .session import Limits
+from .sources import PromptPairs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,10 +79,34 @@ def adapter_spec(job: Job) -> AdapterSpec:
     )
 
 
-def parts(job: Job) -> Collection[str]:
-    """The parts of the model that are trained: unet, te1, te2."""
+def parts(job: Job, needs: Collection[str]) -> Collection[str]:
+    """The parts of the model that are trained: unet, te1, te2.
+
+    Modes that ask whether to train the text encoder (`te_train` among their `needs`) leave it out unless told to.
+    """
     wanted = {"both": ("unet", "te1", "te2"), "unet": ("unet",), "text_encoder": ("te1", "te2")}
-    return wanted[job[core.Network].network_targets]
+    network = job[core.Network]
+    chosen = wanted[network.network_targets]
+    if "te_train" in needs and not network.network_train_text_encoder:
+        return tuple(part for part in chosen if part == "unet")
+    return chosen
+
+
+def prompt_pairs(job: Job) -> PromptPairs:
+    """Line i of the original prompt with line i of the target; one pair in TrainTrain's files. No target removes.
+
+    Raises JobError when the numbers of lines differ.
+    """
+    task = job[core.Task]
+    if job.traintrain:
+        originals, targets = (task.original_prompt,), (task.target_prompt,)
+    else:
+        originals = tuple(line.strip() for line in task.original_prompt.splitlines()) or ("",)
+        targets = tuple(line.strip() for line in task.target_prompt.splitlines()) or ("",) * len(originals)
+    if len(originals) != len(targets):
+        message = f"has {len(targets)} line(s), the original prompt has {len(originals)}. Line i belongs to line i."
+        raise JobError([Problem("target prompt", task.target_prompt, message)])
+    return PromptPairs(originals, targets, job[core.Images].image_size)
 
 
 def steps(job: Job, batches_per_epoch: int | None) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from .flat import FlatParameters
 from .kit import Kit, Text
 from .process import Process
 from .session import Session, Source
-from .sources import PictureSource
+from .sources import PictureSource, PromptSource
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
         arguments.adapter_spec(job),
         blocks=wanted.network_blocks,
         element=wanted.network_element,
-        parts=arguments.parts(job),
+        parts=arguments.parts(job, MODES.get(job[core.Task].mode).needs),
         generator=rng.generator("adapter", seed),
     )
     dtype = arguments.precision(job[core.Train].train_lora_precision, "train_lora_precision")
@@ -103,7 +103,17 @@ def picture_source(
     return PictureSource(dataset, model, seed, job[core.Train].train_batch_size, site.process)
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"pictures": picture_source}
+def prompt_source(
+    job: Job, model: Model, cache: TensorCache, seed: int, site: Site, scanned: Scan | None
+) -> PromptSource:
+    """The pairs of prompts of a mode without pictures."""
+    pairs = arguments.prompt_pairs(job)
+    if "" in pairs.originals:
+        site.log.warn("The original prompt is empty: the change will affect everything the model draws.")
+    return PromptSource(pairs, model, job[core.Train].train_batch_size, site.process)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {"pictures": picture_source, "prompts": prompt_source}
 
 
 def make_text(job: Job, model: Model, network: Network, prompts: Sequence[str], cache: TensorCache, site: Site) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,8 +58,10 @@ class Kit:
         """Latents drawn from the pictures' posterior, (B, C, H, W)."""
         return batch.mean + batch.std * self._normal("posterior", batch, batch.mean)
 
-    def noise(self, batch: Batch) -> Tensor:
-        """Fresh standard normal noise shaped like the batch's latents, (B, C, H, W)."""
+    def noise(self, batch: Batch, fixed: bool = False) -> Tensor:
+        """Noise shaped like the batch's latents, (B, C, H, W): fresh in every step, or the same one when `fixed`."""
+        if fixed:
+            batch = dataclasses.replace(batch, index=0)
         return self._normal("noise", batch, batch.mean)
 
     def timesteps(self, batch: Batch) -> Tensor:

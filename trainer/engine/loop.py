@@ -19,7 +19,8 @@ from .session import Session
 
 _NOT_FINITE = (
     "The loss became {loss} at step {step}. The update was discarded and the last good file is kept. "
-    "Lower train_learning_rate (now {rate:g}), set train_max_grad_norm to 1, or train with train_model_precision bf16 or fp32."
+    "Lower train_learning_rate (now {rate:g}), set train_max_grad_norm to 1, or train with train_model_precision bf16 "
+    "or fp32."
 )
 
 

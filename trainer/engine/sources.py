@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,3 +89,66 @@ class PictureSource:
     def fingerprint(self) -> str:
         """Changes when a resumed run would see other data."""
         return self.dataset.fingerprint()
+
+
+@dataclass(frozen=True)
+class PromptPairs:
+    """Original and target prompts, line i with line i; `size` is (height, width) in pixels."""
+
+    originals: tuple[str, ...]
+    targets: tuple[str, ...]
+    size: tuple[int, int]
+
+
+class PromptSource:
+    """Batches without pictures: the pairs of prompts in turn, with zeros in the place of latents."""
+
+    batches_per_epoch: int | None = None
+
+    def __init__(self, pairs: PromptPairs, model: Model, batch_size: int, process: Process) -> None:
+        self._pairs, self._model, self._batch_size, self._process = pairs, model, batch_size, process
+
+    def batch(self, index: int) -> Batch | None:
+        """This process's part of global micro batch `index`."""
+        share = self._batch_size * self._process.count
+        samples = tuple(range(share))[share_of(range(share), self._process, self._batch_size)]
+        chosen = [(index * share + sample) % len(self._pairs.originals) for sample in samples]
+        height, width = (edge // self._model.latent_factor for edge in self._pairs.size)
+        zeros = torch.zeros(len(samples), self._model.latent_channels, height, width, device=self._model.device)
+        ids = self._model.time_ids(self._pairs.size, (0, 0), self._pairs.size)
+        return Batch(
+            index=index,
+            samples=samples,
+            share=share,
+            prompts=tuple(self._pairs.originals[pair] for pair in chosen),
+            targets=tuple(self._pairs.targets[pair] for pair in chosen),
+            mean=zeros,
+            std=zeros,
+            time_ids=None if ids is None else ids.expand(len(samples), -1).to(self._model.device),
+        )
+
+    def heaviest(self) -> int:
+        """All batches are alike."""
+        return 0
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """(samples, height, width, longest prompt)."""
+        longest = max(map(len, (*self._pairs.originals, *self._pairs.targets)))
+        return (self._batch_size, *self._pairs.size, longest)
+
+    def report(self) -> dict[str, object]:
+        """What the preflight report says about the prompts."""
+        pairs = zip(self._pairs.originals, self._pairs.targets, strict=True)
+        return {"pairs of prompts": [f"{original!r} → {target!r}" for original, target in pairs]}
+
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt a batch can have."""
+        return tuple(dict.fromkeys((*self._pairs.originals, *self._pairs.targets)))
+
+    def facts(self) -> dict[str, Any]:
+        """There are no pictures to tell of."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """The pairs themselves."""
+        return repr(self._pairs)

@@ -45,8 +45,8 @@ class Kit(Protocol):
     def latents(self, batch: Batch) -> Tensor:
         """Latents drawn from the pictures' posterior, (B, C, H, W)."""
 
-    def noise(self, batch: Batch) -> Tensor:
-        """Fresh standard normal noise, one keyed stream per sample, (B, C, H, W)."""
+    def noise(self, batch: Batch, fixed: bool = False) -> Tensor:
+        """Standard normal noise, one keyed stream per sample, (B, C, H, W); `fixed` gives the same in every step."""
 
     def timesteps(self, batch: Batch) -> Tensor:
         """Timesteps in the job's range, (B,) int64."""
