@@ -47,9 +47,9 @@ def _unpickle(path: Path) -> Any:
     load = torch.serialization.load  # the real one: hosts replace torch.load
     try:
         try:
-            return load(path, map_location="cpu", weights_only=True, mmap=True)
+            return load(str(path), map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written before torch 1.6, which cannot be memory-mapped
-            return load(path, map_location="cpu", weights_only=True)
+            return load(str(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path.name}: this pickled file is damaged, or holds more than tensors so that loading it could run code. "

@@ -130,7 +130,10 @@ def _packaged() -> list[Path]:
     """Where installed packages carry the BPE file; they are located, not imported."""
     found = []
     for package in ("open_clip", "clip"):
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ValueError:  # a host put a stand-in without a spec in its place
+            continue
         folders = spec.submodule_search_locations if spec else None
         found += [Path(folder) / BPE_FILE for folder in folders or () if (Path(folder) / BPE_FILE).is_file()]
     return found
