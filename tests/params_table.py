@@ -1,4 +1,4 @@
-"""A catalogue with all of TrainTrain's modes, and a settings file as TrainTrain writes it, for the tests of the parameters."""
+"""A catalogue with all of TrainTrain's modes, and a settings file as TrainTrain writes it."""
 
 from __future__ import annotations
 
