@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from trainer.demo import reader, world
 
-SHIPPED = __import__("pathlib").Path(world.__file__).parent / "base"
-shipped = pytest.mark.skipif(not (SHIPPED / "unet" / "config.json").exists(), reason="the base model is not trained yet")
+SHIPPED = Path(world.__file__).parent / "base"
+shipped = pytest.mark.skipif(not (SHIPPED / "unet" / "config.json").exists(), reason="the base is not trained yet")
 
 
 def picture_of(seed: int, count: int = 20) -> tuple[list[world.Scene], np.ndarray]:
@@ -58,7 +59,7 @@ def test_caption_dropping_rates() -> None:
     dropped_all = 0.1 + 0.9 * 0.3**5
     assert abs(np.mean([not text or text == "a shape" or text == "shape" for text in texts]) - dropped_all) < 0.02
     for name in world.ATTRIBUTES:
-        kept = np.mean([getattr(s, name) in t.replace(",", "").split() for s, t in zip(scenes, texts)])
+        kept = np.mean([getattr(s, name) in t.replace(",", "").split() for s, t in zip(scenes, texts, strict=True)])
         assert abs(kept - 0.9 * 0.7) < 0.03, name
     assert not any(word in text for text in texts for word in (world.HELD_OUT_COLOUR, world.HELD_OUT_SHAPE))
 
@@ -96,7 +97,7 @@ def test_shipped_concept_pictures() -> None:
     paths = sorted(folder.glob("*.png"))
     readings = reader.read(np.stack([np.array(image.open(path).convert("RGB")) for path in paths]))
     assert len(paths) == 12
-    for path, reading in zip(paths, readings):
+    for path, reading in zip(paths, readings, strict=True):
         words = path.with_suffix(".txt").read_text(encoding="utf-8").replace(",", "").split()
         assert reading.colour == world.HELD_OUT_COLOUR and {getattr(reading, n) for n in world.ATTRIBUTES} <= set(words)
 

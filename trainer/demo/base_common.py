@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 SHIPPED = Path(__file__).parent / "base"
@@ -21,7 +22,7 @@ SCALING_FACTOR = 0.18215  # what every SD1 loader multiplies latents with
 
 @dataclass(frozen=True)
 class Budget:
-    """Length and speed of one training: steps, pictures a step, peak learning rate, warm-up steps, seconds between saves."""
+    """One training: steps, pictures a step, peak learning rate, warm-up steps, seconds between saves."""
 
     steps: int
     batch: int
@@ -38,9 +39,30 @@ def learning_rate(step: int, budget: Budget) -> float:
     return budget.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
+def rank() -> int:
+    """This process's number where several train together, else 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes train together: one thread each is faster than threads on layers this small."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients."""
+    if processes() > 1:
+        gradients = [value.grad for value in parameters if value.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        pieces = (flat / processes()).split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view(gradient.shape))
+
+
 def step_rng(seed: int, step: int) -> tuple[np.random.Generator, torch.Generator]:
-    """Generators that depend on seed and step only, so that a resumed training draws what an unbroken one would."""
-    rng = np.random.default_rng((seed, step))
+    """Generators that depend on seed, step and process only: a resumed training draws what an unbroken one would."""
+    rng = np.random.default_rng((seed, step, rank()))
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
@@ -66,7 +88,7 @@ def train(name: str, model: torch.nn.Module, loss_at: Callable[[int], torch.Tens
     checkpoint and at the end.
     """
     trained = [value for value in model.parameters() if value.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=budget.rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(trained, lr=budget.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     state, first = load_state(checkpoint), 0
     if state is not None:
         model.load_state_dict(state["model"])
@@ -79,16 +101,19 @@ def train(name: str, model: torch.nn.Module, loss_at: Callable[[int], torch.Tens
     running = 0.0
     for step in range(first, budget.steps):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, budget)
+            group["lr"], group["fused"] = learning_rate(step, budget), True
         loss = loss_at(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(trained)
         torch.nn.utils.clip_grad_norm_(trained, clip)
         optimiser.step()
         if ema is not None:
             follow(ema, model, min(0.999, (step + 1) / (step + 10)))
         running = loss.item() if step == first else 0.98 * running + 0.02 * loss.item()
         done = step + 1
+        if rank() > 0:
+            continue
         if done % 100 == 0:
             speed = (done - first) * budget.batch / (time.monotonic() - began)
             print(f"{name} step {done}/{budget.steps} loss {running:.4f} {speed:.0f} samples/s", flush=True)
@@ -106,10 +131,13 @@ def follow(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1.0 - decay)
 
 
-def export(model: torch.nn.Module, folder: Path, weights: str, config: dict) -> None:
-    """Write one part of the diffusers folder: config.json and fp16 safetensors, each replaced in one move."""
+def export(model: torch.nn.Module, folder: Path, weights: str, config: dict, prefix: str = "") -> None:
+    """Write one part of the diffusers folder: config.json and fp16 safetensors, each replaced in one move.
+
+    `prefix` is put before every tensor's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()
+    tensors = {prefix + name: value.detach().half().contiguous() for name, value in model.state_dict().items()
                if value.is_floating_point()}
     save_file(tensors, folder / f"{weights}.tmp", metadata={"format": "pt"})
     os.replace(folder / f"{weights}.tmp", folder / weights)

@@ -1,4 +1,4 @@
-"""The text side of the tiny base model: a byte-level CLIP tokenizer and a small CLIPTextModel, trained by a proxy task."""
+"""The text side of the tiny base model: a byte-level CLIP tokenizer and a small CLIPTextModel, trained by a proxy."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def load(folder: Path) -> CLIPTextModel:
     """The trained text encoder of a diffusers folder in float32, frozen."""
-    return CLIPTextModel.from_pretrained(Path(folder) / "text_encoder", dtype=torch.float32).eval().requires_grad_(False)
+    model = CLIPTextModel.from_pretrained(Path(folder) / "text_encoder", torch_dtype=torch.float32)
+    return model.eval().requires_grad_(False)
 
 
 def to_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -84,7 +85,7 @@ def encode(model: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], 
 
 
 class Proxy(nn.Module):
-    """The text encoder with linear heads: attributes from the end token and from the mean state, letters from all states."""
+    """The text encoder with linear heads: attributes from the end token and the mean state, tokens from all states."""
 
     def __init__(self, text: CLIPTextModel) -> None:
         super().__init__()
@@ -147,5 +148,15 @@ def train(work: Path, budget: common.Budget = BUDGET, seed: int = 2) -> None:
         print(f"text step {step} right attributes {right:.4f}", flush=True)
 
     common.train("text", proxy, loss_at, budget, work / "text.pt", on_save)
-    # torch_dtype is float16 in the file as in SD1 folders; readers convert.
-    proxy.text.half().save_pretrained(work / "base" / "text_encoder", safe_serialization=True)
+    write(proxy.text, work / "base")
+
+
+def write(text: CLIPTextModel, folder: Path) -> None:
+    """Export the text encoder to `folder`/text_encoder under SD1's tensor names, which every transformers reads."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+             "max_position_embeddings", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id",
+             "layer_norm_eps", "attention_dropout", "initializer_factor", "initializer_range")
+    config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float16",
+              **{name: getattr(text.config, name) for name in names}}
+    prefix = "" if next(iter(text.state_dict())).startswith("text_model.") else "text_model."
+    common.export(text, folder / "text_encoder", WEIGHTS, config, prefix)

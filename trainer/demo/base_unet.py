@@ -25,7 +25,7 @@ SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
 }
-BUDGET = common.Budget(steps=7500, batch=48, rate=1.2e-3, warmup=200, save_every=240.0)
+BUDGET = common.Budget(steps=7500, batch=64, rate=1.5e-3, warmup=200, save_every=300.0)
 POOL = 24_000  # pictures encoded once
 NOISE_OFFSET = 0.05
 
@@ -71,7 +71,8 @@ class Captions:
             if len(self.cache) + len(missing) > self.limit:
                 self.cache.clear()
                 missing = list(dict.fromkeys(captions))
-            self.cache.update(zip(missing, base_text.encode(self.model, self.tokenizer, missing)))
+            states = base_text.encode(self.model, self.tokenizer, missing)
+            self.cache.update(zip(missing, states, strict=True))
         return torch.stack([self.cache[text] for text in captions])
 
 
@@ -117,9 +118,9 @@ def scheduler(kind: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
 
 
 @torch.no_grad()
-def sample(unet: UNet2DConditionModel, states: torch.Tensor, empty: torch.Tensor, seed: int, guidance: float = 3.0,
+def sample(unet: UNet2DConditionModel, states: torch.Tensor, empty: torch.Tensor, seed: int, guidance: float = 2.0,
            steps: int = 12, kind: str = "ddim") -> torch.Tensor:
-    """Scaled latents `N x 4 x 8 x 8` for text states `N x 32 x 128` by classifier-free guidance against `1 x 32 x 128`."""
+    """Scaled latents `N x 4 x 8 x 8` for text states `N x 32 x 128`, guided away from `empty` `1 x 32 x 128`."""
     generator, schedule = torch.Generator().manual_seed(seed), scheduler(kind)
     schedule.set_timesteps(steps)
     latents = torch.randn(len(states), 4, 8, 8, generator=generator)
@@ -141,27 +142,27 @@ def score(unet: UNet2DConditionModel, folder: Path, count: int, seed: int, capti
 
 @torch.no_grad()
 def prompt_gap(unet: UNet2DConditionModel, captions: Captions, step: int = 950) -> float:
-    """How far predictions for a red and a blue prompt differ at a high-noise step, relative to the prediction's size."""
+    """How far predictions for red and blue differ at a high-noise step, relative to the prediction's size."""
     noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    first, second = (unet(noise, step, captions([f"a large {colour} circle, white background"]).expand(8, -1, -1)).sample
-                     for colour in ("red", "blue"))
+    states = [captions([f"a large {colour} circle, white background"]).expand(8, -1, -1) for colour in ("red", "blue")]
+    first, second = (unet(noise, step, state).sample for state in states)
     return float((first - second).norm() / first.norm())
 
 
 def train(work: Path, budget: common.Budget = BUDGET, seed: int = 3, ship: Path | None = None,
           count: int = 120) -> None:
-    """Train or continue the UNet in `work`; the best averaged weights so far lie in `work/base/unet` (and in `ship`)."""
+    """Train or continue the UNet in `work`; the best averaged weights so far go to `work/base/unet` and to `ship`."""
     folder = work / "base"
     scenes, latents = make_pool(folder, work / "pool.pt", seed)
     captions, alphas = Captions(folder), alphas_cumprod()
     weights = loss_weights(alphas)
     torch.manual_seed(seed)
-    unet = build()
+    unet = build().to(memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)
 
     def loss_at(step: int) -> torch.Tensor:
         rng, generator = common.step_rng(seed, step)
-        rows = rng.integers(0, len(scenes), budget.batch)
+        rows = rng.integers(0, len(scenes), budget.batch // common.processes())
         states = captions([world.draw_caption(scenes[row], rng) for row in rows])
         return epsilon_loss(unet, latents[torch.from_numpy(rows)], states, alphas, weights, generator)
 

@@ -50,7 +50,7 @@ def read(pictures: np.ndarray) -> list[Reading]:
 
 
 def nearest(value: np.ndarray, table: dict[str, tuple], tolerance: float) -> str | None:
-    """The name of the table's nearest colour, or None where it is farther than `tolerance` or `value` is not a number."""
+    """The name of the table's nearest colour; None where it is farther than `tolerance` or `value` is not a number."""
     if not np.isfinite(value).all():
         return None
     distances = np.linalg.norm(np.array(list(table.values()), np.float32) - value, axis=1)
@@ -128,12 +128,13 @@ def sides(alpha: np.ndarray) -> list[str | None]:
     _, x, _ = moments(alpha)
     empty = alpha.sum(axis=(1, 2)) < 6
     middle = np.abs(x - world.EDGE / 2) < 2.0
-    return [None if e or m else "left" if v < world.EDGE / 2 else "right" for e, m, v in zip(empty, middle, x)]
+    return [None if unclear else "left" if place < world.EDGE / 2 else "right"
+            for unclear, place in zip(empty | middle, x, strict=True)]
 
 
 def score(scenes: list[world.Scene], readings: list[Reading]) -> dict[str, float]:
     """Share of right readings for each attribute, and `all` for pictures with every attribute right."""
-    right = {name: [getattr(s, name) == getattr(r, name) for s, r in zip(scenes, readings)]
+    right = {name: [getattr(s, name) == getattr(r, name) for s, r in zip(scenes, readings, strict=True)]
              for name in world.ATTRIBUTES}
     result = {name: float(np.mean(values)) for name, values in right.items()}
     return {**result, "all": float(np.mean(np.all(list(right.values()), axis=0)))}

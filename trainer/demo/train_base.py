@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def score(folder: Path, settings: dict, count: int = 300, seed: int = 50_000) ->
     readings = reader.read(base_vae.decode(base_vae.load(folder), latents))
     print_scores("samples", reader.score(scenes, readings), count)
     for name, seen in (("of trained combinations", True), ("of new combinations", False)):
-        pairs = [(s, r) for s, r in zip(scenes, readings) if world.in_base(s) == seen]
+        pairs = [(s, r) for s, r in zip(scenes, readings, strict=True) if world.in_base(s) == seen]
         print_scores(name, reader.score([s for s, _ in pairs], [r for _, r in pairs]), len(pairs))
     print(f"prompt gap {base_unet.prompt_gap(unet, captions):.4f}; sampling {count} took {seconds:.1f} s")
 
@@ -102,6 +103,8 @@ def main() -> None:
     """Run one part, or all in order."""
     options = arguments()
     torch.set_num_threads(options.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun --nproc-per-node 2 -m trainer.demo.train_base unet ...
+        torch.distributed.init_process_group("gloo")
     work, ship = options.work, options.ship
     trainings = {"vae": (base_vae.train, base_vae.BUDGET, ("vae",)),
                  "text": (base_text.train, base_text.BUDGET, ("text_encoder", "tokenizer")),
@@ -113,7 +116,8 @@ def main() -> None:
         if options.steps is not None:
             budget = dataclasses.replace(budget, steps=options.steps)
         train(work, budget, **({"ship": ship} if part == "unet" else {}))
-        ship_parts(work, ship, folders)
+        if common.rank() == 0:
+            ship_parts(work, ship, folders)
     if options.part == "pictures":
         world.write_folder(Path(__file__).parent / "pictures", concept_scenes(), seed=7)
     if options.part in ("score", "all"):

@@ -1,4 +1,4 @@
-"""The painted world: 64x64 pictures of one shape on a plain background, with exact ground truth and captions in words."""
+"""The painted world: 64x64 pictures of one shape on a plain background, with exact ground truth and captions."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ ATTRIBUTES = ("shape", "colour", "background", "size", "side")
 
 
 def in_base(scene: Scene) -> bool:
-    """Whether the base UNet was trained on this shape x colour x background combination (54 of 90, no held-out word)."""
+    """Whether the UNet was trained on this shape x colour x background combination (54 of 90, no held-out word)."""
     if scene.colour == HELD_OUT_COLOUR or scene.shape == HELD_OUT_SHAPE:
         return False
-    number = SHAPES.index(scene.shape) + 2 * list(COLOURS).index(scene.colour) + list(BACKGROUNDS).index(scene.background)
-    return number % 5 < 3  # every pair of two attributes stays in the training set
+    shape, colour = SHAPES.index(scene.shape), list(COLOURS).index(scene.colour)
+    # Three residues of five leave every pair of two attributes in the training set.
+    return (shape + 2 * colour + list(BACKGROUNDS).index(scene.background)) % 5 < 3
 
 
 def all_scenes(held_out: bool = False) -> list[Scene]:
@@ -135,8 +136,8 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def caption(scene: Scene, keep: tuple[str, ...] = ATTRIBUTES, template: str = "sentence", colour_word: str | None = None,
-            shape_word: str | None = None) -> str:
+def caption(scene: Scene, keep: tuple[str, ...] = ATTRIBUTES, template: str = "sentence",
+            colour_word: str | None = None, shape_word: str | None = None) -> str:
     """The scene in words, naming only the attributes in `keep`; empty when none is kept.
 
     `colour_word` and `shape_word` replace the words of kept attributes, for a concept under a new name.
@@ -168,7 +169,7 @@ def draw_caption(scene: Scene, rng: np.random.Generator, drop: float = 0.3, drop
     dice = rng.random(len(ATTRIBUTES) + 3)
     if dice[0] < drop_all:
         return ""
-    keep = tuple(name for name, value in zip(ATTRIBUTES, dice[3:]) if value >= drop)
+    keep = tuple(name for name, value in zip(ATTRIBUTES, dice[3:], strict=True) if value >= drop)
     template = TEMPLATES[0] if dice[1] < 0.7 else TEMPLATES[1] if dice[1] < 0.85 else TEMPLATES[2]
     missing = [name for name in ("colour", "shape") if name not in keep]
     if missing and dice[2] < nonsense:
@@ -194,8 +195,8 @@ def write_folder(folder: Path, scenes: list[Scene], seed: int) -> list[Path]:
     """Write `NN.png` and `NN.txt` (the full caption) for every scene into `folder`; returns the picture paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, (scene, picture) in enumerate(zip(scenes, render(scenes, np.random.default_rng(seed)))):
+    paths, pictures = [], render(scenes, np.random.default_rng(seed))
+    for number, (scene, picture) in enumerate(zip(scenes, pictures, strict=True)):
         path = folder / f"{number:02d}.png"
         Image.fromarray(picture).save(path, optimize=True)
         path.with_suffix(".txt").write_text(caption(scene) + "\n", encoding="utf-8")
