@@ -1,0 +1,46 @@
+"""The measurement of a training step: every contender takes part, and the UNet is left as it was."""
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from trainer.tools.bench import SIZES, bench, main
+
+pytestmark = pytest.mark.newest
+
+
+def test_a_measurement_of_a_tiny_unet_is_complete_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), cross_attention_dim=16, norm_num_groups=4, attention_head_dim=2, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    report = json.loads(json.dumps(bench(unet, steps=1, batch=2, rank=2)))
+    names = {"bare", "ours", "peft", "lycoris"}
+    assert set(report["seconds"]) >= {"bare", "ours"} and set(report["seconds"]) <= names
+    assert set(report["ours_to"]) == set(report["seconds"]) - {"ours"}
+    assert all(math.isfinite(value) and value > 0 for value in report["ours_to"].values())
+    after = unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert all("forward" not in module.__dict__ for module in unet.modules())
+
+
+def test_the_sizes_have_the_layout_of_sd1() -> None:
+    from diffusers import UNet2DConditionModel
+
+    for size, millions in (("small", 5.5), ("sd15", 860)):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**SIZES[size][0])
+        assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_an_unknown_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--size", "huge"])
+    assert "small" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Tools beside training: functions first, then their place in the command line and the tab."""
