@@ -41,8 +41,11 @@ def test_shipped_presets_load(name):
     raw = json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
     assert raw["format"] == 1 and loaded.job[Task].mode == raw["mode"]
     assert not any(str(value).startswith(("/", "C:")) for value in raw.values())
-    with pytest.raises(JobError, match="lora_data_directory"):
-        load(raw, table())
+    if "folder" in table().modes[raw["mode"]].needs:  # the one thing such a preset cannot know
+        with pytest.raises(JobError, match="lora_data_directory"):
+            load(raw, table())
+    else:
+        assert load(raw, table()).warnings == ()
 
 
 def test_the_presets_there_are():
