@@ -17,7 +17,7 @@ from ..models.base import Model
 from . import world
 from .measure import Rate, agreement, ask, share
 
-SETTINGS = SampleSettings(size=(world.EDGE, world.EDGE), steps=12, cfg=4.0, seed=20_000, batch_size=50)
+SETTINGS = SampleSettings(size=(world.EDGE, world.EDGE), steps=12, cfg=2.0, seed=20_000, batch_size=50)
 UNRELATED_FALL = 0.05
 
 
