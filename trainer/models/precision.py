@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn import grad as grad_of
 
 _MARK = "_casts_to"
-_GRADIENTS: Any = torch.nn.grad
+_GRADIENTS: Any = grad_of  # untyped in torch
 
 
 def compute_dtype(device: torch.device | str, storage: torch.dtype) -> torch.dtype:
