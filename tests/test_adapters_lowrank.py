@@ -54,8 +54,11 @@ def test_convolution_gradients_by_finite_differences(scale, geometry, grad_x: bo
     (x,) = doubles((3, 2, 4, 3), grad=grad_x)
     down, up = doubles((2, 2, kernel, kernel), (3, 2))
     weight, bias = doubles((3, 2, kernel, kernel), (3,), grad=False)
-    for layer, offset in ((LowRankConv.apply, bias), (low_rank_conv, None)):
+    for layer, offset in ((LowRankConv.apply, bias), (low_rank_conv, bias), (low_rank_conv, None)):
         assert torch.autograd.gradcheck(partial(_conv, layer, weight, offset, scale, geometry), (x, down, up))
+    if kernel == 1:
+        points = partial(_linear, lowrank.LowRankPointwise.apply, weight, bias, scale)
+        assert torch.autograd.gradcheck(points, (x, down, up))
 
 
 @pytest.mark.parametrize("frozen", ["down", "up", "both"])
@@ -81,6 +84,10 @@ def test_both_ways_give_the_same(monkeypatch: pytest.MonkeyPatch, pays: bool) ->
     y = low_rank_conv(picture, wide, bias, kernel, up, -0.5, (1, 1, 1))
     whole = wide - 0.5 * (up @ kernel.flatten(1)).view(wide.shape)
     torch.testing.assert_close(y, nn.functional.conv2d(picture, whole, bias, padding=1))
+    points, narrow = kernel[:, :, :1, :1], wide[:, :, :1, :1]
+    y = low_rank_conv(picture, narrow, bias, points, up, -0.5, (1, 0, 1))
+    whole = narrow - 0.5 * (up @ points.flatten(1)).view(narrow.shape)
+    torch.testing.assert_close(y, nn.functional.conv2d(picture, whole, bias))
 
 
 def test_merging_is_chosen_by_cost() -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 Geometry = tuple[Any, Any, Any]  # stride, padding, dilation of a convolution
 Scale = float | Tensor
+_POINTWISE = [[1, 1], [0, 0]]
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -87,6 +88,8 @@ def low_rank_conv(
                 _cast(weight, x).view(fan_out, -1), _cast(up, x), _cast(down, x).view(-1, fan_in), alpha=scale
             )
             return functional.conv2d(x, merged.view(weight.shape), None if bias is None else _cast(bias, x), *geometry)
+    if x.is_contiguous() and weight.shape[2:] == (1, 1) and [_pair(value) for value in geometry[:2]] == _POINTWISE:
+        return LowRankPointwise.apply(x, weight, bias, down, up, scale)
     return LowRankConv.apply(x, weight, bias, down, up, scale, geometry)
 
 
@@ -123,6 +126,44 @@ class LowRankLinear(torch.autograd.Function):
                 grad_down = torch.addmm(down, inner.t(), x, beta=0, alpha=factor)
             if need_x:
                 grad_x = grad.mm(_cast(weight, grad)).addmm_(inner, down, alpha=factor).view(*shape[:-1], x.shape[-1])
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+class LowRankPointwise(torch.autograd.Function):
+    """Through the middle for a 1×1 convolution of contiguous pictures: matrix products per sample instead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Scale
+    ) -> Tensor:
+        batch = x.shape[0]
+        points = x.flatten(2)
+        middle, factor = _scaled(torch.bmm(_cast(down, x).flatten(1).expand(batch, -1, -1), points), scale, batch)
+        y = functional.conv2d(x, _cast(weight, x), None if bias is None else _cast(bias, x)).contiguous()
+        y.view(*y.shape[:2], -1).baddbmm_(_cast(up, x).expand(batch, -1, -1), middle, alpha=factor)
+        ctx.save_for_backward(points, weight, down, up, middle)
+        ctx.scale, ctx.factor = scale, factor
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        points, weight, down, up, middle = ctx.saved_tensors
+        need_x, _, _, need_down, need_up = ctx.needs_input_grad[:5]
+        factor, (batch, _, height, width) = ctx.factor, grad.shape
+        grad = grad.flatten(2)
+        shape, down, up = down.shape, _cast(down, grad).flatten(1), _cast(up, grad)
+        grad_x = grad_down = grad_up = None
+        if need_up:
+            grad_up = torch.bmm(grad, middle.transpose(1, 2)).sum(0).mul_(factor)
+        if need_x or need_down:
+            inner, _ = _scaled(torch.bmm(up.t().expand(batch, -1, -1), grad), ctx.scale, batch)
+            if need_down:
+                grad_down = torch.bmm(inner, points.transpose(1, 2)).sum(0).mul_(factor).view(shape)
+            if need_x:
+                grad_x = torch.bmm(_cast(weight, grad).flatten(1).t().expand(batch, -1, -1), grad)
+                grad_x.baddbmm_(down.t().expand(batch, -1, -1), inner, alpha=factor)
+                grad_x = grad_x.view(batch, -1, height, width)
         return grad_x, None, None, grad_down, grad_up, None
 
 
