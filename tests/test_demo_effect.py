@@ -1,4 +1,4 @@
-"""The demonstration as a user runs it: the new word is learned, what was known stays mostly known, and it is all written."""
+"""The demonstration as a user runs it: the new word is learned, what was known mostly stays, all is written."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_shipped_concept_pictures() -> None:
     for path, reading in zip(paths, readings, strict=True):
         words = path.with_suffix(".txt").read_text(encoding="utf-8").replace(",", "").split()
         assert {getattr(reading, n) for n in world.ATTRIBUTES} <= set(words)
-    # half of them show the new colour, the other half each known one, so that the new word takes nothing from the others
+    # Half of them show the new colour, the others each known one: the new word takes nothing from those.
     assert [r.colour for r in readings] == [world.HELD_OUT_COLOUR] * 6 + list(world.COLOURS)
 
 

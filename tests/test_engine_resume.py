@@ -89,30 +89,23 @@ def test_a_folder_without_state_is_refused(case, tmp_path):
 
 def test_a_run_killed_again_and_again_ends_with_the_same_losses(tmp_path):
     """SIGKILL after five random steps, one more in the middle of writing a state; the run still has one loss trace."""
-    case = engine_case.make(tmp_path)
-    import killed_run
 
-    whole = engine_case.Trace()
-    case.run(whole, **{**killed_run.CHANGES, "save_lora_name": "whole"})
+    def start(case, folder, kill_step=0, kill_write=0):
+        command = [sys.executable, str(HERE / "killed_run.py"), *map(str, (case.root, folder, kill_step, kill_write))]
+        return subprocess.run(command, cwd=HERE.parent, env=engine_case.environment(), capture_output=True).returncode
 
-    def start(folder, kill_step=0, kill_write=0):
-        command = [
-            sys.executable,
-            str(HERE / "killed_run.py"),
-            str(tmp_path),
-            str(folder),
-            str(kill_step),
-            str(kill_write),
-        ]
-        return subprocess.run(
-            command, cwd=HERE.parent, env=engine_case.environment(), capture_output=True, text=True
-        ).returncode
+    def run_folder(case):
+        (folder,) = case.places.logs.glob("*/*-killed")
+        return folder
 
+    whole, case = engine_case.make(tmp_path / "whole"), engine_case.make(tmp_path / "killed")
+    assert start(whole, "fresh") == 0
     steps = sorted(random.Random(11).sample(range(4, 20), 5))
-    assert start("fresh", kill_step=steps[0]) == -signal.SIGKILL
-    (folder,) = case.places.logs.glob("*/*-killed")
-    assert start(folder, kill_write=1) == -signal.SIGKILL
+    assert start(case, "fresh", kill_step=steps[0]) == -signal.SIGKILL
+    folder = run_folder(case)
+    assert start(case, folder, kill_write=1) == -signal.SIGKILL
     for step in steps[1:]:
-        assert start(folder, kill_step=step) == -signal.SIGKILL
-    assert start(folder) == 0
-    assert engine_case.csv_losses(folder) == whole.losses
+        assert start(case, folder, kill_step=step) == -signal.SIGKILL
+    assert start(case, folder) == 0
+    losses = engine_case.csv_losses(folder)
+    assert sorted(losses) == list(range(1, 21)) and losses == engine_case.csv_losses(run_folder(whole))
