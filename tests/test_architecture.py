@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Row 0 is importable everywhere. A dotted name allows that module alone.
 ROW_0 = {"errors", "places", "events"}
 ROW_2_BASE = {"maths", "registry", "params.field"}
+DECLARING = {"params.field", "params.core", "params.rules"}
 ROW_3 = {"modes", "stages"}
 BELOW_ENGINE = {"maths", "params", "registry", "models", "data", "adapters", "optim", *ROW_3}
 BELOW_UI = {*BELOW_ENGINE, "engine", "jobs", "demo", "tools"}
@@ -33,10 +34,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "maths": (set(), {"torch"}),
     "models": (ROW_2_BASE, TENSORS | LIBRARIES),
     "data": (ROW_2_BASE, TENSORS | {"PIL"}),
-    "adapters": (ROW_2_BASE, TENSORS | {"lycoris.functional"}),
+    "adapters": (ROW_2_BASE | DECLARING, TENSORS | {"lycoris.functional"}),
     "optim": (ROW_2_BASE, TENSORS | LIBRARIES | {"pytorch_optimizer", "bitsandbytes"}),
-    "modes": ({"maths", "registry", "params.field", "params.core"}, {"torch"}),
-    "stages": ({"maths", "registry", "params.field", "params.core"}, {"torch"}),
+    "modes": ({"maths", "registry", *DECLARING}, {"torch"}),
+    "stages": ({"maths", "registry", "modes.base", *DECLARING}, {"torch"}),
     "engine": (BELOW_ENGINE, TENSORS | {"PIL", "accelerate", "diffusers", "tensorboard", "wandb"}),
     "jobs": ({"params"}, set()),
     "demo": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL"}),

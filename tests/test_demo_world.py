@@ -49,7 +49,7 @@ def test_captions() -> None:
     assert world.caption(scene, ("colour",)) == "a blue shape"
     assert world.caption(scene, template="background first") == "grey background, a small blue ring on the right"
     assert world.caption(scene, template="tags") == "blue ring, small, right, grey background"
-    assert world.caption(scene, colour_word="tangelo") == "a small tangelo ring on the right, grey background"
+    assert world.caption(scene, colour_word="flamingo") == "a small flamingo ring on the right, grey background"
 
 
 def test_caption_dropping_rates() -> None:
@@ -138,7 +138,7 @@ def test_tokenizer_never_meets_an_unknown_word() -> None:
     assert tokenizer.model_max_length == 32
     assert tokenizer.tokenize("A large RED circle, white background") == [
         word + "</w>" for word in ("a", "large", "red", "circle", ",", "white", "background")]
-    assert tokenizer.tokenize("tangelo") == ["t", "a", "n", "g", "e", "l", "o</w>"]
+    assert tokenizer.tokenize("flamingo") == ["f", "l", "a", "m", "i", "n", "g", "o</w>"]
     for text in ("diamond", "zürich 日本 42", "x_y-z!", "\U0001f600"):
         ids = tokenizer(text).input_ids[1:-1]
         assert ids and not {tokenizer.unk_token_id, tokenizer.bos_token_id} & set(ids), text

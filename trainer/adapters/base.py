@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import per_sample, working_dtype
+from ..params.rules import Rule
 from ..registry import Registry
 
 ADAPTERS: Registry[type[Adapter]] = Registry("network_type", "adapters")
 
+T = TypeVar("T")
 _ABSENT = object()
 TEXT_OWNERS = ("CLIPAttention", "CLIPMLP")
 TRANSFORMER_OWNERS = ("Transformer2DModel",)
@@ -38,14 +40,17 @@ class LayerLike(Protocol):
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The settings of a network. Conv rank and alpha of 0 mean the linear ones. `options`: settings of single types."""
+    """The settings of a network. Conv rank and alpha of 0 mean the linear ones.
+
+    `options`: the parameter sections of single types, by class; `spec[Section]` gives one, its defaults when absent.
+    """
 
     type: str = "lierla"
     rank: int = 16
     alpha: float = 8.0
     conv_rank: int = 0
     conv_alpha: float = 0.0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[type, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.conv_rank < 0:
@@ -58,6 +63,11 @@ class AdapterSpec:
                 f"network_alpha = {self.alpha}, network_conv_alpha = {self.conv_alpha}: alpha must be above 0"
                 " (the conv alpha may be 0, which means the same as network_alpha)."
             )
+
+    def __getitem__(self, section: type[T]) -> T:
+        """The values of a section that a type declares."""
+        found: T | None = self.options.get(section)
+        return section() if found is None else found
 
     def rank_of(self, kind: str) -> int:
         """The rank of a layer of this kind: the conv rank for kernels above 1×1."""
@@ -101,9 +111,15 @@ class Strength:
 class Adapter(nn.Module):
     """An adapter on one layer. `forward` stands in for the layer's own while attached.
 
-    A subclass sets `file_tensors` (names it writes, without the key), `covers`, `delta`, `tensors`, `read` and
-    `rescaled`; it may override `adapted` with something faster than two passes.
+    A subclass sets `help`, `file_tensors` (names it writes, without the key), `covers`, `delta`, `tensors`, `read` and
+    `rescaled`; it may override `adapted` with something faster than two passes. `sections` are the parameter classes
+    it declares, `needs` the tags of the parameters its form shows, `rules` what must hold for them.
     """
+
+    help: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    sections: ClassVar[tuple[type, ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
 
     file_tensors: ClassVar[tuple[str, ...]] = ()
     network_module: ClassVar[str] = "lycoris.kohya"

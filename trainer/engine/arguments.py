@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.base import AdapterSpec
+from ..adapters.base import ADAPTERS, AdapterSpec
 from ..data.settings import ImageSettings
 from ..errors import JobError, Problem
 from ..params import core
@@ -76,6 +76,7 @@ def adapter_spec(job: Job) -> AdapterSpec:
         alpha=network.network_alpha,
         conv_rank=network.network_conv_rank or network.network_rank,
         conv_alpha=network.network_conv_alpha or network.network_alpha,
+        options={section: job[section] for section in ADAPTERS.get(network.network_type).sections},
     )
 
 

@@ -30,6 +30,7 @@ from ..optim.settings import parse_settings
 from ..params import core
 from ..params.job import Job
 from ..places import Places
+from ..stages.base import STAGES
 from . import arguments
 from .devices import encoding, fingerprint, rest_text_encoders
 from .flat import FlatParameters
@@ -152,7 +153,7 @@ def make_optimizer_and_scheduler(
     return optimizer, scheduler
 
 
-def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Session:
+def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resumed: bool = False) -> Session:
     """A session ready to run its first step, the adapter attached. Ejecting it again is the caller's duty."""
     seed = draw_seed(job)
     train = job[core.Train]
@@ -160,20 +161,30 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None) -> Se
     network = make_network(job, model, seed, site.log)
     cache = TensorCache(site.places.cache if job[core.Images].data_cache == "disk" else None)
     source = SOURCES[mode.source](job, model, cache, seed, site, scanned)
-    text = make_text(job, model, network, (*source.prompts(), *mode.prompts()), cache, site)
+    stages = tuple(stage(job) for _, stage in STAGES.items() if stage.wanted(job))
+    asked = (*source.prompts(), *mode.prompts(), *(prompt for stage in stages for prompt in stage.prompts()))
+    text = make_text(job, model, network, asked, cache, site)
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
     flat = FlatParameters(parameter for parameter in network.parameters() if parameter.requires_grad)
     optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
     if train.use_gradient_checkpointing:
         model.set_gradient_checkpointing(True)
+    kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
+    try:
+        for stage in stages:
+            stage.prepare(network, kit, source.batch, site.log.note, resumed)
+    except BaseException:
+        network.eject()
+        raise
     return Session(
         job=job,
         seed=seed,
         model=model,
         network=network,
         mode=mode,
-        kit=Kit(model, network, text, seed, arguments.loss_settings(job)),
+        kit=kit,
+        stages=stages,
         source=source,
         flat=flat,
         optimizer=optimizer,

@@ -1,4 +1,4 @@
-"""The whole table of parameters: the core sections and what modes declare in their own files."""
+"""The whole table of parameters: the core sections and what modes, adapter types and stages declare in their files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from ..adapters.base import ADAPTERS
 from ..modes.base import MODES
 from ..params import core
 from ..params.codec import Catalogue, ModeInfo
+from ..stages.base import STAGES
 
 
 @lru_cache(maxsize=1)
 def catalogue() -> Catalogue:
-    """Everything a job can say. Modes and adapter types are what their registries hold."""
-    modes = dict(MODES.items())
-    sections = dict.fromkeys(section for mode in modes.values() for section in mode.sections)
+    """Everything a job can say. Modes, adapter types and stages are what their registries hold."""
+    modes, types, stages = dict(MODES.items()), dict(ADAPTERS.items()), dict(STAGES.items())
+    owners = (*modes.values(), *types.values(), *stages.values())
+    sections = dict.fromkeys(section for owner in owners for section in owner.sections)
     return Catalogue(
         sections=(*core.SECTIONS, *sections),
-        modes={name: ModeInfo(name, mode.help, mode.needs) for name, mode in modes.items()},
+        modes={name: ModeInfo(name, mode.help, mode.needs, mode.second) for name, mode in modes.items()},
         choices={"network_type": ADAPTERS.names()},
         aliases={"network_type": ADAPTERS.aliases()},
+        types={name: kind.needs for name, kind in types.items()},
+        always=frozenset[str]().union(*(stage.needs for stage in stages.values())),
+        rules=tuple(dict.fromkeys(rule for owner in owners for rule in owner.rules)),
     )

@@ -47,6 +47,12 @@ def gradients(session: Session, step: int) -> Tensor:
         loss = session.mode.loss(session.kit, batch).sum() / (batch.share * accumulation)
         session.scaler.scale(loss).backward()
         total += loss.detach()
+    for stage in session.stages:
+        penalty = stage.penalty(session.network)
+        if penalty is not None:
+            penalty = penalty / session.process.count  # every process adds its part of one penalty
+            session.scaler.scale(penalty).backward()
+            total += penalty.detach()
     session.process.sum([total, *session.flat.gradients])
     return total
 

@@ -12,6 +12,7 @@ from ..adapters.network import Network
 from ..models.base import Model
 from ..modes.base import Batch, Mode
 from ..params.job import Job
+from ..stages.base import Stage
 from .flat import FlatParameters
 from .kit import Kit
 from .process import Process
@@ -67,6 +68,7 @@ class Session:
     network: Network
     mode: Mode
     kit: Kit
+    stages: tuple[Stage, ...]
     source: Source
     flat: FlatParameters
     optimizer: torch.optim.Optimizer

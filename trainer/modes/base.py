@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from torch import Tensor
 
 from ..maths.schedule import NoiseSchedule
+from ..params.rules import Rule
 from ..registry import Registry
 
 
@@ -81,12 +82,14 @@ class Settings(Protocol):
 
 class Mode:
     """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it
-    declares itself.
+    declares itself, `rules` what must hold for them. `second`: the tags of its second pass, None when it has none.
     """
 
     help: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     sections: ClassVar[tuple[type, ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    second: ClassVar[frozenset[str] | None] = None
     source: ClassVar[str] = "pictures"
 
     def __init__(self, settings: Settings) -> None:

@@ -194,10 +194,14 @@ class _Reading:
 
     def _tell_hidden(self, given: Mapping[str, object], values: Mapping[str, object], info: ModeInfo) -> None:
         """Warn of values that the mode does not use."""
+        kind = str(values.get("network_type", ""))
+        tags = self.catalogue.tags(info, kind)
+        owned = frozenset[str]().union(*self.catalogue.types.values())
         for parameter in self.catalogue.parameters:
             name = parameter.attribute
-            if name in given and values[name] != parameter.default and not parameter.shown_in(info.needs):
-                self.warnings.append(f"{parameter.key} has no effect in mode {info.name}.")
+            if name in given and values[name] != parameter.default and not parameter.shown_in(tags):
+                where = f"with network_type {kind}" if parameter.spec.needs in owned else f"in mode {info.name}"
+                self.warnings.append(f"{parameter.key} has no effect {where}.")
 
     def _problem(self, key: str, value: object, message: str) -> None:
         self.problems.append(Problem(self.prefix + key, value, message))

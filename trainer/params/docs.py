@@ -46,8 +46,11 @@ def _row(catalogue: Catalogue, parameter: Parameter) -> str:
 
 
 def _modes(catalogue: Catalogue, parameter: Parameter) -> str:
-    if not parameter.spec.needs:
+    if not parameter.spec.needs or parameter.spec.needs in catalogue.always:
         return "all"
+    types = [name for name, tags in catalogue.types.items() if parameter.spec.needs in tags]
+    if types:
+        return f"network_type {', '.join(types)}"
     modes = []
     for mode in catalogue.modes.values():
         if parameter.shown_in(mode.needs):

@@ -71,14 +71,17 @@ class Catalogue:
     """All parameters and modes there are.
 
     `choices`: key or attribute → names, for parameters whose names come from a registry. `aliases`: key or attribute →
-    (other spelling → name). `rules`: what must hold beside the core rules. Raises ValueError when two parameters
-    share a name, or a mode carries a tag that no parameter has.
+    (other spelling → name). `types`: adapter type → the tags it carries. `always`: tags that every mode carries.
+    `rules`: what must hold beside the core rules. Raises ValueError when two parameters share a name, or a mode or
+    type carries a tag that no parameter has.
     """
 
     sections: tuple[type, ...]
     modes: Mapping[str, ModeInfo] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    types: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    always: frozenset[str] = frozenset()
     rules: tuple[Rule, ...] = ()
     parameters: tuple[Parameter, ...] = field(init=False, repr=False)
     by_name: Mapping[str, Parameter] = field(init=False, repr=False)
@@ -92,12 +95,17 @@ class Catalogue:
                     raise ValueError(f"the parameter {name} is declared twice")
                 by_name[name] = parameter
         tags = {parameter.spec.needs for parameter in parameters}
-        for mode in self.modes.values():
-            strange = (mode.needs | (mode.second or frozenset())) - tags
-            if strange:
-                raise ValueError(f"mode {mode.name} needs {sorted(strange)}; tags are {sorted(tags - {''})}")
+        carried = {f"mode {mode.name}": mode.needs | (mode.second or frozenset()) for mode in self.modes.values()}
+        for carrier, needs in {**carried, **self.types, "every mode": self.always}.items():
+            if needs - tags:
+                raise ValueError(f"{carrier} needs {sorted(needs - tags)}; tags are {sorted(tags - {''})}")
         object.__setattr__(self, "parameters", parameters)
         object.__setattr__(self, "by_name", by_name)
+
+    def tags(self, mode: ModeInfo, network_type: str, second: bool = False) -> frozenset[str]:
+        """The tags of the parameters that matter for a mode (or its second pass) with an adapter type."""
+        needs = (mode.second or frozenset()) if second else mode.needs
+        return needs | self.types.get(network_type, frozenset()) | self.always
 
     def choices_of(self, parameter: Parameter) -> tuple[str, ...]:
         """The names a parameter chooses from; empty when any value in range is right."""

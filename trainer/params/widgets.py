@@ -37,11 +37,13 @@ class Widget:
     visible: bool
 
 
-def widgets(catalogue: Catalogue, mode: str, second: bool = False) -> tuple[Widget, ...]:
-    """All fields in the order of the form, with `visible` for `mode` or for its second pass. Raises AtelierError for an
-    unknown mode. `format` is no field."""
+def widgets(
+    catalogue: Catalogue, mode: str, second: bool = False, network_type: str = "lierla"
+) -> tuple[Widget, ...]:
+    """All fields in the order of the form, with `visible` for `mode` (or its second pass) and the adapter type. Raises
+    AtelierError for an unknown mode. `format` is no field."""
     info = _mode(catalogue, mode)
-    needs = (info.second or frozenset()) if second else info.needs
+    needs = catalogue.tags(info, network_type, second)
     hidden_pass = second and info.second is None
     order = {group: index for index, group in enumerate(GROUPS)}
     fields = [parameter for parameter in catalogue.parameters if parameter.attribute != "format"]

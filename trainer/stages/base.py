@@ -1,0 +1,51 @@
+"""What a stage is: something a job may add before its first step (an initialisation) or to every step (a penalty)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..modes.base import Batch, Kit, Settings
+from ..params.rules import Rule
+from ..registry import Registry
+
+
+class Stage:
+    """Base of all stages. `needs` are the tags of the parameters it adds to every form, `sections` the parameter
+    classes it declares, `rules` what must hold for them.
+    """
+
+    help: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    sections: ClassVar[tuple[type, ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @classmethod
+    def wanted(cls, settings: Settings) -> bool:
+        """Whether the job asks for this stage."""
+        raise NotImplementedError
+
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts whose conditioning it will ask the kit for."""
+        return ()
+
+    def prepare(
+        self, network: Any, kit: Kit, batch: Callable[[int], Batch | None], tell: Callable[[str], None], resumed: bool
+    ) -> None:
+        """Runs once with the adapter attached, before the first step; changes parameters in place only.
+
+        `batch(i)` gives the i-th micro batch, `tell` writes a line into the log. A `resumed` run restores its
+        parameters afterwards.
+        """
+
+    def penalty(self, network: Any) -> Tensor | None:
+        """A 0-d tensor, differentiable in the adapter, that is added to the loss of every optimizer step."""
+        return None
+
+
+STAGES: Registry[type[Stage]] = Registry("stage", "stages")
