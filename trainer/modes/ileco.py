@@ -25,7 +25,8 @@ class ILecoParams:
     """What iLECO adds to the table."""
 
     ileco_anchors: str = param(
-        "", "Prompts that must stay as they are, one per line; empty takes a built-in list.", "option", needs="ileco"
+        "", "Prompts that must stay as they are, one per line; empty takes a built-in list.", "option", needs="ileco",
+        holds="lines",
     )
     ileco_anchor_weight: float = param(
         1.0, "How strongly the anchor prompts are held; 0 lets go.", "option", needs="ileco", low=0, high=100

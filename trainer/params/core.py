@@ -40,20 +40,24 @@ class Task:
     format: int = param(FORMAT, "Version of the settings file.", TASK, low=1, high=FORMAT)
     mode: str = param("LoRA", "The way of training.", TASK, advanced=False)
     model: str = param(
-        "", "Base model to train on; empty takes the one that is loaded now.", TASK, advanced=False)
+        "", "Base model to train on; empty takes the one that is loaded now.", TASK, advanced=False, holds="model")
     vae: str = param(
-        "", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False)
+        "", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False,
+        holds="vae")
     te: str = param(
-        "", "Text encoder file, for models that come without one; empty takes the model's own.", TASK)
+        "", "Text encoder file, for models that come without one; empty takes the model's own.", TASK, holds="te")
     original_prompt: str = param(
         "", "What the picture shows before the change.", PROMPTS, key="original prompt", needs="prompts",
-        advanced=False)
+        advanced=False, holds="lines")
     target_prompt: str = param(
-        "", "What the picture shows after the change.", PROMPTS, key="target prompt", needs="prompts", advanced=False)
+        "", "What the picture shows after the change.", PROMPTS, key="target prompt", needs="prompts", advanced=False,
+        holds="lines")
     original_image: str = param(
-        "", "Picture file before the change.", IMAGES, key="original image", needs="pictures", advanced=False)
+        "", "Picture file before the change.", IMAGES, key="original image", needs="pictures", advanced=False,
+        holds="picture")
     target_image: str = param(
-        "", "Picture file after the change.", IMAGES, key="target image", needs="pictures", advanced=False)
+        "", "Picture file after the change.", IMAGES, key="target image", needs="pictures", advanced=False,
+        holds="picture")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Network:
     network_targets: str = param(
         "both", "Which part is trained: the UNet, the text encoder or both.", OPTION,
         choices=("both", "unet", "text_encoder"))
-    network_resume: str = param("", "LoRA file to start from.", OPTION, needs="resume")
+    network_resume: str = param("", "LoRA file to start from.", OPTION, needs="resume", holds="lora")
     network_strength: float = param(
         1.0, "Factor the finished LoRA is multiplied with when it is saved.", OPTION, low=-10, high=10)
     network_conv_rank: int = param(
@@ -91,7 +95,8 @@ class Images:
     """The pictures and how they are cut into sizes."""
 
     lora_data_directory: str = param(
-        "", "Folder with the pictures and their caption files.", REQUIRED, needs="folder", advanced=False)
+        "", "Folder with the pictures and their caption files.", REQUIRED, needs="folder", advanced=False,
+        holds="folder")
     diff_target_name: str = param(
         "", "What the file name of a target picture has more than that of its original.", REQUIRED,
         needs="pair_name", advanced=False)
@@ -198,7 +203,7 @@ class Pair:
     diff_revert_original_target: bool = param(False, "Swap original and target.", OPTION, needs="pair")
     diff_use_diff_mask: bool = param(False, "Learn only where the two pictures differ.", OPTION, needs="pair")
     diff_load_1st_pass: str = param(
-        "", "LoRA file that takes the place of the first pass.", OPTION, needs="first_pass")
+        "", "LoRA file that takes the place of the first pass.", OPTION, needs="first_pass", holds="lora")
     diff_save_1st_pass: bool = param(False, "Save the LoRA of the first pass too.", OPTION, needs="first_pass")
     diff_1st_pass_only: bool = param(False, "Stop after the first pass.", OPTION, needs="first_pass")
     use_2nd_pass_settings: bool = param(False, "Use own settings for the second pass.", SECOND, needs="second")
@@ -238,7 +243,8 @@ class Log:
 class Sample:
     """Previews that are drawn during training."""
 
-    sample_prompts: str = param("", "Prompts of the preview pictures, one per line.", OPTION, needs="run")
+    sample_prompts: str = param("", "Prompts of the preview pictures, one per line.", OPTION, needs="run",
+        holds="lines")
     sample_every: int = param(
         0, "Steps between two rounds of preview pictures; 0 draws none.", OPTION,
         needs="run", low=0, high=10_000_000, unit="steps")

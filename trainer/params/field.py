@@ -12,7 +12,8 @@ class Spec:
 
     `key`: its spelling in JSON when it differs from the attribute. `needs`: the tag a mode must carry to show it ("" =
     all modes). `low`/`high`: inclusive bounds in `unit`. `multiple`: the value must be a multiple of it (0 = any).
-    `choices`: allowed values (a catalogue may give them instead). `advanced`: folded away in the tab.
+    `choices`: allowed values (a catalogue may give them instead). `advanced`: folded away in the tab. `holds`: what a
+    text stands for, so that a form can offer it: lines, folder, picture, lora, model, vae or te ("" = plain text).
     """
 
     help: str
@@ -25,6 +26,7 @@ class Spec:
     multiple: int = 0
     unit: str = ""
     advanced: bool = True
+    holds: str = ""
 
 
 def param(default: Any, help: str, group: str, **spec: Any) -> Any:

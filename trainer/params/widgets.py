@@ -17,7 +17,8 @@ class Widget:
     """One field of the form. `kind` is text, number, check, choice or checks; `low`/`high` are bounds in `unit`.
 
     `key` is the JSON key, `attribute` its plain spelling (fit for an id). `whole` says that a number has no fraction,
-    `multiple` that it must be a multiple (0 = any). `visible` says whether the mode shows it.
+    `multiple` that it must be a multiple (0 = any). `holds`: what a text stands for (see `Spec`). `visible` says
+    whether the mode shows it.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Widget:
     high: float | None
     whole: bool
     multiple: int
+    holds: str
     visible: bool
 
 
@@ -78,5 +80,6 @@ def _widget(catalogue: Catalogue, parameter: Parameter, visible: bool) -> Widget
         high=spec.high,
         whole=parameter.kind == "int",
         multiple=spec.multiple,
+        holds=spec.holds,
         visible=visible,
     )
