@@ -76,12 +76,13 @@ def score(folder: Path, settings: dict, count: int = 300, seed: int = 50_000) ->
 
 
 def concept_scenes(seed: int = 7) -> list[world.Scene]:
-    """A dozen scenes of the held-out colour: every shape, and once each background x size x side."""
+    """Six scenes of the held-out colour (every shape, every background, both sizes and sides) and one of each other."""
     grounds, sizes, sides = list(world.BACKGROUNDS), list(world.SIZES), list(world.SIDES)
-    rng = np.random.default_rng(seed)
-    names = [*world.SHAPES, *world.SHAPES, *rng.choice(world.SHAPES, 2, replace=False)]
-    return [world.Scene(str(shape), world.HELD_OUT_COLOUR, grounds[n % 3], sizes[n % 2], sides[n // 2 % 2])
-            for n, shape in enumerate(names)]
+    colours = [*[world.HELD_OUT_COLOUR] * 6, *world.COLOURS]
+    rest = np.random.default_rng(seed).permutation([*world.SHAPES, world.SHAPES[0]])
+    shapes = [*world.SHAPES, world.SHAPES[0], *map(str, rest)]
+    return [world.Scene(shape, colour, grounds[n % 3], sizes[n % 2], sides[n // 2 % 2])
+            for n, (shape, colour) in enumerate(zip(shapes, colours, strict=True))]
 
 
 def arguments() -> argparse.Namespace:
