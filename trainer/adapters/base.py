@@ -4,8 +4,10 @@ A type is one file with one class: which layers it covers, its tensors, ΔW, and
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -14,8 +16,10 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import per_sample, working_dtype
+from ..params.network import NetworkOptions, parse_block_ranks, parse_blocks
 from ..params.rules import Rule
 from ..registry import Registry
+from .draws import Draws
 
 ADAPTERS: Registry[type[Adapter]] = Registry("network_type", "adapters")
 
@@ -69,13 +73,25 @@ class AdapterSpec:
         found: T | None = self.options.get(section)
         return section() if found is None else found
 
-    def rank_of(self, kind: str) -> int:
-        """The rank of a layer of this kind: the conv rank for kernels above 1×1."""
-        return (self.conv_rank or self.rank) if is_wide(kind) else self.rank
+    def rank_of(self, kind: str, block: str = "") -> int:
+        """The rank of a layer of this kind: the conv rank for kernels above 1×1, else its block's."""
+        if is_wide(kind) and self.conv_rank:
+            return self.conv_rank
+        return self._block_ranks.get(block, self.rank)
 
-    def alpha_of(self, kind: str) -> float:
-        """The alpha of a layer of this kind."""
-        return (self.conv_alpha or self.alpha) if is_wide(kind) else self.alpha
+    def alpha_of(self, kind: str, block: str = "") -> float:
+        """The alpha of a layer of this kind, as typed."""
+        if is_wide(kind) and self.conv_alpha:
+            return self.conv_alpha
+        return self._block_alphas.get(block, self.alpha)
+
+    @cached_property
+    def _block_ranks(self) -> dict[str, int]:
+        return parse_block_ranks(self[NetworkOptions].network_block_ranks)
+
+    @cached_property
+    def _block_alphas(self) -> dict[str, float]:
+        return parse_blocks(self[NetworkOptions].network_block_alphas)
 
 
 def is_wide(kind: str) -> bool:
@@ -112,8 +128,13 @@ class Adapter(nn.Module):
     """An adapter on one layer. `forward` stands in for the layer's own while attached.
 
     A subclass sets `help`, `file_tensors` (names it writes, without the key), `covers`, `delta`, `tensors`, `read` and
-    `rescaled`; it may override `adapted` with something faster than two passes. `sections` are the parameter classes
-    it declares, `needs` the tags of the parameters its form shows, `rules` what must hold for them.
+    `rescaled`; it may override `adapted` with something faster than two passes (and `thinned`, where dropout has a
+    better place). `sections` are the parameter classes it declares, `needs` the tags of the parameters its form shows,
+    `rules` what must hold for them.
+
+    What the common options act on: `ranked` says that ΔW counts alpha / rank. `factors` are groups of its parameters;
+    ΔW is proportional to each group. `ups` and `downs` are the parameters that LoRA+ trains faster and LoRA-FA leaves
+    alone. `droppable`: ΔW acts through `_operate`. `inits`: the values of `network_init` beside default.
     """
 
     help: ClassVar[str] = ""
@@ -121,16 +142,27 @@ class Adapter(nn.Module):
     sections: ClassVar[tuple[type, ...]] = ()
     rules: ClassVar[tuple[Rule, ...]] = ()
 
+    ranked: ClassVar[bool] = True
+    factors: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    ups: ClassVar[tuple[str, ...]] = ()
+    downs: ClassVar[tuple[str, ...]] = ()
+    droppable: ClassVar[bool] = True
+    inits: ClassVar[frozenset[str]] = frozenset()
+
     file_tensors: ClassVar[tuple[str, ...]] = ()
     network_module: ClassVar[str] = "lycoris.kohya"
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__()
-        self.key, self.part, self.kind = layer.key, layer.part, layer.kind
+        self.key, self.part, self.kind, self.block = layer.key, layer.part, layer.kind, layer.block
         self.also: tuple[str, ...] = tuple(getattr(layer, "also", ()))
-        self.rank, self.alpha = spec.rank_of(layer.kind), float(spec.alpha_of(layer.kind))
+        self.options = spec[NetworkOptions]
+        self.rank, self.alpha = spec.rank_of(layer.kind, layer.block), float(spec.alpha_of(layer.kind, layer.block))
+        if self.ranked and self.options.network_rslora:
+            self.alpha *= math.sqrt(self.rank)  # alpha·√r / r = alpha / √r (2312.03732), and any reader scales right
         self.scale = self.alpha / self.rank
-        self.strength = strength
+        self.strength, self.draws = strength, Draws()
+        self._drops = self._dropouts()
         self._held = (layer.module,)  # in a tuple, so that the base layer is no part of this module's state
         self._previous: Any = _ABSENT
         self._installed: Any = None
@@ -142,6 +174,15 @@ class Adapter(nn.Module):
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
         """Whether this type sits on this layer."""
         raise NotImplementedError
+
+    @classmethod
+    def tags(cls) -> frozenset[str]:
+        """The tags of the parameters that act on this type: its own, and those of the common options."""
+        common = {
+            "rank": cls.ranked, "max_norm": bool(cls.factors), "loraplus": bool(cls.ups),
+            "freeze_down": bool(cls.downs), "dropout": cls.droppable, "init": bool(cls.inits),
+        }
+        return cls.needs | {tag for tag, has in common.items() if has}
 
     @classmethod
     def network_args(cls, spec: AdapterSpec) -> dict[str, str]:
@@ -175,6 +216,17 @@ class Adapter(nn.Module):
         update = self._operate(x, self.delta().to(x.dtype))
         return base + update * (per_sample(strength, update) if isinstance(strength, Tensor) else strength)
 
+    def thinned(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        """`adapted` with neuron and rank dropout; here numbers of the input and rows of ΔW are left out."""
+        base = self._base(x)
+        x = x.to(base.dtype)
+        delta = self.delta()
+        rows = self.kept_ranks(delta.shape[0])
+        if rows is not None:
+            delta = delta * rows.to(delta).view(-1, *(1 for _ in delta.shape[1:]))
+        update = self._operate(self.dropped(x), delta.to(x.dtype))
+        return base + update * (per_sample(strength, update) if isinstance(strength, Tensor) else strength)
+
     # -- written once --------------------------------------------------------------------------------------------------
 
     @property
@@ -187,7 +239,51 @@ class Adapter(nn.Module):
         strength = self.strength._value
         if strength.__class__ is float and strength == 0.0:
             return self._base(x)
+        if self._drops and self.draws.on:
+            return self._with_dropout(x, strength)
         return self.adapted(x, strength)
+
+    def _dropouts(self) -> bool:
+        options = self.options
+        inner = options.network_dropout or options.network_rank_dropout
+        return bool(options.network_module_dropout or (self.droppable and inner))
+
+    def _with_dropout(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        options = self.options
+        if self.draws.happens(options.network_module_dropout, "module", self.key):
+            return self._base(x)
+        if self.droppable and (options.network_dropout or options.network_rank_dropout):
+            return self.thinned(x, strength)
+        return self.adapted(x, strength)
+
+    def kept_ranks(self, count: int) -> Tensor | None:
+        """Rank dropout: 0 or 1/(1 − p) for each of `count` ranks, on the CPU and the same for all samples of a step.
+
+        None outside training steps and without rank dropout.
+        """
+        chance = self.options.network_rank_dropout
+        return self.draws.kept((count,), chance, "rank", self.key) if chance and self.draws.on else None
+
+    def dropped(self, middle: Tensor) -> Tensor:
+        """Neuron dropout (1207.0580, kept numbers × 1/(1 − p)) of a tensor (rows, …), drawn for each sample."""
+        chance = self.options.network_dropout
+        if not (chance and self.draws.on):
+            return middle
+        return middle * self.draws.kept_rows(middle, chance, self.part.startswith("te"), "neuron", self.key)
+
+    def delta_norm(self) -> Tensor:
+        """‖ΔW‖ (Frobenius) at strength 1, 0-d on the device."""
+        return self.delta().norm()
+
+    @torch.no_grad()
+    def shrink(self, ratio: Tensor) -> None:
+        """Make ΔW `ratio` (0-d) times as large, the change shared evenly between the trained factors."""
+        groups = [[self._parameters.get(name) for name in group] for group in self.factors]
+        trained = [[p for p in group if p is not None and p.requires_grad] for group in groups]
+        trained = [group for group in trained if group]
+        for group in trained:
+            for parameter in group:
+                parameter.mul_(ratio.pow(1 / len(trained)).to(parameter.dtype))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over file tensors (see `read`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from ..errors import AdapterError
+from ..params.network import NetworkOptions, name_chosen
 from .base import ADAPTERS, AdapterSpec, LayerLike
 
 ELEMENTS = {"": "", "None": "", "Full": "", "CrossAttention": "attn2", "SelfAttention": "attn1"}
@@ -22,12 +23,14 @@ def choose(
     if (element or "") not in ELEMENTS:
         raise AdapterError(f"network_element = {element!r} is not known. Known: Full, CrossAttention, SelfAttention.")
     attention = ELEMENTS[element or ""]
+    patterns = spec[NetworkOptions].network_name_filter
     left = list(layers)
     tests = (
         (f"network_targets ({', '.join(sorted(parts)) or 'none'})", lambda layer: layer.part in parts),
         (f"network_type {spec.type}", lambda layer: kind.covers(layer, spec)),
         (f"network_element {element or 'Full'}", lambda layer: not attention or layer.attention == attention),
         (f"network_blocks ({', '.join(sorted(blocks)) or 'none'})", lambda layer: layer.block in blocks),
+        (f"network_name_filter {patterns}", lambda layer: name_chosen(patterns, _names(layer))),
     )
     for name, test in tests:
         before, left = len(left), [layer for layer in left if test(layer)]
@@ -35,6 +38,11 @@ def choose(
             raise AdapterError(f"No layer is left to train: {name} excludes all {before} layers. Choose more there.")
     _refuse_twins(left)
     return tuple(left)
+
+
+def _names(layer: LayerLike) -> tuple[str, ...]:
+    """Every name by which a pattern may mean a layer: its key, the module's path, and other spellings of the key."""
+    return (layer.key, getattr(layer, "path", layer.key), *getattr(layer, "also", ()))
 
 
 def _refuse_twins(layers: Iterable[LayerLike]) -> None:

@@ -35,6 +35,8 @@ class Lora(Adapter):
 
     file_tensors = (DOWN, UP, ALPHA)
     network_module = "networks.lora"
+    factors = (("down",), ("up",))
+    ups, downs = ("up",), ("down",)
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
@@ -60,17 +62,27 @@ class Lora(Adapter):
         geometry = (module.stride, module.padding, module.dilation)
         return low_rank_conv(x, module.weight, module.bias, down, up, scale, geometry)
 
+    def thinned(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        """Dropout as in kohya's trainer: of the rank-r middle, and of whole ranks."""
+        return self._on_top_of(self._base(x), x, self.scale * strength)
+
     def _on_top_of(self, base: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
         """base + ΔW·x, where the layer beneath computes in its own way (for instance with another adapter)."""
         x = x.to(base.dtype)
-        middle = self._operate(x, self.down.to(x.dtype))
-        up = self.up.to(x.dtype)
+        middle = self.dropped(self._operate(x, self.down.to(x.dtype)))
+        kept = self.kept_ranks(self.rank)
+        up = (self.up if kept is None else self.up * kept.to(self.up)).to(x.dtype)
         linear = self.kind == "linear"
         update = functional.linear(middle, up) if linear else functional.conv2d(middle, up[:, :, None, None])
         return base + update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
 
     def delta(self) -> Tensor:
         return low_rank_delta(self.down, self.up, self.scale)
+
+    def delta_norm(self) -> Tensor:
+        down, up = self.down.float().flatten(1), self.up.float()
+        square = ((up.T @ up) * (down @ down.T)).sum()  # ‖U·D‖² = tr(UᵀU·DDᵀ), without the product itself
+        return square.clamp(min=0).sqrt() * self.scale
 
     def tensors(self) -> dict[str, Tensor]:
         tail = (1,) * (self.down.ndim - 2)

@@ -1,16 +1,20 @@
 """All adapters of one training: made, attached, measured, loaded and exported together."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..params.network import NetworkOptions, parse_blocks, shown_options
 from .base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
 from .choose import choose, spelled, split_name
+from .draws import Draws
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,10 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         self.strength = strength
+        self.draws = Draws()
         self.adapters = nn.ModuleDict({adapter.key: adapter for adapter in adapters})
+        for adapter in self:
+            adapter.draws = self.draws
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self.adapters.values())
@@ -91,24 +98,65 @@ class Network(nn.Module):
             found.setdefault(adapter.part, []).append(adapter)
         return found
 
-    def trainable(self) -> list[dict[str, object]]:
-        """One parameter group per part: {"name": part, "params": [...]}."""
-        groups = []
-        for part, adapters in self.parts().items():
-            params = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
-            if params:
-                groups.append({"name": part, "params": params})
-        return groups
+    def trainable(self) -> list[dict[str, Any]]:
+        """One parameter group per part and rate: {"name", "part", "ratio", "params"}.
+
+        `ratio` is the factor of the part's learning rate: LoRA+ (2402.12354) for the up matrices, times the block's.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        for adapter in self:
+            for name, parameter in adapter.named_parameters():
+                if parameter.requires_grad:
+                    label, ratio = self._rate(adapter, name)
+                    group = {"name": label, "part": adapter.part, "ratio": ratio, "params": []}
+                    groups.setdefault(label, group)["params"].append(parameter)
+        return sorted(groups.values(), key=lambda group: list(self.parts()).index(group["part"]))
+
+    def _rate(self, adapter: Adapter, name: str) -> tuple[str, float]:
+        """Label and ratio of the parameter group that a parameter belongs to."""
+        options, label, ratio = self.spec[NetworkOptions], adapter.part, 1.0
+        factor = self._block_rates.get(adapter.block, 1.0)
+        if factor != 1.0:
+            label, ratio = f"{label} {adapter.block}", factor
+        own = options.loraplus_te_lr_ratio if adapter.part.startswith("te") else None
+        plus = options.loraplus_lr_ratio if own is None else own
+        if plus != 1.0 and name in adapter.ups:
+            label, ratio = f"{label} up", ratio * plus
+        return label, ratio
+
+    @cached_property
+    def _block_rates(self) -> dict[str, float]:
+        return parse_blocks(self.spec[NetworkOptions].network_block_lrs)
 
     @torch.no_grad()
     def mean_abs_weight(self) -> dict[str, Tensor]:
         """Mean |weight| of the trained tensors per part, as 0-d tensors on their device (read them when you log)."""
         means = {}
-        for group in self.trainable():
-            params: list[Tensor] = group["params"]  # type: ignore[assignment]
-            total = torch.stack(torch._foreach_norm(params, 1)).sum()
-            means[str(group["name"])] = total / sum(p.numel() for p in params)
+        for part, adapters in self.parts().items():
+            params = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+            if params:
+                means[part] = torch.stack(torch._foreach_norm(params, 1)).sum() / sum(p.numel() for p in params)
         return means
+
+    # -- inside a training step ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def drawing(self, seed: int, index: int, samples: Sequence[int]) -> Iterator[None]:
+        """Inside the block a training step is computed: dropout acts. See `Draws.begin`."""
+        self.draws.begin(seed, index, samples)
+        try:
+            yield
+        finally:
+            self.draws.end()
+
+    @torch.no_grad()
+    def limit_norms(self) -> None:
+        """Scale back every ΔW whose norm is above `network_max_norm`; to be called after each optimizer step."""
+        limit = self.spec[NetworkOptions].network_max_norm
+        if limit:
+            for adapter in self:
+                if adapter.factors:
+                    adapter.shrink((limit / adapter.delta_norm()).clamp(max=1.0))
 
     def file_facts(self) -> dict[str, object]:
         """What the metadata says of the network: keyword arguments for `metadata.FileFacts`."""
@@ -116,7 +164,7 @@ class Network(nn.Module):
         return {
             "network_type": ADAPTERS.canonical(self.spec.type), "network_module": kind.network_module,
             "network_rank": self.spec.rank, "network_alpha": self.spec.alpha,
-            "network_args": kind.network_args(self.spec),
+            "network_args": {**kind.network_args(self.spec), **shown_options(self.spec[NetworkOptions])},
         }
 
     # -- files ---------------------------------------------------------------------------------------------------------
@@ -197,4 +245,9 @@ def build_network(
     chosen = choose(layers, spec, blocks, element, parts)
     kind = ADAPTERS.get(spec.type)
     strength = Strength()
-    return Network([kind(layer, spec, strength, generator) for layer in chosen], spec, strength)
+    network = Network([kind(layer, spec, strength, generator) for layer in chosen], spec, strength)
+    if spec[NetworkOptions].network_freeze_down:
+        for adapter in network:
+            for name in kind.downs:
+                adapter.get_parameter(name).requires_grad_(False)
+    return network

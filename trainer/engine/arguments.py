@@ -13,6 +13,7 @@ from ..data.settings import ImageSettings
 from ..errors import JobError, Problem
 from ..params import core
 from ..params.job import Job
+from ..params.network import NetworkOptions
 from .kit import LossSettings
 from .samples import SampleSettings
 from .session import Limits
@@ -74,9 +75,9 @@ def adapter_spec(job: Job) -> AdapterSpec:
         type=network.network_type,
         rank=network.network_rank,
         alpha=network.network_alpha,
-        conv_rank=network.network_conv_rank or network.network_rank,
-        conv_alpha=network.network_conv_alpha or network.network_alpha,
-        options={section: job[section] for section in ADAPTERS.get(network.network_type).sections},
+        conv_rank=network.network_conv_rank,
+        conv_alpha=network.network_conv_alpha,
+        options={section: job[section] for section in (NetworkOptions, *ADAPTERS.get(network.network_type).sections)},
     )
 
 

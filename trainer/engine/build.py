@@ -121,7 +121,7 @@ def make_text(job: Job, model: Model, network: Network, prompts: Sequence[str], 
     """Where conditionings come from: prepared once, unless the text encoder is trained."""
     clip_skip = job[core.Train].train_clip_skip
     if text_is_trained(network):
-        return Text(model, clip_skip, None)
+        return Text(model, clip_skip, None, network)
     cached = TextOutputs(cache, _text_encoder(model, clip_skip), fingerprint(*model.text_encoders), clip_skip)
     with site.process.leader_first(), encoding(model):
         cached.prepare(prompts, _stages(site.log))
@@ -135,7 +135,10 @@ def make_optimizer_and_scheduler(
     """The optimizer over the parts of the network, each with its rate, and the schedule of the rates."""
     train = job[core.Train]
     rates = arguments.rates(job)
-    groups = [{**group, "lr": rates[str(group["name"])]} for group in network.trainable()]
+    groups = [
+        {"name": group["name"], "params": group["params"], "lr": rates[group["part"]] * group["ratio"]}
+        for group in network.trainable()
+    ]
     settings = parse_settings(train.train_optimizer_settings, "train_optimizer_settings")
     optimizer = make_optimizer(train.train_optimizer, groups, settings, network)
     for line in advice(train.train_optimizer, [group["lr"] for group in groups], train.train_lr_scheduler):

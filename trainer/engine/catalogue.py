@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ..adapters.base import ADAPTERS
 from ..modes.base import MODES
-from ..params import core
+from ..params import core, network
 from ..params.codec import Catalogue, ModeInfo
 from ..stages.base import STAGES
 
@@ -18,11 +18,11 @@ def catalogue() -> Catalogue:
     owners = (*modes.values(), *types.values(), *stages.values())
     sections = dict.fromkeys(section for owner in owners for section in owner.sections)
     return Catalogue(
-        sections=(*core.SECTIONS, *sections),
+        sections=(*core.SECTIONS, network.NetworkOptions, *sections),
         modes={name: ModeInfo(name, mode.help, mode.needs, mode.second) for name, mode in modes.items()},
         choices={"network_type": ADAPTERS.names()},
         aliases={"network_type": ADAPTERS.aliases()},
-        types={name: kind.needs for name, kind in types.items()},
+        types={name: kind.tags() for name, kind in types.items()},
         always=frozenset[str]().union(*(stage.needs for stage in stages.values())),
-        rules=tuple(dict.fromkeys(rule for owner in owners for rule in owner.rules)),
+        rules=(*network.RULES, *dict.fromkeys(rule for owner in owners for rule in owner.rules)),
     )

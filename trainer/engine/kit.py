@@ -35,12 +35,16 @@ class LossSettings:
 class Text:
     """Conditioning of prompts: from the cache, or encoded anew at every call when the text encoder is trained."""
 
-    def __init__(self, model: Model, clip_skip: int, cached: TextOutputs | None) -> None:
-        self._model, self._clip_skip, self._cached = model, clip_skip, cached
+    def __init__(
+        self, model: Model, clip_skip: int, cached: TextOutputs | None, network: Network | None = None
+    ) -> None:
+        self._model, self._clip_skip, self._cached, self._network = model, clip_skip, cached, network
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """One row for each prompt, on the model's device."""
         if self._cached is None:
+            if self._network is not None:
+                self._network.draws.rows = len(prompts)
             return self._model.encode_prompts(prompts, self._clip_skip)
         outputs = self._cached.outputs(prompts)
         rows = Conditioning(outputs["context_1LD"], outputs.get("pooled_1P"))

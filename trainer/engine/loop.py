@@ -44,8 +44,10 @@ def gradients(session: Session, step: int) -> Tensor:
         batch = session.source.batch(step * accumulation + micro)
         if batch is None:
             continue
-        loss = session.mode.loss(session.kit, batch).sum() / (batch.share * accumulation)
-        session.scaler.scale(loss).backward()
+        with session.network.drawing(session.seed, batch.index, batch.samples):
+            loss = session.mode.loss(session.kit, batch).sum() / (batch.share * accumulation)
+            if loss.requires_grad:  # module dropout may have left out every layer
+                session.scaler.scale(loss).backward()
         total += loss.detach()
     for stage in session.stages:
         penalty = stage.penalty(session.network)
@@ -68,6 +70,7 @@ def optimizer_step(session: Session, plateau: float | None) -> Tensor:
     scaler.step(session.optimizer)
     scaler.update()
     flat.undo_unless(finite)
+    session.network.limit_norms()
     session.scheduler.step(plateau)
     session.step += 1
     if scaler.is_enabled():  # an overflow of the scaled gradients is the scaler's own business, a broken loss is not
