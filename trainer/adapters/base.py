@@ -135,6 +135,9 @@ class Adapter(nn.Module):
     What the common options act on: `ranked` says that ΔW counts alpha / rank. `factors` are groups of its parameters;
     ΔW is proportional to each group. `ups` and `downs` are the parameters that LoRA+ trains faster and LoRA-FA leaves
     alone. `droppable`: ΔW acts through `_operate`. `inits`: the values of `network_init` beside default.
+
+    `per_sample`: whether the strength may be a tensor (B,), one number per sample; modes alternate where it may not.
+    `exact`: file tensors that keep float32 whatever precision the file is saved in.
     """
 
     help: ClassVar[str] = ""
@@ -151,6 +154,8 @@ class Adapter(nn.Module):
 
     file_tensors: ClassVar[tuple[str, ...]] = ()
     network_module: ClassVar[str] = "lycoris.kohya"
+    per_sample: ClassVar[bool] = True
+    exact: ClassVar[frozenset[str]] = frozenset({"alpha"})
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__()
@@ -204,9 +209,8 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    @staticmethod
-    def rescaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-        """File tensors whose ΔW is `factor` times as large."""
+    def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """File tensors whose ΔW is `factor` times as large. Raises AdapterError when no such file tensors exist."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:

@@ -118,8 +118,7 @@ class Lora(Adapter):
             )
         return tensor.reshape(parameter.shape)
 
-    @staticmethod
-    def rescaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """√|factor| on both factors, its sign on the up side, so that neither leaves the range of fp16 by itself."""
         if factor == 1.0:
             return dict(tensors)

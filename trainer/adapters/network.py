@@ -215,7 +215,7 @@ class Network(nn.Module):
         """The tensors of a LoRA file on the CPU, ΔW multiplied by `strength` once.
 
         `dtype` None keeps the precision trained in.
-        Alpha stays float32: it is one number per layer, and many values of it have no exact form in fp16 or bf16.
+        Few but exact numbers such as alpha keep their own: many values have no exact form in fp16 or bf16.
         """
         if strength == 0.0:
             raise AdapterError("network_strength = 0 would write a LoRA file that does nothing. Choose another.")
@@ -223,9 +223,9 @@ class Network(nn.Module):
         for key in sorted(self.adapters):
             adapter = self.adapters[key]
             own = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
-            wide = {name: tensor if name == "alpha" else tensor.float() for name, tensor in own.items()}
+            wide = {name: tensor if name in adapter.exact else tensor.float() for name, tensor in own.items()}
             for name, tensor in adapter.rescaled(wide, strength).items():
-                kept = tensor.dtype if name == "alpha" else dtype or own[name].dtype
+                kept = tensor.dtype if name in adapter.exact else dtype or own[name].dtype
                 exported[f"{key}.{name}"] = tensor.to(kept).clone().contiguous()
         return exported
 
