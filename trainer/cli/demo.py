@@ -8,16 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..adapters.file import read_lora
-from ..adapters.metadata import baked_strength
 from ..demo.effect import demo_grid, measure_effect
 from ..engine.arguments import precision
-from ..engine.build import make_network
 from ..engine.catalogue import catalogue
 from ..engine.control import Control
 from ..engine.preflight import DEMO_MODEL, resolve_model
+from ..engine.reload import written_network
 from ..engine.run import Request, run
-from ..errors import AdapterError
 from ..events import EventLog
 from ..models.load import load_model
 from ..params import core
@@ -55,12 +52,5 @@ def _after(job: Job, places: Places, lora: Path, folder: Path, log: EventLog) ->
     """Load the written file onto a fresh model, as a user would, and measure it."""
     path = resolve_model(job[core.Task].model, places.checkpoints)
     model = load_model(path, storage=precision("fp32", "train_model_precision"))
-    network = make_network(job, model, 0, log)
-    tensors, metadata = read_lora(lora)
-    if network.load(tensors, baked=baked_strength(metadata)).matched != len(network):
-        raise AdapterError(f"{lora.name} does not fill every module of the adapter it was written from.")
-    network.attach()
-    try:
+    with written_network(job, model, lora, log).attached() as network:
         return measure_effect(model, network).as_dict(), demo_grid(model, network, folder / "before_after.png")
-    finally:
-        network.eject()

@@ -65,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--steps", type=int, default=12)
     bench.set_defaults(run=_bench)
 
+    evaluate = commands.add_parser("evaluate", help="measure modes or adapter types on the painted world")
+    evaluate.add_argument("suite", choices=("modes", "adapters"))
+    evaluate.add_argument("--quick", action="store_true", help="one seed at the shipped settings")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object per line")
+    evaluate.add_argument("--only", default="", metavar="TEXT", help="only scenarios whose name holds this text")
+    evaluate.add_argument("--write", action="store_true", help="write the tables into docs/")
+    evaluate.add_argument("--output-dir", type=Path, default=ROOT / "logs" / "evaluate", help="where results are kept")
+    evaluate.set_defaults(run=_evaluate)
+
     test = commands.add_parser("test", help="run the tests", add_help=False)
     test.set_defaults(run=_test)
     test.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -159,6 +168,19 @@ def _bench(options: argparse.Namespace) -> int:
 
     print(json.dumps(run(options.size, steps=options.steps), indent=2))
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluate import evaluate
+
+    return evaluate(
+        options.suite,
+        options.output_dir,
+        quick=options.quick,
+        as_json=options.json,
+        only=options.only,
+        write=options.write,
+    )
 
 
 def _test(options: argparse.Namespace) -> int:

@@ -40,12 +40,14 @@ JOB_FILE = "job.json"
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `reason` as in `events.Finished`, the LoRA (None when none was written), the run folder."""
+    """How a run ended: `reason` as in `events.Finished`, the LoRA (None when none was written), the run folder, the
+    optimizer steps."""
 
     reason: str
     path: Path | None
     folder: Path | None
     report: dict[str, object]
+    steps: int = 0
 
 
 @dataclass
@@ -105,7 +107,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
             _open_folder(job, places, folder)
         with _listeners(session, log):
             reason, path = _train(session, places, ring, log, control)
-        return Result(reason, path, folder, lines)
+        return Result(reason, path, folder, lines, session.step)
     finally:
         step[0] = session.step
         session.network.eject()

@@ -1,0 +1,140 @@
+"""Runs scenarios and remembers every result by its job, so that a broken evaluation goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ...engine.catalogue import catalogue
+from ...engine.reload import written_network
+from ...engine.run import Request, run
+from ...events import EventLog
+from ...models.load import load_model
+from ...params.codec import load
+from ...places import BASE_MODEL, Places
+from ..measure import Rate
+from .scenario import Scenario, Trained
+
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one job of a scenario gave. `figures` are plain numbers; `intervals` the 95 % intervals of the shares."""
+
+    rate: float
+    seed: int
+    figures: Mapping[str, float]
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A scenario's results: the sweep on the first seed, and the best rate on all seeds."""
+
+    scenario: Scenario
+    sweep: tuple[Result, ...]
+    best: tuple[Result, ...]
+
+    def mean(self, figure: str) -> float:
+        """Mean over the seeds at the best rate."""
+        return mean(result.figures[figure] for result in self.best)
+
+    def reach(self, figure: str) -> tuple[float, float]:
+        """Smallest and largest over the seeds at the best rate."""
+        values = [result.figures[figure] for result in self.best]
+        return min(values), max(values)
+
+    def line(self) -> dict[str, object]:
+        """Plain values for one line of JSON."""
+        figures = {name: finite(self.mean(name)) for name in self.best[0].figures}
+        goals = {goal.figure: goal.met(self.mean(goal.figure)) for goal in self.scenario.goals}
+        return {
+            "task": self.scenario.task, "variant": self.scenario.variant, "rate": self.best[0].rate,
+            "seeds": [result.seed for result in self.best], "figures": figures,
+            "ranges": {name: [finite(end) for end in self.reach(name)] for name in figures},
+            "ci95": {name: list(ends) for name, ends in self.best[0].intervals.items()}, "goals_met": goals,
+        }  # fmt: skip
+
+
+def finite(value: float) -> float | None:
+    """Four digits for JSON; None for what was never reached."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+class Runner:
+    """Trains and measures jobs of the shipped base model below `folder`, one JSON file per result."""
+
+    def __init__(self, folder: Path, log: EventLog) -> None:
+        self._folder, self._log = folder, log
+        self._model: Any = None
+        weights = sorted(BASE_MODEL.glob("*/*.safetensors"))
+        self._base = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:12]
+
+    def summaries(self, scenarios: Sequence[Scenario], quick: bool) -> Iterator[Summary]:
+        """Each scenario's results: one job at the shipped settings when `quick`, else the sweep and three seeds."""
+        for scenario in scenarios:
+            yield self._quick(scenario) if quick else self._whole(scenario)
+
+    def _quick(self, scenario: Scenario) -> Summary:
+        (result,) = (self.result(scenario, rate, job) for rate, job in scenario.jobs(SEEDS[0], ()))
+        return Summary(scenario, (result,), (result,))
+
+    def _whole(self, scenario: Scenario) -> Summary:
+        sweep = tuple(self.result(scenario, rate, job) for rate, job in scenario.jobs(SEEDS[0], scenario.rates))
+        best = max(sweep, key=lambda result: scenario.value(result.figures))
+        others = tuple(
+            self.result(scenario, rate, job) for seed in SEEDS[1:] for rate, job in scenario.jobs(seed, (best.rate,))
+        )
+        return Summary(scenario, sweep, (best, *others))
+
+    def result(self, scenario: Scenario, rate: float, job: dict[str, object]) -> Result:
+        """The figures of one job, measured now or remembered from the same job on the same base model."""
+        said = json.dumps([scenario.task, scenario.variant, job, self._base], sort_keys=True)
+        name = hashlib.sha256(said.encode()).hexdigest()[:16]
+        path = self._folder / "results" / f"{name}.json"
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return Result(rate, kept["seed"], kept["figures"], kept["intervals"])
+        self._log.note(f"{scenario.task}, {scenario.variant}: rate {rate:g}, seed {job['train_seed']}")
+        figures = self._measured(scenario, {**job, "save_lora_name": name, "save_overwrite": True})
+        plain = {key: value.value if isinstance(value, Rate) else float(value) for key, value in figures.items()}
+        intervals = {key: value.interval for key, value in figures.items() if isinstance(value, Rate)}
+        result = Result(rate, int(str(job["train_seed"])), plain, intervals)
+        kept = {"task": scenario.task, "variant": scenario.variant, "job": job, "seed": result.seed,
+                "figures": plain, "intervals": intervals}  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        partial.replace(path)
+        return result
+
+    def _measured(self, scenario: Scenario, raw: dict[str, object]) -> dict[str, float | Rate]:
+        job = load({"format": 1, "model": "demo", **raw}, catalogue()).job
+        if self._model is None:
+            self._model = load_model(BASE_MODEL)
+        began = time.perf_counter()
+        ended = run(Request(job, Places.standalone().under(self._folder), model=self._model), EventLog())
+        seconds = time.perf_counter() - began
+        if ended.path is None or ended.folder is None:
+            raise KeyboardInterrupt
+        network = written_network(job, self._model, ended.path, EventLog())
+        with network.attached():
+            trained = Trained(self._model, network, ended.path, ended.folder, ended.steps, seconds)
+            return {**scenario.measure(trained), "steps": float(ended.steps), "seconds": round(seconds, 2)}
+
+
+def tell(summaries: Iterator[Summary], show: Callable[[Summary], None]) -> list[Summary]:
+    """All summaries, each shown as soon as it is there."""
+    found = []
+    for summary in summaries:
+        show(summary)
+        found.append(summary)
+    return found

@@ -1,0 +1,74 @@
+"""What is measured: a job, the learning rates it is tried at, how its result is read, and what it should reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...adapters.network import Network
+from ...models.base import Model
+from ..measure import Rate
+
+Figures = Mapping[str, "float | Rate"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished job: the untouched model with the written file attached, what it cost, and where its run lies."""
+
+    model: Model
+    network: Network
+    path: Path
+    folder: Path
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure should reach: at least (`low`) or at most (`high`) a value."""
+
+    figure: str
+    low: float | None = None
+    high: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether the value is good enough."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One line of the table.
+
+    `task` is what is asked for and `variant` who does it; `job` are plain values as in a settings file, without seed.
+    `rates` are the learning rates of the sweep (empty: nothing is learned by steps); the job's own is what `--quick`
+    runs. `measure` reads the result, `value` says how good it is (larger is better) and so picks the rate.
+    """
+
+    task: str
+    variant: str
+    job: Mapping[str, object]
+    measure: Callable[[Trained], Figures]
+    value: Callable[[Mapping[str, float]], float]
+    rates: tuple[float, ...] = ()
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def rate(self) -> float:
+        """The shipped learning rate."""
+        return float(str(self.job.get("train_learning_rate", 0.0)))
+
+    def jobs(self, seed: int, rates: tuple[float, ...]) -> Iterator[tuple[float, dict[str, object]]]:
+        """Pairs of learning rate and complete job for one seed."""
+        for rate in rates or (self.rate,):
+            yield rate, {**self.job, **({"train_learning_rate": rate} if rate else {}), "train_seed": seed}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Scenarios that share one page; `prepare` makes what their jobs need (pictures, files) below a folder."""
+
+    name: str
+    scenarios: Callable[[Path], tuple[Scenario, ...]]

@@ -1,0 +1,70 @@
+"""Summaries as the tables of the documentation, between two marks so that the prose around them stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from .runner import Summary
+
+
+def markdown(summaries: Sequence[Summary]) -> str:
+    """One table per task: a row per variant, a column per figure, mean and range over the seeds at the best rate."""
+    parts = []
+    for task in dict.fromkeys(summary.scenario.task for summary in summaries):
+        rows = [summary for summary in summaries if summary.scenario.task == task]
+        names = list(dict.fromkeys(name for row in rows for name in row.best[0].figures))
+        parts.append(f"### {task}\n")
+        parts.append(f"| variant | rate | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
+        parts.extend(_row(row, names) for row in rows)
+        parts.append("")
+    return "\n".join(parts)
+
+
+def sweeps(summaries: Sequence[Summary]) -> str:
+    """The sweep on one seed: for every variant how good each rate was, and its figures at it."""
+    lines = ["| task | variant | rate | value | figures |", "|---|---|---|---|---|"]
+    for summary in summaries:
+        for result in summary.sweep:
+            value = summary.scenario.value(result.figures)
+            figures = ", ".join(f"{name} {number(result.figures[name])}" for name in result.figures)
+            best = "**" if result.rate == summary.best[0].rate else ""
+            lines.append(
+                f"| {summary.scenario.task} | {summary.scenario.variant} | {best}{result.rate:g}{best} "
+                f"| {number(value)} | {figures} |"
+            )
+    return "\n".join(lines)
+
+
+def _row(summary: Summary, names: Sequence[str]) -> str:
+    cells = []
+    for name in names:
+        if name not in summary.best[0].figures:
+            cells.append("–")
+            continue
+        low, high = summary.reach(name)
+        middle = number(summary.mean(name))
+        spread = "" if number(low) == number(high) else f" ({number(low)}–{number(high)})"
+        missed = any(goal.figure == name and not goal.met(summary.mean(name)) for goal in summary.scenario.goals)
+        cells.append(f"{middle}{spread}{' ✗' if missed else ''}")
+    rate = f"{summary.best[0].rate:g}" if summary.best[0].rate else "–"
+    return f"| {summary.scenario.variant} | {rate} | {' | '.join(cells)} |"
+
+
+def number(value: float) -> str:
+    """Three figures that matter, without an exponent; a dash for what was never reached."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def insert(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- MARK -->` and `<!-- /MARK -->` of a page. Raises ValueError without the marks.
+    """
+    content = page.read_text(encoding="utf-8")
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if start not in content or end not in content:
+        raise ValueError(f"{page.name} has no place for {mark}: write {start} and {end} into it")
+    before, after = content.split(start)[0], content.split(end)[1]
+    page.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}", encoding="utf-8")
