@@ -222,14 +222,17 @@ def test(environment, lock, arguments):
     checks = []
     if lock == "newest" and not arguments:
         checks += [["ruff", "check", "."], ["mypy"]]
-    checks.append(["pytest"] + (["-m", "not newest"] if lock != "newest" else []) + arguments)
+    chosen = ["-m", "not newest and not everywhere"] if lock != "newest" else []
+    # As many tests at once as there are cores, each with one thread: what they compute is too small for several.
+    workers = [] if arguments else ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal"]
+    checks.append(["pytest"] + chosen + workers + arguments)
     failed = 0
     for check in checks:
         say("running " + " ".join(check))
         status = environment.machine.run(
             [environment.python, "-m"] + check,
             cwd=environment.root,
-            env=inside(environment.root, environment.machine.environ),
+            env=dict(inside(environment.root, environment.machine.environ), OMP_NUM_THREADS="1"),
         )
         if status:
             say("%s failed (exit status %s)" % (check[0], status))

@@ -1,8 +1,25 @@
 """Test settings shared by all files."""
+
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 # The same examples in every run, and no time limit per example: a busy machine is not a wrong answer.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+# Files that test what no package version changes: once is enough for all sets of versions.
+EVERYWHERE = {
+    "test_adapters_lowrank", "test_architecture", "test_data_buckets", "test_data_cache", "test_data_dataset",
+    "test_data_plan", "test_data_scan", "test_demo_effect", "test_demo_evaluate", "test_demo_measure",
+    "test_demo_world", "test_launch", "test_maths", "test_optim", "test_params_fuzz", "test_params_load",
+    "test_params_presets", "test_params_rules", "test_params_traintrain", "test_params_views", "test_schedulers",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of these files, so that a second set of versions can leave them out."""
+    for item in items:
+        if item.path.stem in EVERYWHERE:
+            item.add_marker("everywhere")

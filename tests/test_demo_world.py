@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,11 @@ def test_caption_dropping_rates() -> None:
 
 
 def test_the_unet_saw_at_most_60_percent_of_the_combinations() -> None:
-    seen = {(s.shape, s.colour, s.background) for s in world.all_scenes(held_out=True) if world.in_base(s)}
-    assert len(seen) <= 0.6 * len(world.SHAPES) * len(world.COLOURS) * len(world.BACKGROUNDS)
-    assert not any(world.HELD_OUT_COLOUR in combination or world.HELD_OUT_SHAPE in combination for combination in seen)
-    pairs = {(a, b) for combination in seen for a in combination for b in combination}
-    assert all((a, b) in pairs for a in world.SHAPES for b in (*world.COLOURS, *world.BACKGROUNDS))
+    seen = [scene for scene in world.all_scenes(held_out=True) if world.in_base(scene)]
+    assert len(seen) <= 0.6 * len(world.all_scenes()) == 0.6 * 5 * 6 * 3 * 2 * 2
+    assert not any(scene.colour == world.HELD_OUT_COLOUR or scene.shape == world.HELD_OUT_SHAPE for scene in seen)
+    places = Counter((scene.shape, scene.colour, scene.background) for scene in seen)
+    assert len(places) == 90 and set(places.values()) == {2, 3}
 
 
 def test_reader_on_clean_pictures() -> None:
@@ -138,7 +139,8 @@ def test_tokenizer_never_meets_an_unknown_word() -> None:
     assert tokenizer.model_max_length == 32
     assert tokenizer.tokenize("A large RED circle, white background") == [
         word + "</w>" for word in ("a", "large", "red", "circle", ",", "white", "background")]
-    assert tokenizer.tokenize("flamingo") == ["f", "l", "a", "m", "i", "n", "g", "o</w>"]
+    pieces = tokenizer.tokenize(world.HELD_OUT_COLOUR)
+    assert len(pieces) > 3 and "".join(pieces) == world.HELD_OUT_COLOUR + "</w>"
     for text in ("diamond", "zürich 日本 42", "x_y-z!", "\U0001f600"):
         ids = tokenizer(text).input_ids[1:-1]
         assert ids and not {tokenizer.unk_token_id, tokenizer.bos_token_id} & set(ids), text

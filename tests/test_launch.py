@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -204,8 +205,9 @@ def test_test_runs_all_checks_and_reports_the_first_failure(root: Path) -> None:
     assert launch.main(["test"], str(root), machine) == 3
     python = str(root / ".venv/bin/python")
     assert machine.said("-r", "test.txt")
+    workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal"]
     assert machine.commands[-3:] == [
-        [python, "-m", "ruff", "check", "."], [python, "-m", "mypy"], [python, "-m", "pytest"]
+        [python, "-m", "ruff", "check", "."], [python, "-m", "mypy"], [python, "-m", "pytest", *workers]
     ]  # fmt: skip
     assert machine.options[-1]["cwd"] == str(root)
     again = FakeMachine()
@@ -218,7 +220,7 @@ def test_the_forge_set_has_its_own_environment(root: Path, words: list[str]) -> 
     machine = FakeMachine()
     assert launch.main(["test", *words, "-q"], str(root), machine) == 0
     python = str(root / ".venv-forge/bin/python")
-    assert machine.commands[-1] == [python, "-m", "pytest", "-m", "not newest", "-q"]
+    assert machine.commands[-1] == [python, "-m", "pytest", "-m", "not newest and not everywhere", "-q"]
     assert machine.said("forge.txt") and not machine.said("newest.txt") and not machine.said("ruff")
     assert launch.main(["test", "--lock", "a1112"], str(root), FakeMachine()) == 1
 
