@@ -5,10 +5,10 @@ A type is one file with one class: which layers it covers, its tensors, ΔW, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class AdapterSpec:
     """The settings of a network. Conv rank and alpha of 0 mean the linear ones.
 
     `options`: the parameter sections of single types, by class; `spec[Section]` gives one, its defaults when absent.
+    `shared`: what `Adapter.shared` made for the network that is being built.
     """
 
     type: str = "lierla"
@@ -55,6 +56,7 @@ class AdapterSpec:
     conv_rank: int = 0
     conv_alpha: float = 0.0
     options: Mapping[type, Any] = field(default_factory=dict)
+    shared: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.conv_rank < 0:
@@ -97,6 +99,17 @@ class AdapterSpec:
 def is_wide(kind: str) -> bool:
     """Whether a kind of layer is a convolution with a kernel above 1×1."""
     return kind.startswith("conv") and kind != "conv1x1"
+
+
+class LowRank(NamedTuple):
+    """ΔW = scale·U·D: `down` (r, in[, k, k]), `up` (out, r), differentiable. `error`: of what they stand for, relative
+    (0: they are it exactly).
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    error: float = 0.0
 
 
 class Strength:
@@ -194,9 +207,18 @@ class Adapter(nn.Module):
         """What kohya's metadata calls network arguments: everything beside rank and alpha."""
         return {}
 
+    @classmethod
+    def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+        """What the adapters of one network have in common, made once and found as `spec.shared` by each of them."""
+        return None
+
     def delta(self) -> Tensor:
         """ΔW at strength 1 in float32, shaped like the base weight; differentiable."""
         raise NotImplementedError
+
+    def as_lora(self) -> LowRank | None:
+        """The factors of a ΔW that is of low rank by its making; None for the others."""
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes into the file, by name without the key."""
@@ -295,9 +317,10 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Tensor]) -> None:
-        """Copy values into the parameters of these names."""
+        """Copy values into the parameters and buffers of these names."""
+        own = {**dict(self.named_parameters(remove_duplicate=False)), **dict(self.named_buffers())}
         for name, value in values.items():
-            self.get_parameter(name).copy_(value)
+            own[name].copy_(value)
 
     def attach(self) -> None:
         """Put this adapter in front of whatever computes the layer now."""

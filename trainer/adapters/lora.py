@@ -18,6 +18,7 @@ from .base import (
     Adapter,
     AdapterSpec,
     LayerLike,
+    LowRank,
     Strength,
     is_wide,
 )
@@ -44,6 +45,11 @@ class Lora(Adapter):
         self.down = nn.Parameter(kaiming_down((self.rank, *rest), generator))
         self.up = nn.Parameter(torch.zeros(fan_out, self.rank))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The factors of ΔW = scale·U·D: D (r, in[, k, k]) and U (out, r)."""
+        parameters = self._parameters
+        return parameters["down"], parameters["up"]  # type: ignore[return-value]
+
     @classmethod
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
         owners = TRANSFORMER_OWNERS if layer.part == "unet" else TEXT_OWNERS
@@ -51,11 +57,10 @@ class Lora(Adapter):
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         scale = self.scale * strength
-        parameters = self._parameters
-        down, up = parameters["down"], parameters["up"]
         module = self._held[0]
         if not self._plain:
             return self._on_top_of(self._base(x), x, scale)
+        down, up = self.pair()
         x = self.working_input(x)
         if self.kind == "linear":
             return low_rank_linear(x, module.weight, module.bias, down, up, scale)
@@ -69,25 +74,28 @@ class Lora(Adapter):
     def _on_top_of(self, base: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
         """base + ΔW·x, where the layer beneath computes in its own way (for instance with another adapter)."""
         x = x.to(base.dtype)
-        middle = self.dropped(self._operate(x, self.down.to(x.dtype)))
-        kept = self.kept_ranks(self.rank)
-        up = (self.up if kept is None else self.up * kept.to(self.up)).to(x.dtype)
+        down, up = self.pair()
+        middle = self.dropped(self._operate(x, down.to(x.dtype)))
+        kept = self.kept_ranks(up.shape[1])
+        up = (up if kept is None else up * kept.to(up)).to(x.dtype)
         linear = self.kind == "linear"
         update = functional.linear(middle, up) if linear else functional.conv2d(middle, up[:, :, None, None])
         return base + update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
 
     def delta(self) -> Tensor:
-        return low_rank_delta(self.down, self.up, self.scale)
+        return low_rank_delta(*self.pair(), self.scale)
+
+    def as_lora(self) -> LowRank | None:
+        return LowRank(*self.pair(), self.scale)
 
     def delta_norm(self) -> Tensor:
-        down, up = self.down.float().flatten(1), self.up.float()
+        down, up = (factor.float().flatten(1) for factor in self.pair())
         square = ((up.T @ up) * (down @ down.T)).sum()  # ‖U·D‖² = tr(UᵀU·DDᵀ), without the product itself
         return square.clamp(min=0).sqrt() * self.scale
 
     def tensors(self) -> dict[str, Tensor]:
-        tail = (1,) * (self.down.ndim - 2)
-        up = self.up.detach().view(*self.up.shape, *tail)
-        return {DOWN: self.down.detach(), UP: up, ALPHA: torch.tensor(self.alpha)}
+        down, up = (factor.detach() for factor in self.pair())
+        return {DOWN: down, UP: up.view(*up.shape, *(1,) * (down.ndim - 2)), ALPHA: torch.tensor(self.alpha)}
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
         found = {_SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}

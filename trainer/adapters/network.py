@@ -1,7 +1,8 @@
 """All adapters of one training: made, attached, measured, loaded and exported together."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -237,14 +238,17 @@ def build_network(
     element: str | None,
     parts: Collection[str],
     generator: torch.Generator,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Network:
     """Adapters for the chosen layers (see `choose`), drawn in their order from `generator` (CPU), not yet attached.
 
-    Parameters are float32 on the CPU: move the network to a device and precision with `.to(...)` before attaching.
+    `tell` hears what a type has to say of itself. Parameters are float32 on the CPU: move the network to a device and
+    precision with `.to(...)` before attaching.
     """
     chosen = choose(layers, spec, blocks, element, parts)
     kind = ADAPTERS.get(spec.type)
     strength = Strength()
+    spec = dataclasses.replace(spec, shared=kind.shared(chosen, spec, tell))
     network = Network([kind(layer, spec, strength, generator) for layer in chosen], spec, strength)
     if spec[NetworkOptions].network_freeze_down:
         for adapter in network:

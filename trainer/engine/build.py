@@ -30,7 +30,7 @@ from ..optim.settings import parse_settings
 from ..params import core
 from ..params.job import Job
 from ..places import Places
-from ..stages.base import STAGES
+from ..stages.base import STAGES, Preparation
 from . import arguments
 from .devices import encoding, fingerprint, rest_text_encoders
 from .flat import FlatParameters
@@ -42,12 +42,13 @@ from .sources import PictureSource, PromptSource
 
 @dataclass(frozen=True)
 class Site:
-    """Where a run happens: folders, processes, the log, and the run's own folder."""
+    """Where a run happens: folders, processes, the log, the run's own folder, and whether it is asked to end."""
 
     places: Places
     process: Process
     log: EventLog
     folder: Path
+    stopping: Callable[[], bool] = lambda: False
 
 
 def draw_seed(job: Job) -> int:
@@ -66,6 +67,7 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
         element=wanted.network_element,
         parts=arguments.parts(job, MODES.get(job[core.Task].mode).needs),
         generator=rng.generator("adapter", seed),
+        tell=log.note,
     )
     dtype = arguments.precision(job[core.Train].train_lora_precision, "train_lora_precision")
     network.to(model.device, dtype)
@@ -175,8 +177,11 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resum
     kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
     try:
+        at = Preparation(network, model, kit, source.batch, site.log.note, seed, resumed, site.stopping)
         for stage in stages:
-            stage.prepare(network, kit, source.batch, site.log.note, resumed)
+            stage.prepare(at)
+        if stages:
+            site.process.share([*flat.values, *(b for b in network.buffers() if b.is_floating_point())])
     except BaseException:
         network.eject()
         raise

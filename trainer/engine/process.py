@@ -26,6 +26,12 @@ class Process:
     def sum(self, tensors: list[Tensor]) -> None:
         """Replace every tensor by its sum over all processes."""
 
+    def share(self, tensors: list[Tensor]) -> None:
+        """Replace every tensor by what the leading process has."""
+        for tensor in [] if self.leads else tensors:
+            tensor.zero_()
+        self.sum(tensors)
+
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """The leading process runs the block before the others do."""

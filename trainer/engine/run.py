@@ -93,7 +93,8 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
     saved = read_state(folder) if request.resume else None
     model = request.model or _load(job, places, process, log)
-    session = build(job, model, Site(places, process, log, folder), scanned, resumed=saved is not None)
+    site = Site(places, process, log, folder, lambda: control.stopping)
+    session = build(job, model, site, scanned, resumed=saved is not None)
     try:
         lines = report(session, lora_path(job, places), places.cache)
         log.tell(Preflight(lines))

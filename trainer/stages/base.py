@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,6 +11,24 @@ from torch import Tensor
 from ..modes.base import Batch, Kit, Settings
 from ..params.rules import Rule
 from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a stage works with before the first step, the adapter attached.
+
+    `batch(i)` gives this process's part of the i-th micro batch, `tell` writes a line into the log, `stopping` says
+    whether the user wants the run to end. A `resumed` run restores its parameters and buffers after the stages.
+    """
+
+    network: Any
+    model: Any
+    kit: Kit
+    batch: Callable[[int], Batch | None]
+    tell: Callable[[str], None]
+    seed: int
+    resumed: bool = False
+    stopping: Callable[[], bool] = lambda: False
 
 
 class Stage:
@@ -34,14 +53,14 @@ class Stage:
         """Prompts whose conditioning it will ask the kit for."""
         return ()
 
-    def prepare(
-        self, network: Any, kit: Kit, batch: Callable[[int], Batch | None], tell: Callable[[str], None], resumed: bool
-    ) -> None:
-        """Runs once with the adapter attached, before the first step; changes parameters in place only.
+    def prepare(self, at: Preparation) -> None:
+        """Runs once before the first step; changes parameters and buffers of the adapter in place only.
 
-        `batch(i)` gives the i-th micro batch, `tell` writes a line into the log. A `resumed` run restores its
-        parameters afterwards.
+        Several processes go on with what the leading one has then.
         """
+
+    def step(self, network: Any, done: float) -> None:
+        """Runs before every optimizer step; `done` is the share of all steps behind it, 0 to below 1."""
 
     def penalty(self, network: Any) -> Tensor | None:
         """A 0-d tensor, differentiable in the adapter, that is added to the loss of every optimizer step."""
