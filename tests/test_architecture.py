@@ -42,12 +42,15 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "jobs": ({"params"}, set()),
     "demo": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL"}),
     "tools": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL", "peft", "lycoris"}),
-    "ui": (BELOW_UI - {"engine", "data", "optim", "models"}, {"gradio", "fastapi", "pandas", "matplotlib", "PIL"}),
+    "ui": (
+        BELOW_UI - {"engine", "data", "optim", "models"},
+        {"gradio", "fastapi", "starlette", "pandas", "matplotlib", "PIL"},
+    ),
     "hosts": (
         {"jobs", "params", "registry", "tools", "demo"},
         {"torch", "modules", "modules_forge", "backend", "launch", "gradio", "fastapi"},
     ),
-    "cli": (BELOW_UI | {"ui", "hosts"}, {"tqdm"}),
+    "cli": (BELOW_UI | {"ui", "hosts"}, {"tqdm", "torch", "PIL", "psutil", "fastapi", "gradio", "uvicorn"}),
     "__main__": ({"cli"}, set()),
     "__init__": (set(), set()),
 }

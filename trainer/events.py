@@ -35,6 +35,13 @@ class Preflight(Event):
 
 
 @dataclass(frozen=True)
+class Opened(Event):
+    """The run folder is there, with the job in it."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
 class Stage(Event):
     """Progress of something before or between the steps (encoding pictures, sampling): `done` of `total`."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AtelierError, TrainingError
-from ..events import EventLog, Finished, Preflight, Sampled, Saved
+from ..events import EventLog, Finished, Opened, Preflight, Sampled, Saved
 from ..models.base import Model
 from ..models.load import load_model
 from ..optim.optimizers import evaluating
@@ -106,6 +106,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
             log.note(f"Resuming after step {session.step} of {session.limits.total_steps}.")
         if process.leads:
             _open_folder(job, places, folder)
+            log.tell(Opened(str(folder)))
         with _listeners(session, log):
             reason, path = _train(session, places, ring, log, control)
         return Result(reason, path, folder, lines, session.step)

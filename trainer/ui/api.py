@@ -1,0 +1,96 @@
+"""The routes under `/atelier/v1/`: one line each, as described in docs/api.md. The tab uses no others."""
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from .http import Call, Handler, endpoint
+from .service import Service
+from .views import PREFIX
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """One route: method, path below the prefix, what it does, and the names its body may hold."""
+
+    method: str
+    path: str
+    handler: Handler
+    body: tuple[str, ...] = ()
+
+
+def _get(path: str, handler: Callable[[Service, Call], object]) -> Entrance:
+    return Entrance("GET", path, handler)
+
+
+def _post(path: str, handler: Callable[[Service, Call], object], *body: str) -> Entrance:
+    def checked(service: Service, call: Call) -> object:
+        call.only(*body)
+        return handler(service, call)
+
+    return Entrance("POST", path, checked, body)
+
+
+def _schema(service: Service, call: Call) -> object:
+    mode = call.query.get("mode", "LoRA")
+    second = call.query.get("second") in ("1", "true")
+    return service.schema(mode, call.query.get("network_type", "lierla"), second)
+
+
+def _status(service: Service, call: Call) -> object:
+    return service.status(call.asked("revision", -1), call.asked("points", 0), call.asked("after", 0))
+
+
+def _log(service: Service, call: Call) -> object:
+    return service.shelf.log(call.path["name"])
+
+
+ENTRANCES: tuple[Entrance, ...] = (
+    _get("schema", _schema),
+    _get("status", _status),
+    _get("events", lambda s, c: {"events": s.events(c.asked("after", 0))}),
+    _post("validate", lambda s, c: s.validate(c.settings(), files=c.flag("files")), "settings", "files"),
+    _post("folder", lambda s, c: s.folder(c.settings()), "settings"),
+    _post("start", lambda s, c: s.start(c.settings()), "settings"),
+    _post("stop", lambda s, c: s.stop(save=c.flag("save"), hold=c.flag("hold")), "save", "hold"),
+    _get("queue", lambda s, c: s.entries()),
+    _post("queue", lambda s, c: s.add(c.settings()), "settings"),
+    _get("queue/{id}", lambda s, c: {"settings": s.settings_of(c.path["id"])}),
+    _post("queue/go", lambda s, c: s.go()),
+    _post("queue/hold", lambda s, c: s.hold()),
+    _post("queue/move", lambda s, c: s.move(c.text("id"), c.whole("to")), "id", "to"),
+    _post("queue/delete", lambda s, c: s.delete(c.text("id")), "id"),
+    _post("queue/run", lambda s, c: s.run_now(c.text("id")), "id"),
+    _post("queue/resume", lambda s, c: s.resume(c.text("id")), "id"),
+    _get("presets", lambda s, c: s.shelf.presets()),
+    _get("presets/{name}", lambda s, c: s.shelf.preset(c.path["name"])),
+    _post("presets/save", lambda s, c: s.shelf.save_preset(c.text("name"), c.settings()), "name", "settings"),
+    _post("presets/delete", lambda s, c: s.shelf.delete_preset(c.text("name")), "name"),
+    _get("settings", lambda s, c: {"files": s.shelf.files()}),
+    _get("settings/{name:path}", lambda s, c: s.shelf.file(c.path["name"])),
+    _post("settings/read", lambda s, c: s.shelf.read(c.text("text")), "text"),
+    _get("models", lambda s, c: s.models()),
+    _post("models/refresh", lambda s, c: s.models(refresh=True)),
+    _get("logs", lambda s, c: {"logs": s.shelf.logs()}),
+    _get("logs/{name:path}", _log),
+    _get("files/{name:path}", lambda s, c: s.shelf.picture(c.path["name"])),
+    _post("open", lambda s, c: {"folder": s.open_folder(c.text("folder"))}, "folder"),
+)
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Put our routes in front of all others of an application; what an earlier call put there is replaced.
+
+    In front, because some versions of gradio answer every address; replaced, because a WebUI may hand us the same
+    application again when its pages are loaded anew.
+    """
+    kept = [route for route in app.router.routes if not str(getattr(route, "path", "")).startswith(f"{PREFIX}/")]
+    ours = [
+        Route(f"{PREFIX}/{one.path}", endpoint(one.handler, service, traceback.print_exc), methods=[one.method])
+        for one in ENTRANCES
+    ]
+    app.router.routes[:] = [*ours, *kept]

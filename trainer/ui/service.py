@@ -1,0 +1,293 @@
+"""What the tab and the routes can ask for. Everything comes back as plain values, ready for JSON.
+
+The service knows the table, the queue and the host; whatever needs the engine or the pictures is done by the `Backend`
+it is given.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import AtelierError, JobError, Problem
+from ..jobs.entry import Entry
+from ..jobs.queue import Queue
+from ..params import core
+from ..params.codec import Loaded, load
+from ..params.job import SECOND_PASS, Job
+from ..params.table import Catalogue
+from ..params.widgets import widgets
+from ..places import Places
+from . import views
+from .fence import Fence
+from .shelf import Shelf
+
+API_VERSION = 1
+
+
+class Host(Protocol):
+    """What the service uses of the program it lives in."""
+
+    @property
+    def name(self) -> str:
+        """a1111, forge, … or standalone."""
+
+    @property
+    def listens_beyond_loopback(self) -> bool:
+        """Whether other machines can reach this program."""
+
+    @property
+    def data_root(self) -> Path | None:
+        """The folder training data must lie in while other machines can reach this program."""
+
+    def places(self) -> Places:
+        """The folders, as they are now."""
+
+    def checkpoints(self) -> tuple[str, ...]:
+        """Names of the base models."""
+
+    def vaes(self) -> tuple[str, ...]:
+        """Names of the VAE files."""
+
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the text encoder files."""
+
+    def loaded_model(self) -> str | None:
+        """Title of the model that is loaded now; None when there is none."""
+
+    def refresh(self) -> None:
+        """Look into the folders again."""
+
+    def authorised(self, request: Any) -> bool:
+        """Whether an HTTP request may be answered."""
+
+
+class Backend(Protocol):
+    """What needs the engine. Handed in, because this package may not import it."""
+
+    def problems(self, job: Job) -> tuple[Problem, ...]:
+        """What only the files of this machine can tell: missing model, existing LoRA, no pictures."""
+
+    def look(self, job: Job) -> Mapping[str, object]:
+        """What is found in the job's data folder: pictures, captions, buckets, steps per epoch. Raises AtelierError."""
+
+    def memory(self) -> Mapping[str, object]:
+        """`device`, `used_mb` and `total_mb` (None where unknown) of what this process holds."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Settings that were looked at: the job when they can start, all problems and warnings."""
+
+    job: Job | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+
+
+class Service:
+    """One for each process. Methods may be called from any thread and raise AtelierError for what a user can mend."""
+
+    def __init__(self, catalogue: Catalogue, host: Host, queue: Queue, backend: Backend, shelf: Shelf) -> None:
+        self.catalogue, self.host, self.queue, self.backend, self.shelf = catalogue, host, queue, backend, shelf
+
+    # ---------------------------------------------------------------- the table
+
+    def schema(self, mode: str = "LoRA", network_type: str = "lierla", second: bool = False) -> dict[str, object]:
+        """Modes with their help, adapter types, and every field with `visible` for this choice."""
+        return {
+            "version": API_VERSION,
+            "host": self.host.name,
+            "modes": {name: info.help for name, info in self.catalogue.modes.items()},
+            "types": list(self.catalogue.types),
+            "groups": list(core.GROUPS),
+            "fields": [views.widget(field) for field in widgets(self.catalogue, mode, second, network_type)],
+        }
+
+    # ---------------------------------------------------------------- checking
+
+    def check(self, raw: Mapping[str, object], *, files: bool = True) -> Checked:
+        """All that is wrong with plain settings. With `files` also what only the files of this machine can tell."""
+        loaded: Loaded | None = None
+        found: list[Problem] = []
+        try:
+            loaded = load(raw, self.catalogue)
+        except JobError as error:
+            found += error.problems
+        # The values as a run will see them: the table reads some spellings (full-width signs) as others.
+        seen = raw if loaded is None else loaded.job.to_dict(full=True)
+        found += self._fence().problems(seen, self.catalogue)
+        if loaded is not None and not found and files:
+            found = list(self.backend.problems(loaded.job))
+        job = loaded.job if loaded is not None and not found else None
+        return Checked(job, tuple(found), loaded.warnings if loaded is not None else ())
+
+    def validate(self, raw: Mapping[str, object], *, files: bool = False) -> dict[str, object]:
+        """`ok`, `problems` (field, attribute, second, value, message) and `warnings` of plain settings."""
+        checked = self.check(raw, files=files)
+        return {
+            "ok": not checked.problems,
+            "problems": views.problems(checked.problems, self.catalogue),
+            "warnings": list(checked.warnings),
+        }
+
+    def folder(self, raw: Mapping[str, object]) -> dict[str, object]:
+        """What the data folder of plain settings holds, name → value, ready to show. Raises JobError when a setting is
+        wrong.
+        """
+        job = load({name: value for name, value in raw.items() if name != SECOND_PASS}, self.catalogue, False).job
+        problems = list(self._fence().problems(job.to_dict(full=True), self.catalogue))
+        if problems:
+            raise JobError(problems)
+        return views.plain(self.backend.look(job))
+
+    def _fence(self) -> Fence:
+        host = self.host
+        lists = {"model": host.checkpoints, "vae": host.vaes, "te": host.text_encoders}
+
+        def listed(kind: str) -> tuple[str, ...]:
+            return lists[kind]() if kind in lists else ()
+
+        return Fence(host.places(), host.data_root, not host.listens_beyond_loopback, listed)
+
+    # ---------------------------------------------------------------- running
+
+    def start(self, raw: Mapping[str, object]) -> dict[str, object]:
+        """Start a job, or give it its place in the queue when one is running (see `_placed`). Raises JobError with all
+        problems.
+        """
+        job, warnings = self._right(raw)
+        return self._placed(self.queue.start(job.to_dict(full=True)), warnings)
+
+    def add(self, raw: Mapping[str, object]) -> dict[str, object]:
+        """Put a job at the end of the queue without starting anything. Raises JobError with all problems."""
+        job, warnings = self._right(raw)
+        return self._placed(self.queue.add(job.to_dict(full=True)), warnings)
+
+    def _right(self, raw: Mapping[str, object]) -> tuple[Job, tuple[str, ...]]:
+        checked = self.check(raw)
+        if checked.job is None:
+            raise JobError(checked.problems)
+        return checked.job, checked.warnings
+
+    def _placed(self, entry: Entry, warnings: tuple[str, ...]) -> dict[str, object]:
+        """`id`, `position` (0 runs, 1 is next), `message` for the user, `warnings`."""
+        position, running = self.queue.position(entry.id), self.queue.running()
+        if running is not None and running.id != entry.id:
+            message = f"{entry.name} waits in the queue as number {position}; {running.name} is running."
+        elif running is None and not self.queue.going:
+            message = f"{entry.name} waits in the queue as number {position}."
+        else:
+            message = f"{entry.name} starts."
+        return {"id": entry.id, "position": position, "message": message, "warnings": list(warnings)}
+
+    def stop(self, *, save: bool = False, hold: bool = False) -> dict[str, object]:
+        """Stop the running job after its step; `save` writes the LoRA as it stands, `hold` starts no other job."""
+        entry = self.queue.stop(save=save, hold=hold)
+        what = "stops and saves" if save else "stops"
+        return {"id": entry.id, "message": f"{entry.name} {what} after this step."}
+
+    def status(self, revision: int = -1, points: int = 0, after: int = 0) -> dict[str, object]:
+        """All that changes while a job runs.
+
+        `revision` and `points`: the loss curve the caller holds and how many points of it; `after`: the last log line
+        it holds. Keys: `state` (idle, running, stopping), `run` (the current or last run, None before the first),
+        `curve`, `log`, `memory`, `queue` (its revision, the running id, how many wait, whether it is worked off,
+        interrupted jobs), `problems` of the queue's files.
+        """
+        live, queue = self.queue.live, self.queue
+        facts, running = live.facts(), queue.running()
+        stopping = facts is not None and facts.stopping and not facts.ended
+        return {
+            "state": "idle" if running is None else "stopping" if stopping else "running",
+            "run": None if facts is None else views.run(facts, self.host.places(), self.catalogue),
+            "curve": live.curve(revision, points),
+            "log": live.lines(after),
+            "memory": views.plain(self.backend.memory()),
+            "queue": {
+                "revision": queue.revision,
+                "running": None if running is None else running.id,
+                "waiting": len(queue.waiting()),
+                "going": queue.going,
+                "interrupted": [self._entry(entry) for entry in queue.resume_offer()],
+            },
+            "problems": list(queue.problems),
+        }
+
+    def events(self, after: int = 0) -> list[dict[str, object]]:
+        """What the runs told after sequence number `after`, oldest first."""
+        return [views.event(event, self.host.places()) for event in self.queue.live.events(after)]
+
+    # ---------------------------------------------------------------- the queue
+
+    def entries(self) -> dict[str, object]:
+        """The whole queue: `running`, `waiting` (next first), `ended` (latest first), `going`, `revision`."""
+        queue = self.queue
+        running = queue.running()
+        return {
+            "revision": queue.revision,
+            "going": queue.going,
+            "running": None if running is None else self._entry(running),
+            "waiting": [self._entry(entry) for entry in queue.waiting()],
+            "ended": [self._entry(entry) for entry in queue.ended()],
+        }
+
+    def settings_of(self, identity: str) -> dict[str, object]:
+        """All settings of a job in the queue, to fill the form. Raises AtelierError when it is gone."""
+        return dict(self.queue.get(identity).job)
+
+    def move(self, identity: str, place: int) -> dict[str, object]:
+        """Put a waiting job at another place (0 is the next); the whole queue comes back."""
+        self.queue.move(identity, place)
+        return self.entries()
+
+    def delete(self, identity: str) -> dict[str, object]:
+        """Take a job out of the list; the whole queue comes back."""
+        self.queue.delete(identity)
+        return self.entries()
+
+    def run_now(self, identity: str) -> dict[str, object]:
+        """Make a waiting job the next one and work off the queue; the whole queue comes back."""
+        self.queue.run_now(identity)
+        return self.entries()
+
+    def resume(self, identity: str) -> dict[str, object]:
+        """Let a stopped or interrupted job go on from its state; the whole queue comes back."""
+        self.queue.resume(identity)
+        return self.entries()
+
+    def go(self) -> dict[str, object]:
+        """Work off what waits; the whole queue comes back."""
+        self.queue.go()
+        return self.entries()
+
+    def hold(self) -> dict[str, object]:
+        """Start nothing more after the running job; the whole queue comes back."""
+        self.queue.hold()
+        return self.entries()
+
+    def _entry(self, entry: Entry) -> dict[str, object]:
+        place, resumable = self.queue.position(entry.id), self.queue.can_resume(entry)
+        return views.entry(entry, place, resumable, self.host.places(), self.catalogue)
+
+    # ---------------------------------------------------------------- folders
+
+    def models(self, *, refresh: bool = False) -> dict[str, object]:
+        """What can be chosen: `checkpoints`, `vaes`, `text_encoders`, and the title of the `loaded` model or None."""
+        host = self.host
+        if refresh:
+            host.refresh()
+        return {
+            "checkpoints": list(host.checkpoints()),
+            "vaes": list(host.vaes()),
+            "text_encoders": list(host.text_encoders()),
+            "loaded": host.loaded_model(),
+        }
+
+    def open_folder(self, which: str) -> str:
+        """Show one of our folders (loras, logs, json, presets, run) in the file manager of this machine. Raises
+        AtelierError when the page may be on another one.
+        """
+        if self.host.listens_beyond_loopback:
+            raise AtelierError("Folders are opened only where nobody else can reach this program.")
+        return self.shelf.open_folder(which, self.queue.live.facts())

@@ -1,0 +1,158 @@
+"""What lies ready to be taken: presets, settings files, finished LoRAs' settings, logs; and the folders themselves."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..adapters.metadata import JOB_KEY
+from ..errors import AtelierError, JobError, Problem
+from ..jobs.live import Facts
+from ..params.codec import Loaded, load
+from ..params.files import LARGEST_FILE, read_json
+from ..params.presets import Presets
+from ..params.table import Catalogue
+from ..places import Places
+from .fence import NotServedError, served
+from .views import below
+
+MOST_LISTED = 200
+CSV, JSON = frozenset({".csv"}), frozenset({".json"})
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+OURS = frozenset({"queue", "cache"})
+"""Folders among the logs that hold no runs."""
+
+
+class Shelf:
+    """Named things in the folders of the host. Names never hold a path; `/` in them parts folders of ours."""
+
+    def __init__(self, catalogue: Catalogue, places: Callable[[], Places]) -> None:
+        self._catalogue, self._places = catalogue, places
+
+    # ---------------------------------------------------------------- presets
+
+    def presets(self) -> dict[str, list[str]]:
+        """Names: `shipped` (read-only) and `own`."""
+        shelf = self._presets()
+        return {"shipped": list(shelf.shipped()), "own": list(shelf.own())}
+
+    def preset(self, name: str) -> dict[str, object]:
+        """`settings` (every value) and `warnings` of a preset. Raises JobError."""
+        return _filled(self._presets().load(name, self._catalogue))
+
+    def save_preset(self, name: str, raw: Mapping[str, object]) -> dict[str, list[str]]:
+        """Keep settings as the user's preset `name`; they may leave open what a run needs. The names come back. Raises
+        JobError.
+        """
+        self._presets().save(name, load(raw, self._catalogue, complete=False).job)
+        return self.presets()
+
+    def delete_preset(self, name: str) -> dict[str, list[str]]:
+        """Delete a preset of the user's; the names come back. Raises JobError."""
+        self._presets().delete(name)
+        return self.presets()
+
+    def _presets(self) -> Presets:
+        return Presets(self._places().presets)
+
+    # ---------------------------------------------------------------- settings
+
+    def files(self) -> list[str]:
+        """Names of the settings files written by runs, the latest first."""
+        return _latest(self._places().json, ".json")
+
+    def file(self, name: str) -> dict[str, object]:
+        """`settings` and `warnings` of one of these. Raises JobError, NotServedError."""
+        return _filled(load(read_json(served(self._places().json, name, JSON)), self._catalogue, complete=False))
+
+    def read(self, text: str) -> dict[str, object]:
+        """`settings` and `warnings` of a text: a settings file, or the header of a LoRA of ours, whose metadata holds
+        its job. Raises JobError.
+        """
+        if len(text.encode("utf-8", "replace")) > LARGEST_FILE:
+            raise JobError([Problem("file", "", "is larger than 16 MiB; choose a settings file or a LoRA.")])
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as fault:
+            raise JobError([Problem("file", text[:40], f"is not JSON: {fault}. Choose a settings file.")]) from fault
+        metadata = raw.get("__metadata__") if isinstance(raw, Mapping) else None
+        if metadata is None:
+            return _filled(load(raw, self._catalogue, complete=False))
+        held = metadata.get(JOB_KEY) if isinstance(metadata, Mapping) else None
+        if not isinstance(held, str):
+            message = "carries no settings: it was made by another program, or with save_metadata minimal or none."
+            raise JobError([Problem("file", "LoRA", message)])
+        found = _filled(load(json.loads(held), self._catalogue, complete=False))
+        note = "A LoRA names folders and files without their path; give the data folder and the model again."
+        return {**found, "warnings": [note, *_list(found["warnings"])]}
+
+    # ---------------------------------------------------------------- logs
+
+    def logs(self) -> list[str]:
+        """Names of the CSV logs below the logs folder, the latest first."""
+        return _latest(self._places().logs, ".csv")
+
+    def log(self, name: str) -> Path:
+        """The file of a log; an empty name is the latest. Raises NotServedError."""
+        name = name or next(iter(self.logs()), "")
+        if not name:
+            raise NotServedError("There is no log yet. Switch on logging_save_csv and train.")
+        return served(self._places().logs, name, CSV)
+
+    def picture(self, name: str) -> Path:
+        """The file of a picture below the logs folder. Raises NotServedError."""
+        return served(self._places().logs, name, PICTURES)
+
+    # ---------------------------------------------------------------- folders
+
+    def open_folder(self, which: str, facts: Facts | None, show: Callable[[Path], None] | None = None) -> str:
+        """Show a folder in the file manager; its name comes back. Raises AtelierError."""
+        places = self._places()
+        known = {"loras": places.loras, "logs": places.logs, "json": places.json, "presets": places.presets}
+        if which == "run":
+            if facts is None or not facts.folder:
+                raise AtelierError("There is no run folder yet.")
+            known["run"] = Path(facts.folder)
+        if which not in known:
+            raise AtelierError(f"{which[:80]!r} is no folder of ours. Known: {', '.join([*known, 'run'])}.")
+        folder = known[which]
+        folder.mkdir(parents=True, exist_ok=True)
+        (show or _show)(folder)
+        return folder.name
+
+
+def _filled(loaded: Loaded) -> dict[str, object]:
+    return {"settings": loaded.job.to_dict(full=True), "warnings": list(loaded.warnings)}
+
+
+def _list(value: object) -> list[object]:
+    return list(value) if isinstance(value, list) else []
+
+
+def _latest(folder: Path, suffix: str) -> list[str]:
+    """Names below a folder of dated folders, the latest first."""
+    found: list[tuple[float, str]] = []
+    for path in folder.rglob(f"*{suffix}"):
+        name = below(str(path), folder)
+        if path.name.startswith(".") or name.split("/")[0] in OURS or name.startswith("queue-"):
+            continue
+        try:
+            found.append((path.stat().st_mtime, name))
+        except OSError:  # deleted meanwhile
+            continue
+    return [name for _, name in sorted(found, reverse=True)[:MOST_LISTED]]
+
+
+def _show(folder: Path) -> None:
+    """Open the file manager of this machine. Raises AtelierError when there is none."""
+    try:
+        if os.name == "nt":
+            os.startfile(folder)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            program = "open" if sys.platform == "darwin" else "xdg-open"
+            subprocess.Popen([program, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except OSError as fault:
+        raise AtelierError(f"The folder {folder.name} cannot be shown here: {fault.strerror or fault}.") from fault
