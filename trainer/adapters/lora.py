@@ -98,14 +98,7 @@ class Lora(Adapter):
         return {DOWN: down, UP: up.view(*up.shape, *(1,) * (down.ndim - 2)), ALPHA: torch.tensor(self.alpha)}
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
-        found = {_SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}
-        strange = sorted(set(found) - set(self.file_tensors))
-        lacking = [name for name in (DOWN, UP) if name not in found]
-        if strange or lacking:
-            raise AdapterError(
-                f"{self.key} in the file has the tensors {', '.join(sorted(tensors))}, but a plain LoRA has"
-                f" {', '.join(self.file_tensors)}. Choose the network_type the file was made with."
-            )
+        found = self.named(tensors)
         rank = found[DOWN].shape[0]
         if rank != self.rank:
             setting = "network_conv_rank" if is_wide(self.kind) else "network_rank"
@@ -116,6 +109,18 @@ class Lora(Adapter):
         alpha = float(found[ALPHA]) if ALPHA in found else float(rank)
         found = self.rescaled({DOWN: found[DOWN].float(), UP: found[UP].float()}, factor * alpha / self.alpha)
         return {"down": self._shaped(DOWN, found[DOWN], self.down), "up": self._shaped(UP, found[UP], self.up)}
+
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a plain LoRA, whatever their spelling. Raises AdapterError when they are something else."""
+        found = {_SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}
+        strange = sorted(set(found) - set(self.file_tensors))
+        lacking = [name for name in (DOWN, UP) if name not in found]
+        if strange or lacking:
+            raise AdapterError(
+                f"{self.key} in the file has the tensors {', '.join(sorted(tensors))}, but a plain LoRA has"
+                f" {', '.join(self.file_tensors)}. Choose the network_type the file was made with."
+            )
+        return found
 
     def _shaped(self, name: str, tensor: Tensor, parameter: Tensor) -> Tensor:
         """A file tensor in a parameter's shape; (r, in) and (r, in, 1, 1) are the same thing."""

@@ -1,0 +1,88 @@
+"""Orthonormal bases made from the weights of a model, one pair per layer, kept in a file when the user wants that."""
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..params.field import param
+from .base import LayerLike
+from .file import read_lora, write_lora
+
+MARK, VERSION = "atelier_svd_cache", "1"
+Pair = tuple[Tensor, Tensor]
+"""D (k, in) with orthonormal rows and U (out, k) with orthonormal columns, float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class SvdParams:
+    """Where decompositions of the weights are kept."""
+
+    svd_cache_path: str = param(
+        "", "File that keeps the decompositions of the model's weights for the next run; empty computes them anew.",
+        "option", needs="svd")
+
+
+def weight_bases(
+    layers: Sequence[LayerLike],
+    counts: Mapping[str, tuple[int, int]],
+    make: Callable[[Tensor, int, int], Pair],
+    name: str,
+    path: str,
+    tell: Callable[[str], None],
+) -> dict[str, Pair]:
+    """`make(W (out, in), rows, columns)` for every layer, by key; `counts` says how many rows and columns it gets.
+
+    With a `path`, pairs are taken from that file when it has them for the same weights (a hash names them) and kept
+    there under `name`. Raises AdapterError when the file is something else.
+    """
+    kept, found, made = _read(path), {}, 0
+    started = time.perf_counter()
+    for layer in layers:
+        rows, columns = counts[layer.key]
+        weight = layer.module.weight.detach().flatten(1)
+        label = f"{_hash(weight)}.{name}" if path else ""
+        down, up = kept.get(f"{label}.down"), kept.get(f"{label}.up")
+        if down is None or up is None or len(down) < rows or up.shape[1] < columns:
+            where = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+            down, up = (basis.cpu().contiguous() for basis in make(weight.to(where), rows, columns))
+            kept.update({f"{label}.down": down, f"{label}.up": up} if path else {})
+            made += 1
+        found[layer.key] = down[:rows].contiguous(), up[:, :columns].contiguous()
+    seconds = time.perf_counter() - started
+    if path and made:
+        write_lora(Path(path).expanduser(), kept, {MARK: VERSION})
+    if made and seconds > 2:
+        hint = f" Kept in {Path(path).name}." if path else " Set svd_cache_path to keep them for the next run."
+        tell(f"The weights of {made} layers were decomposed in {seconds:.0f} s.{hint}")
+    return found
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """The pairs of a cache file; none when there is no such file yet. Raises AdapterError when it is something else."""
+    if not path:
+        return {}
+    if not path.lower().endswith(".safetensors"):
+        raise AdapterError(f"svd_cache_path = {Path(path).name!r}: the name of this file must end in .safetensors.")
+    place = Path(path).expanduser()
+    if not place.exists():
+        return {}
+    tensors, metadata = read_lora(place)
+    if metadata.get(MARK) != VERSION:
+        raise AdapterError(
+            f"svd_cache_path = {place.name!r}: this file exists and was not written here (a cache of another program"
+            " does not say which weights it belongs to). Give the name of a new file, or leave it empty."
+        )
+    return tensors
+
+
+def _hash(weight: Tensor) -> str:
+    data = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    shape = "x".join(map(str, weight.shape))
+    return hashlib.sha256(shape.encode() + data.tobytes()).hexdigest()[:32]

@@ -1,0 +1,88 @@
+"""Types whose ΔW is a product U·D made of fewer or other numbers than U and D: written and computed as plain LoRA."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..maths.subspace import product_norm
+from .base import RESNET_OWNERS, TRANSFORMER_OWNERS, Adapter, AdapterSpec, LayerLike, Strength
+from .lora import ALPHA, DOWN, UP, Lora
+
+LOST = 1e-2
+"""Largest share of a file's ΔW, by norm, that may be lost when it is taken over: the rounding of fp16."""
+
+
+class Factored(Lora):
+    """A LoRA whose factors (`pair`) come from other tensors. Its file is a plain LoRA, exactly.
+
+    A subclass sets `pair` and `fit`. It covers what lierla covers, and with a conv rank what c3lier covers.
+    """
+
+    factors = ()
+    ups = ()
+    downs = ()
+
+    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+        Adapter.__init__(self, layer, spec, strength, generator)
+        fan_out, *rest = layer.module.weight.shape
+        self.fan_out, self.fan_in, self.kernel = int(fan_out), int(layer.module.weight[0].numel()), tuple(rest)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move to a device or precision; what is frozen stays float32, in which alone it is orthonormal."""
+        frozen = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        done = super()._apply(fn, recurse)
+        for name, buffer in frozen.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return done
+
+    @classmethod
+    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+        if spec.conv_rank and layer.part == "unet":
+            return layer.owner in TRANSFORMER_OWNERS + RESNET_OWNERS
+        return super().covers(layer, spec)
+
+    @classmethod
+    def network_args(cls, spec: AdapterSpec) -> dict[str, str]:
+        wide = {"conv_dim": str(spec.rank_of("conv3x3")), "conv_alpha": str(spec.alpha_of("conv3x3"))}
+        return {"type": spec.type, **(wide if spec.conv_rank else {})}
+
+    def fit(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+        """Own tensors whose U·D is the product of `up` (out, r) and `down` (r, in), float32 on the CPU, any r.
+
+        Raises AdapterError where that product is not one this type can make.
+        """
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The plain LoRA, rows of D and columns of U brought to equal norms, so that both keep well in fp16."""
+        plain = super().tensors()
+        down, up = plain[DOWN].float(), plain[UP].float()
+        ratio = (up.flatten(1).norm(dim=0) / down.flatten(1).norm(dim=1)).sqrt()
+        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+        tail = (1,) * (down.ndim - 2)
+        plain[DOWN] = (down * ratio.view(-1, 1, *tail)).to(plain[DOWN].dtype)
+        plain[UP] = (up / ratio.view(1, -1, *tail)).to(plain[UP].dtype)
+        return plain
+
+    def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+        found = self.named(tensors)
+        down, up = found[DOWN].float().flatten(1), found[UP].float().flatten(1)
+        if (down.shape[1], up.shape[0]) != (self.fan_in, self.fan_out) or down.shape[0] != up.shape[1]:
+            raise AdapterError(
+                f"{self.key} in the file is made for a layer of {up.shape[0]} × {down.shape[1]} numbers, this model's"
+                f" has {self.fan_out} × {self.fan_in}. The file was made for another kind of base model."
+            )
+        alpha = float(found[ALPHA]) if ALPHA in found else float(len(down))
+        return self.fit(down, up * (factor * alpha / len(down) / self.scale))
+
+    def lost(self, down: Tensor, up: Tensor, own_down: Tensor, own_up: Tensor) -> float:
+        """The share of the product of `up` and `down`, by norm, that is missing from own_up·own_down."""
+        whole = product_norm(down, up)
+        rest = product_norm(torch.cat([down, own_down]), torch.cat([up, -own_up], dim=1))
+        return float(rest / whole) if whole > 0 else 0.0

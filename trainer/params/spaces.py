@@ -1,0 +1,33 @@
+"""Settings of Null-LoRA, which its adapter and the stage that looks at the inputs of its layers both read."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .core import Network
+from .field import ModeInfo, param
+from .job import Job
+from .rules import Rule
+
+
+@dataclass(frozen=True)
+class NullParams:
+    """What Null-LoRA adds to the table."""
+
+    network_null_space: str = param(
+        "weights", "What the frozen halves lie in: the null space of the weights, or the directions that the model does"
+        " not use for ordinary prompts (activations), which disturbs those least.", "option", needs="null",
+        choices=("weights", "activations"))
+    network_null_prompts: str = param(
+        "", "Prompts that must stay as they are, one per line, for network_null_space activations; empty takes a"
+        " built-in list.", "option", needs="null", holds="lines")
+
+
+def two_ranks(job: Job, mode: ModeInfo) -> str:
+    """A rank that cannot be halved."""
+    network = job[Network]
+    if network.network_type != "null" or network.network_rank > 1:
+        return ""
+    return "is too small for network_type null, which trains one half of the rank on each side; write 2 or more."
+
+
+NULL_RULES = (Rule(("network_rank", "network_type"), two_ranks),)

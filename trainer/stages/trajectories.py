@@ -1,0 +1,66 @@
+"""What the untouched model meets while it draws: the inputs of stages that ask how it behaves on ordinary prompts."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..maths import rng
+from .base import Preparation
+
+GENERIC = (
+    "", "a photo", "a painting", "a portrait of a person", "an animal", "a landscape", "a building", "a plate",
+    "a black and white drawing", "a street at night", "a car",
+)  # fmt: skip
+"""Ordinary prompts for who gives none."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One state of a drawing: x_t (B, C, H, W), its timesteps (B,), the conditioning and SDXL's sizes."""
+
+    x: Tensor
+    t: Tensor
+    conditioning: Any
+    time_ids: Tensor | None
+
+
+def lines(text: str) -> tuple[str, ...]:
+    """The prompts of a field with one prompt per line; the generic ones when it is empty."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip()) or GENERIC
+
+
+@torch.no_grad()
+def trajectories(at: Preparation, prompts: Sequence[str], steps: int, purpose: str) -> Iterator[State]:
+    """The states that the untouched model passes when it draws each prompt without guidance, `steps` for each prompt.
+
+    DDIM steps (2010.02502, eq. 12, η = 0) from pure noise, so that every x_t is one the model was trained on. Each
+    prompt is drawn alone: memory stays that of one picture.
+    """
+    first = at.batch(0)
+    if first is None:
+        return
+    schedule = at.kit.schedule
+    times = torch.linspace(len(schedule) - 1, len(schedule) / (2 * steps), steps).round().long().tolist()
+    ids = None if first.time_ids is None else first.time_ids[:1]
+    for index, prompt in enumerate(prompts):
+        conditioning = at.kit.text((prompt,))
+        x = rng.normal(first.mean.shape[1:], purpose, at.seed, 0, (index,)).to(first.mean.device)
+        for place, step in enumerate(times):
+            t = torch.full((1,), step, dtype=torch.int64, device=x.device)
+            yield State(x, t, conditioning, ids)
+            if place + 1 < len(times):
+                with at.kit.teacher():
+                    predicted = at.kit.predict(x, t, conditioning, ids).float()
+                x = _towards(schedule, predicted, x, t, torch.full_like(t, times[place + 1]))
+
+
+def _towards(schedule: Any, predicted: Tensor, x: Tensor, t: Tensor, then: Tensor) -> Tensor:
+    signal, sigma = schedule.signal(t, x)
+    if float(signal.min()) == 0 and schedule.prediction == "epsilon":
+        return x
+    clean = schedule.x0(predicted, x, t)
+    return schedule.add_noise(clean, (x - signal * clean) / sigma, then)
