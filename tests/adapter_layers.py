@@ -41,12 +41,17 @@ def layers() -> list[Record]:
         Record(f"{block}attn1_to_q", nn.Linear(8, 8, bias=False), "unet", "IN01", "linear", transformer, "attn1"),
         Record(f"{block}attn2_to_k", nn.Linear(12, 8, bias=False), "unet", "IN01", "linear", transformer, "attn2"),
         Record(f"{block}ff_net_2", nn.Linear(20, 8), "unet", "M00", "linear", transformer),
+        Record(f"{down}resnets_0_norm1", nn.GroupNorm(2, 6), "unet", "IN01", "groupnorm", "GroupNorm"),
+        Record(f"{block}norm1", nn.LayerNorm(8), "unet", "IN01", "layernorm", "LayerNorm"),
         Record(f"{down}downsamplers_0_conv", nn.Conv2d(6, 6, 3, 2, 1), "unet", "IN03", "conv3x3", "Downsample2D"),
         Record(f"{te}self_attn_k_proj", nn.Linear(12, 12), "te1", "BASE", "linear", "CLIPAttention"),
         Record(f"{te}mlp_fc2", nn.Linear(24, 12), "te1", "BASE", "linear", "CLIPMLP"),
     ]
     for record in found:
         record.module.requires_grad_(False)
+        if "norm" in record.kind:
+            record.module.weight.data.normal_(1, 0.2)
+            record.module.bias.data.normal_(0, 0.2)
     return found
 
 
@@ -67,17 +72,27 @@ def shake(adapters: Network, seed: int = 1, size: float = 0.2) -> None:
 def input_of(module: nn.Module, batch: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
     """A batch for a layer: pictures for a convolution, rows of tokens for a linear layer."""
     generator = torch.Generator().manual_seed(3)
-    shape = (batch, module.in_channels, 5, 6) if isinstance(module, nn.Conv2d) else (batch, 4, module.in_features)
-    return torch.randn(shape, generator=generator).to(dtype)
+    if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+        channels = module.in_channels if isinstance(module, nn.Conv2d) else module.num_channels
+        return torch.randn((batch, channels, 5, 6), generator=generator).to(dtype)
+    width = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+    return torch.randn((batch, 4, width), generator=generator).to(dtype)
 
 
-def with_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's output with another weight."""
+def with_weight(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The layer's output with another weight, and what is added to its bias."""
+    bias = module.bias if bias is None else module.bias.to(bias) + bias
+    if isinstance(module, nn.GroupNorm):
+        return nn.functional.group_norm(x, module.num_groups, weight, bias, module.eps)
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
     if isinstance(module, nn.Conv2d):
-        return module._conv_forward(x, weight, module.bias)
-    return nn.functional.linear(x, weight, module.bias)
+        return module._conv_forward(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
 
 
 def expected(adapter: Adapter, x: Tensor, strength: float) -> Tensor:
-    """The output with the weight W + strength·ΔW, from `delta` alone."""
-    return with_weight(adapter.module, x, adapter.module.weight.to(x.dtype) + strength * adapter.delta().to(x.dtype))
+    """The output with the weight W + strength·ΔW (and the bias likewise), from `delta` and `delta_bias` alone."""
+    weight = adapter.module.weight.to(x.dtype) + strength * adapter.delta().to(x.dtype)
+    shift = adapter.delta_bias()
+    return with_weight(adapter.module, x, weight, None if shift is None else strength * shift.to(x.dtype))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,11 +10,29 @@ from adapter_layers import expected, input_of, layers, network, shake, with_weig
 from torch import Tensor
 
 from trainer.adapters.base import ADAPTERS, AdapterSpec
+from trainer.adapters.eh import EhOptions
 from trainer.adapters.file import read_lora, write_lora
+from trainer.adapters.lokr import LokrOptions
+from trainer.adapters.tucker import TuckerOptions
+from trainer.errors import AdapterError
 from trainer.models.precision import install
 
-SPECS = [AdapterSpec(name, rank=4, alpha=3.0, conv_rank=2, conv_alpha=5.0) for name in ADAPTERS.names()]
-every_type = pytest.mark.parametrize("spec", SPECS, ids=[spec.type for spec in SPECS])
+SPECS = {name: AdapterSpec(name, rank=4, alpha=3.0, conv_rank=2, conv_alpha=5.0) for name in ADAPTERS.names()}
+SPECS |= {
+    f"{name} {label}": dataclasses.replace(SPECS[name], options={type(option): option for option in options})
+    for name, label, *options in (
+        ("loha", "tucker", TuckerOptions(network_tucker=True)),
+        ("lokr", "tucker", TuckerOptions(network_tucker=True), LokrOptions(network_factor=2)),
+        ("lokr", "both", LokrOptions(network_factor=4, network_decompose_both=True)),
+        ("lokr", "full", LokrOptions(network_full_matrix=True)),
+        ("eh", "2", EhOptions(network_groups=2)),
+    )
+}
+SPECS["boft"] = dataclasses.replace(SPECS["boft"], rank=10, conv_rank=10)  # layers of 10 outputs need a size of 10
+SPECS["lokr"] = dataclasses.replace(SPECS["lokr"], rank=1, conv_rank=1)  # low-rank where the layers are this small
+SPECS["lokr tucker"] = dataclasses.replace(SPECS["lokr tucker"], rank=1, conv_rank=1)
+SPECS["lokr both"] = dataclasses.replace(SPECS["lokr both"], rank=1, conv_rank=1)
+every_type = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
 def outputs(net, batch: int = 3) -> dict[str, Tensor]:
@@ -136,6 +155,10 @@ def test_save_load_gives_the_same_output(spec: AdapterSpec, tmp_path) -> None:
 def test_strength_is_baked_exactly_once_and_divided_out_again(spec: AdapterSpec, strength: float) -> None:
     net = network(layers(), spec).eval()
     shake(net)
+    if not all(adapter.scalable for adapter in net):
+        with pytest.raises(AdapterError, match="Set network_strength to 1"):
+            net.export(torch.float32, strength)
+        return
     baked = network(layers(), spec).eval()
     baked.load(net.export(torch.float32, strength))
     again = network(layers(), spec).eval()
@@ -149,7 +172,7 @@ def test_strength_is_baked_exactly_once_and_divided_out_again(spec: AdapterSpec,
 def test_files_of_another_alpha_keep_their_delta(spec: AdapterSpec) -> None:
     net = network(layers(), spec).eval()
     shake(net)
-    other = network(layers(), AdapterSpec(spec.type, rank=4, alpha=8.0, conv_rank=2, conv_alpha=1.0)).eval()
+    other = network(layers(), dataclasses.replace(spec, alpha=8.0, conv_alpha=1.0)).eval()
     other.load(net.export(torch.float32))
     for one, two in zip(net, other, strict=True):
         torch.testing.assert_close(two.delta(), one.delta(), rtol=1e-5, atol=1e-6)
@@ -206,7 +229,9 @@ def test_stored_half_precision_under_a_float32_input(spec: AdapterSpec, stored: 
             x = input_of(wide)
             ours, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
             y = adapter.module(ours)
-            want = with_weight(wide, wanted, wide.weight.float() + 0.5 * adapter.delta())
+            shift = adapter.delta_bias()
+            shift = None if shift is None else 0.5 * shift
+            want = with_weight(wide, wanted, wide.weight.float() + 0.5 * adapter.delta(), shift)
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
             y.square().sum().backward()
             want.square().sum().backward()

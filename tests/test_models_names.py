@@ -48,7 +48,7 @@ def test_the_keys_are_exactly_kohyas(full):
     kind, model = full
     expected = golden(kind)
     assert tuple(map(len, expected.values())) == COUNTS[kind]
-    layers = layers_of(model)
+    layers = [layer for layer in layers_of(model) if not layer.kind.endswith("norm")]
     assert len({layer.key for layer in layers}) == len(layers)
     by_section: dict[str, set[str]] = {"transformers": set(), "convolutions": set(), "text": set()}
     for layer in layers:
@@ -60,8 +60,13 @@ def test_the_keys_are_exactly_kohyas(full):
 def test_kinds_owners_and_attention(full):
     kind, model = full
     layers = layers_of(model)
-    assert {layer.kind for layer in layers} == {"linear", "conv1x1", "conv3x3"}
+    assert {layer.kind for layer in layers} == {"linear", "conv1x1", "conv3x3", "groupnorm", "layernorm"}
+    norms = {layer for layer in layers if layer.kind.endswith("norm")}
+    assert {layer.owner for layer in norms} == {"GroupNorm", "LayerNorm"}, "no type may take them for its layers"
+    resnets = {"sd1": 22, "sd2": 22, "sdxl": 17}[kind]
+    transformers = {"sd1": 16, "sd2": 16, "sdxl": 11}[kind]
     blocks = {"sd1": 16, "sd2": 16, "sdxl": 70}[kind]
+    assert len(norms) == 2 * resnets + transformers + 3 * blocks
     for word in ("attn1", "attn2"):
         assert sum(layer.attention == word for layer in layers) == 4 * blocks
     projections = {layer.kind for layer in layers if layer.path.endswith(("proj_in", "proj_out"))}

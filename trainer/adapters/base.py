@@ -150,7 +150,8 @@ class Adapter(nn.Module):
     alone. `droppable`: ΔW acts through `_operate`. `inits`: the values of `network_init` beside default.
 
     `per_sample`: whether the strength may be a tensor (B,), one number per sample; modes alternate where it may not.
-    `exact`: file tensors that keep float32 whatever precision the file is saved in.
+    `exact`: file tensors that keep float32 whatever precision the file is saved in. `scalable`: whether a file can hold
+    a multiple of ΔW, and so a strength other than 1.
     """
 
     help: ClassVar[str] = ""
@@ -169,6 +170,7 @@ class Adapter(nn.Module):
     network_module: ClassVar[str] = "lycoris.kohya"
     per_sample: ClassVar[bool] = True
     exact: ClassVar[frozenset[str]] = frozenset({"alpha"})
+    scalable: bool = True
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__()
@@ -220,6 +222,10 @@ class Adapter(nn.Module):
         """The factors of a ΔW that is of low rank by its making; None for the others."""
         return None
 
+    def delta_bias(self) -> Tensor | None:
+        """What is added to the layer's bias at strength 1, (out,) float32; None for types that leave it alone."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """What goes into the file, by name without the key."""
         raise NotImplementedError
@@ -232,7 +238,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-        """File tensors whose ΔW is `factor` times as large. Raises AdapterError when no such file tensors exist."""
+        """File tensors whose ΔW is `factor` times as large. Raises AdapterError when it is not `scalable`."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
@@ -368,6 +374,7 @@ class Adapter(nn.Module):
         beneath = getattr(module.__dict__.get("forward"), "__self__", None)
         bare = "forward" not in module.__dict__ or (self._casts_to is not None and not isinstance(beneath, Adapter))
         padded = isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str))
+        self._zero_padded = not padded
         self._plain = own and bare and not padded
 
     def _operate(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -207,14 +207,14 @@ class LowRankConv(torch.autograd.Function):
             inner = functional.conv2d(grad, up.t()[:, :, None, None])
             inner, _ = _scaled(inner, ctx.scale, grad.shape[0])
             inner = inner.mul_(factor)
-            grad_x, grad_down = _conv_backward(inner, x, _cast(down, grad), ctx.geometry, (need_x, need_down))
+            grad_x, grad_down = conv_backward(inner, x, _cast(down, grad), ctx.geometry, (need_x, need_down))
         if need_x:
-            base, _ = _conv_backward(grad, x, _cast(weight, grad), ctx.geometry, (True, False))
+            base, _ = conv_backward(grad, x, _cast(weight, grad), ctx.geometry, (True, False))
             grad_x = base.add_(grad_x)
         return grad_x, None, None, grad_down, grad_up, None, None
 
 
-def _conv_backward(
+def conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, need: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a 2-D convolution for its input and its weight."""
@@ -237,6 +237,11 @@ def _scaled(middle: Tensor, scale: Scale, batch: int) -> tuple[Tensor, float]:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """A tensor (B,) shaped to multiply `like` (B, …) per sample, in its precision."""
     return values.to(like).view(-1, *(1 for _ in like.shape[1:]))
+
+
+def scaled(update: Tensor, scale: Scale) -> Tensor:
+    """An update (B, …) times a number, or times a tensor (B,) with one number for each sample."""
+    return update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
 
 
 def _cast(tensor: Tensor, like: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ BLOCKS = ("BASE", *(f"IN{n:02d}" for n in range(12)), "M00", *(f"OUT{n:02d}" for
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear or convolutional layer.
+    """A linear, convolutional or normalisation layer.
 
     `key`: its name in the LoRA files we write. `path`: its module name in diffusers (text: transformers 4) spelling.
     `part`: unet, te1 or te2. `block`: BASE, IN00–IN11, M00 or OUT00–OUT11. `kind`: linear, conv1x1, conv3x3. `owner`:
     class of the block around it. `attention`: attn1 (self), attn2 (cross) or "". `also`: other spellings of the key in
-    files of other programs.
+    files of other programs. Normalisation layers have the kind groupnorm or layernorm and are their own owner, so that
+    no type takes them for a matrix by mistake.
     """
 
     key: str
@@ -38,7 +39,8 @@ class Layer:
 
 
 def layers_of(model: Model) -> tuple[Layer, ...]:
-    """Every layer of a model that kohya's LoRA and LoCon know: the UNet's, then the text encoders'."""
+    """Every layer of a model that kohya's LoRA and LoCon know, and the UNet's normalisations: the UNet's, then the text
+    encoders'."""
     texts = [layer for encoder in model.text_encoders for layer in _text_layers(encoder)]
     return (*unet_layers(model.unet, model.family.key_style), *texts)
 
@@ -59,6 +61,8 @@ def unet_layers(unet: nn.Module, key_style: str) -> Iterator[Layer]:
         for inner, layer in module.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 yield _unet_layer(f"{path}.{inner}", layer, owner, names, key_style)
+            elif isinstance(layer, (nn.GroupNorm, nn.LayerNorm)) and layer.weight is not None:
+                yield _unet_layer(f"{path}.{inner}", layer, type(layer).__name__, names, key_style)
 
 
 def _unet_layer(path: str, module: nn.Module, owner: str, names: NameMap, key_style: str) -> Layer:
@@ -100,7 +104,9 @@ def _block(sgm: str) -> str:
 
 
 def _kind(module: nn.Module) -> str:
-    return "conv{}x{}".format(*module.kernel_size) if isinstance(module, nn.Conv2d) else "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv{}x{}".format(*module.kernel_size)
+    return "linear" if isinstance(module, nn.Linear) else type(module).__name__.lower()
 
 
 def _flat(path: str) -> str:

@@ -1,0 +1,166 @@
+"""Every type: train a few steps, save, read the file with a closed form of a few lines, compare with the training.
+
+The readers know only the file's tensors and the base weight, and follow what A1111, Forge and ComfyUI do with them.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from adapter_layers import input_of, layers, network, with_weight
+from test_adapters_contract import SPECS
+from torch import Tensor
+
+from trainer.adapters.base import ADAPTERS, AdapterSpec
+from trainer.adapters.file import read_lora, write_lora
+
+Tensors = dict[str, Tensor]
+Merged = tuple[Tensor, Tensor | None]  # the weight, and what is added to the bias
+
+
+def core(t: Tensor, out: Tensor, inner: Tensor) -> Tensor:
+    """Σ_ij t[i, j, y, x]·out[o, i]·inner[j, c]."""
+    return (out @ t.permute(2, 3, 0, 1) @ inner).permute(2, 3, 0, 1)
+
+
+def lora(w: Tensor, f: Tensors) -> Merged:
+    down, up = f["lora_down.weight"], f["lora_up.weight"]
+    scale = f["alpha"] / len(down)
+    if "lora_mid.weight" in f:
+        return w + scale * core(f["lora_mid.weight"], up.flatten(1), down.flatten(1)), None
+    return w + scale * (up.flatten(1) @ down.flatten(1)).view(w.shape), None
+
+
+def loha(w: Tensor, f: Tensors) -> Merged:
+    if "hada_t1" in f:
+        halves = [core(f[f"hada_t{n}"], f[f"hada_w{n}_a"].T, f[f"hada_w{n}_b"]) for n in (1, 2)]
+    else:
+        halves = [f[f"hada_w{n}_a"] @ f[f"hada_w{n}_b"] for n in (1, 2)]
+    return w + f["alpha"] / len(f["hada_w1_b"]) * (halves[0] * halves[1]).view(w.shape), None
+
+
+def lokr(w: Tensor, f: Tensors) -> Merged:
+    one = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
+    low = [f[name] for name in ("lokr_w1_b", "lokr_w2_b") if name in f]
+    scale = f["alpha"] / len(low[0]) if low else 1.0
+    if "lokr_w2" in f:
+        two = f["lokr_w2"]
+    elif "lokr_t2" in f:
+        two = core(f["lokr_t2"], f["lokr_w2_a"].T, f["lokr_w2_b"])
+    else:
+        two = (f["lokr_w2_a"] @ f["lokr_w2_b"]).view(len(f["lokr_w2_a"]), -1, *w.shape[2:])
+    blocks = [torch.cat([number * two for number in row], 1) for row in one]
+    return w + scale * torch.cat(blocks, 0), None
+
+
+def ia3(w: Tensor, f: Tensors) -> Merged:
+    return w * (1 + (f["weight"] if f["on_input"] else f["weight"][:, None])), None
+
+
+def glora(w: Tensor, f: Tensors) -> Merged:
+    return w + w @ f["a2.weight"] @ f["a1.weight"] + f["b2.weight"] @ f["b1.weight"], None  # A1111 counts no alpha
+
+
+def full(w: Tensor, f: Tensors) -> Merged:
+    return w + f["diff"], f.get("diff_b")
+
+
+def norm(w: Tensor, f: Tensors) -> Merged:
+    return w + f["w_norm"], f["b_norm"]
+
+
+def cayley(blocks: Tensor) -> Tensor:
+    q, one = blocks - blocks.transpose(-1, -2), torch.eye(blocks.shape[-1])
+    return torch.linalg.solve(one - q, one + q, left=False)
+
+
+def oft(w: Tensor, f: Tensors) -> Merged:
+    assert f["alpha"] == 0
+    return (torch.block_diag(*cayley(f["oft_blocks"])).T @ w.flatten(1)).view(w.shape), None
+
+
+def boft(w: Tensor, f: Tensors) -> Merged:
+    """Stage i swaps the two halves of groups of 2ⁱ·b: a permutation matrix, its blocks, and the permutation back."""
+    turned, (_, _, size, _) = w.flatten(1), f["oft_blocks"].shape
+    for stage, blocks in enumerate(cayley(f["oft_blocks"])):
+        order = torch.arange(len(w)).view(-1, 2, 2**stage * size // 2).transpose(1, 2).flatten()
+        there = torch.eye(len(w))[order]
+        turned = there.T @ torch.block_diag(*blocks) @ there @ turned
+    return turned.view(w.shape), None
+
+
+READERS: dict[str, Callable[[Tensor, Tensors], Merged]] = {
+    "lierla": lora, "c3lier": lora, "loha": loha, "lokr": lokr, "eh": lokr, "ia3": ia3, "glora": glora, "full": full,
+    "norm": norm, "oft": oft, "boft": boft,
+}  # fmt: skip
+OURS = {name: spec for name, spec in SPECS.items() if spec.type in READERS}
+
+
+def trained(spec: AdapterSpec, strength: float = 1.0):
+    """A network after three steps of Adam towards random outputs, at this strength."""
+    net = network(layers(), spec).train()
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.05)
+    with net.attached(), net.at_strength(strength):
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            optimizer.zero_grad()
+            for adapter in net:
+                y = adapter.module(input_of(adapter.module))
+                (y - torch.randn(y.shape, generator=generator)).square().mean().backward()
+            optimizer.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.6])
+@pytest.mark.parametrize("name", OURS)
+def test_what_a_reader_merges_is_what_was_trained(name: str, strength: float, tmp_path) -> None:
+    spec = OURS[name]
+    net = trained(spec)
+    if strength != 1.0 and not all(adapter.scalable for adapter in net):
+        pytest.skip("its file has no place for a strength; that it says so is a contract test")
+    path = write_lora(tmp_path / "a.safetensors", net.export(torch.float32, strength), {})
+    tensors, _ = read_lora(path)
+    changed = 0.0
+    with net.attached(), net.at_strength(strength):
+        for adapter in net:
+            file = {key[len(adapter.key) + 1:]: t for key, t in tensors.items() if key.startswith(f"{adapter.key}.")}
+            assert set(file) <= set(adapter.file_tensors), "only the tensors it advertises"
+            base = adapter.module.weight
+            weight, shift = READERS[spec.type](base, {key: tensor.float() for key, tensor in file.items()})
+            x = input_of(adapter.module)
+            torch.testing.assert_close(with_weight(adapter.module, x, weight, shift), adapter.module(x),
+                                       rtol=2e-5, atol=2e-5)
+            changed = max(changed, float((weight - base).abs().max()))
+    assert changed > 0.01, "three steps have moved it"
+
+
+OTHER = {"network_factor": 2, "network_groups": 2}
+
+
+def other_values() -> list[tuple[str, str, AdapterSpec]]:
+    """(type, option, settings) for every option that a type declares, and rank and alpha where they count."""
+    found = []
+    for name, kind in ADAPTERS.items():
+        if name not in READERS:
+            continue
+        small = dataclasses.replace(SPECS[name], rank=10 if name == "boft" else 1, conv_rank=0)
+        if kind.ranked:
+            found += [(name, "network_rank", dataclasses.replace(small, rank=2))]
+            found += [(name, "network_alpha", dataclasses.replace(small, alpha=11.0))]
+        for section in kind.sections:
+            for option in dataclasses.fields(section):
+                value = OTHER.get(option.name, not option.default)
+                changed = {section: dataclasses.replace(section(), **{option.name: value})}
+                found.append((name, option.name, dataclasses.replace(small, options=changed)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "option", "spec"), other_values(), ids=lambda x: x if isinstance(x, str) else "")
+def test_every_option_changes_the_file(name: str, option: str, spec: AdapterSpec) -> None:
+    before = dataclasses.replace(spec, options={}, rank=10 if name == "boft" else 1, alpha=SPECS[name].alpha)
+    one, two = (trained(given).export(torch.float32) for given in (before, spec))
+    assert set(one) != set(two) or any(
+        tensor.shape != two[key].shape or not torch.equal(tensor, two[key]) for key, tensor in one.items()
+    )

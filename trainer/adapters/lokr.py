@@ -1,0 +1,144 @@
+"""LoKr: a Kronecker product of a small and a larger matrix, the larger one of low rank (LyCORIS, arXiv:2309.14859)."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..maths.kron import kron_layer
+from ..maths.lowrank import kaiming_down, scaled
+from ..params.field import param
+from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
+from .direct import ALPHA, Direct
+from .library import EAGER, functional
+from .tucker import TuckerOptions
+from .where import in_any_block
+
+OPTION = "option"
+
+
+@dataclass(frozen=True)
+class LokrOptions:
+    """What LoKr adds to the table."""
+
+    network_factor: int = param(
+        -1, "Size of the small matrix: the largest divisor up to it; -1 makes both matrices as equal as possible.",
+        OPTION, needs="lokr", low=-1, high=4096)
+    network_decompose_both: bool = param(
+        False, "Make the small matrix low-rank too: a smaller file.", OPTION, needs="lokr")
+    network_full_matrix: bool = param(
+        False, "Keep both matrices whole, whatever the rank; alpha then counts as the rank.", OPTION, needs="lokr")
+
+
+def factor_pair(size: int, limit: int) -> tuple[int, int]:
+    """A number as the product (small, large) by LyCORIS's rule: `limit` itself where it divides the number, else the
+    most equal pair whose small part is at most `limit` (below 0: no limit).
+    """
+    if limit > 0 and size % limit == 0:
+        small = min(limit, size // limit)
+        return small, size // small
+    limit = size if limit < 0 else limit
+    small = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0 and d <= max(limit, 1))
+    return small, size // small
+
+
+@ADAPTERS.register("lokr")
+class Lokr(Direct):
+    """ΔW = s·kron(w1, w2), w1 (l, m), w2 (k, n[, kh, kw]); each whole or a product of two. Both whole: s = 1."""
+
+    help = "A Kronecker product of two small matrices: large changes of every weight in a very small file."
+    needs = frozenset({"tucker", "lokr"})
+    sections = (TuckerOptions, LokrOptions)
+    file_tensors = (
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha",
+    )  # fmt: skip
+    factors = (("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_b"))
+    ups = ("lokr_w2", "lokr_w2_b")
+
+    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+        super().__init__(layer, spec, strength, generator)
+        options, rank = spec[LokrOptions], self.rank
+        fan_out, fan_in, *kernel = layer.module.weight.shape
+        fan_m, fan_n = factor_pair(fan_in, options.network_factor)
+        fan_l, fan_k = factor_pair(fan_out, options.network_factor)
+        whole, area = options.network_full_matrix, math.prod(kernel)
+        tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(kaiming_down(shape, generator))
+
+        if options.network_decompose_both and not whole and rank < max(fan_l, fan_m) / 2:
+            self.lokr_w1_a, self.lokr_w1_b = drawn(fan_l, rank), drawn(rank, fan_m)
+        else:
+            self.lokr_w1 = drawn(fan_l, fan_m)
+        if whole or rank >= max(fan_k, fan_n) / 2:
+            self.lokr_w2 = nn.Parameter(torch.zeros(fan_k, fan_n, *kernel))
+        elif tucker:
+            self.lokr_t2, self.lokr_w2_a = drawn(rank, rank, *kernel), drawn(rank, fan_k)
+            self.lokr_w2_b = nn.Parameter(torch.zeros(rank, fan_n))
+        else:
+            self.lokr_w2_a, self.lokr_w2_b = drawn(fan_k, rank), nn.Parameter(torch.zeros(rank, fan_n * area))
+        self._piece = (fan_k, fan_n, *kernel)
+        if {"lokr_w1", "lokr_w2"} <= set(self._parameters):
+            self.alpha, self.scale = float(rank), 1.0
+
+    @classmethod
+    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+        return in_any_block(layer)
+
+    @classmethod
+    def network_args(cls, spec: AdapterSpec) -> dict[str, str]:
+        own, tucker = spec[LokrOptions], spec[TuckerOptions].network_tucker
+        named = {
+            "factor": own.network_factor, "decompose_both": own.network_decompose_both,
+            "full_matrix": own.network_full_matrix, "use_tucker": tucker,
+        }  # fmt: skip
+        return {name: str(value) for name, value in named.items()}
+
+    def file_scale(self, tensors: Mapping[str, Tensor]) -> float:
+        return 1.0 if {"lokr_w1", "lokr_w2"} <= set(tensors) else super().file_scale(tensors)
+
+    def constants(self) -> dict[str, float]:
+        return {ALPHA: self.alpha}
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """w1 (l, m) and w2 (k, n[, kh, kw]), without the scale."""
+        own = self._parameters
+        w1, w2 = own.get("lokr_w1"), own.get("lokr_w2")
+        if w1 is None:
+            w1 = self.lokr_w1_a @ self.lokr_w1_b
+        if w2 is None and "lokr_t2" in own:
+            w2 = torch.einsum("ij...,ip,jq->pq...", self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+        elif w2 is None:
+            w2 = (self.lokr_w2_a @ self.lokr_w2_b).view(self._piece)
+        return w1, w2
+
+    def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        if not self._zero_padded:
+            return super().adapted(x, strength)
+        module = self.module
+        geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
+        if self._plain:
+            x, scale = self.working_input(x), self.scale * strength
+            return kron_layer(x, module.weight, module.bias, *self._pair(), scale, geometry)
+        base = self._base(x)
+        update = kron_layer(x.to(base.dtype), None, None, *self._pair(), self.scale, geometry)
+        return base + scaled(update, strength)
+
+    def delta(self) -> Tensor:
+        own = {name: p.float() for name, p in self._parameters.items() if p is not None}
+        w1, w1a, w1b = (own.get(f"lokr_w1{end}") for end in ("", "_a", "_b"))
+        w2, w2a, w2b = (own.get(f"lokr_w2{end}") for end in ("", "_a", "_b"))
+        if w2b is not None and "lokr_t2" not in own:
+            w2b = w2b.view(w2b.shape[0], *self._piece[1:])
+        weights = (w1, w1a, w1b, w2, w2a, w2b, own.get("lokr_t2"))
+        delta: Tensor = functional("lokr").kron_weight(*weights, scale=self.scale, backend=EAGER)
+        return delta.view(self.module.weight.shape)
+
+    def delta_norm(self) -> Tensor:
+        """‖kron(w1, w2)‖ = ‖w1‖·‖w2‖."""
+        w1, w2 = self._pair()
+        return w1.float().norm() * w2.float().norm() * self.scale

@@ -1,0 +1,76 @@
+"""OFT: small rotations of a layer's outputs (2306.07280), one block of neighbouring outputs at a time."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..maths.lowrank import scaled
+from ..maths.rotation import cayley_minus_identity
+from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .direct import ALPHA, Direct
+from .library import EAGER, functional
+from .lokr import factor_pair
+from .where import ignores, in_any_block, strength_of_one
+
+NO_PLACE = "a rotation that is only half done is no rotation"
+
+
+class Rotation(Direct):
+    """W′ = Rᵀ·W or R·W for a rotation R that mixes outputs, made of small blocks Q − Qᵀ. R starts as the identity.
+
+    Applied to the layer's output without its bias. The strength κ means W + κ·(W′ − W), as WebUIs do it.
+    """
+
+    file_tensors = ("oft_blocks", "alpha")
+    ranked = False
+    scalable = False
+
+    @classmethod
+    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+        return in_any_block(layer)
+
+    def constants(self) -> dict[str, float]:
+        """In these files alpha limits the rotation; 0 sets no limit."""
+        return {ALPHA: 0.0}
+
+    def turned(self, y: Tensor) -> Tensor:
+        """(R − 1) on outputs (…, out), in float32 or better."""
+        raise NotImplementedError
+
+    def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        y = self._base(x)
+        module = self.module
+        if self._plain:
+            shape = (-1,) if self.kind == "linear" else (-1, 1, 1)
+            product = y if module.bias is None else y - module.bias.to(y.dtype).view(shape)
+        else:
+            x = x.to(y.dtype)
+            product = self._operate(x, module.weight.to(x.dtype))
+        channels = product if self.kind == "linear" else product.movedim(1, -1)
+        update = self.turned(channels).to(y.dtype)
+        update = update if self.kind == "linear" else update.movedim(-1, 1)
+        return y + scaled(update, strength)
+
+
+@ADAPTERS.register("oft")
+class Oft(Rotation):
+    """R is block-diagonal; the blocks have at most `rank` rows (LyCORIS's rule)."""
+
+    help = "Rotates small groups of outputs and keeps their lengths: careful with what is known. Rank = group size."
+    rules = (*ignores("oft", "network_alpha", "network_conv_alpha"), strength_of_one("oft", NO_PLACE))
+
+    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+        super().__init__(layer, spec, strength, generator)
+        size, count = factor_pair(layer.module.weight.shape[0], self.rank)
+        self.oft_blocks = nn.Parameter(torch.zeros(count, size, size))
+
+    def turned(self, y: Tensor) -> Tensor:
+        count, size, _ = self.oft_blocks.shape
+        rotation = cayley_minus_identity(self.oft_blocks).to(y.dtype)
+        groups = y.reshape(-1, count, size).transpose(0, 1)
+        return torch.bmm(groups, rotation).transpose(0, 1).reshape(y.shape)
+
+    def delta(self) -> Tensor:
+        weight = self.module.weight.float()
+        delta: Tensor = functional("diag_oft").diff_weight(weight, self.oft_blocks.float(), None, backend=EAGER)
+        return delta.view(weight.shape)
