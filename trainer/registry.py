@@ -51,14 +51,13 @@ class Registry(Generic[T]):
             importlib.import_module(f"{package.__name__}.{module.name}")
 
     def names(self) -> tuple[str, ...]:
-        """All registered names in order of registration."""
-        self.scan()
-        return tuple(self._things)
+        """All registered names: by file, and within a file in order of registration, whatever was imported first."""
+        return tuple(name for name, _ in self.items())
 
     def items(self) -> Iterator[tuple[str, T]]:
-        """Pairs of name and thing."""
+        """Pairs of name and thing, in that order."""
         self.scan()
-        return iter(tuple(self._things.items()))
+        return iter(sorted(self._things.items(), key=lambda entry: str(getattr(entry[1], "__module__", ""))))
 
     def aliases(self) -> dict[str, str]:
         """Every accepted spelling in lower case → the registered name."""

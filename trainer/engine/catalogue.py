@@ -20,9 +20,15 @@ def catalogue() -> Catalogue:
     return Catalogue(
         sections=(*core.SECTIONS, network.NetworkOptions, *sections),
         modes={name: ModeInfo(name, mode.help, mode.needs, mode.second) for name, mode in modes.items()},
-        choices={"network_type": ADAPTERS.names()},
+        choices={"network_type": _plain_first(tuple(types))},
         aliases={"network_type": ADAPTERS.aliases()},
         types={name: kind.tags() for name, kind in types.items()},
         always=frozenset[str]().union(*(stage.needs for stage in stages.values())),
         rules=(*network.RULES, *dict.fromkeys(rule for owner in owners for rule in owner.rules)),
     )
+
+
+def _plain_first(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Types in the order of a form: those of the default's file, then the others."""
+    home = ADAPTERS.get(core.Network.network_type).__module__
+    return tuple(sorted(names, key=lambda name: ADAPTERS.get(name).__module__ != home))
