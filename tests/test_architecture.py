@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Row 0 is importable everywhere. A dotted name allows that module alone.
 ROW_0 = {"errors", "places", "events"}
 ROW_2_BASE = {"maths", "registry", "params.field"}
-DECLARING = {"params.field", "params.core", "params.network", "params.rules", "params.spaces"}
+DECLARING = {"params.field", "params.core", "params.job", "params.network", "params.rules", "params.spaces"}
 ROW_3 = {"modes", "stages"}
 BELOW_ENGINE = {"maths", "params", "registry", "models", "data", "adapters", "optim", *ROW_3}
 BELOW_UI = {*BELOW_ENGINE, "engine", "jobs", "demo", "tools"}
