@@ -92,9 +92,10 @@ def held_out_states(
         rows = model.encode_prompts([prompt, ""])
     settings = SampleSettings(size=size, steps=12, cfg=4.0)
 
-    def watch(x: Tensor, t: int) -> None:
+    def watch(x: Tensor, t: int, predicted: Tensor) -> bool:
         if t >= lowest:
             states.append(State(x.clone(), t))
+        return t < lowest
 
     sample_latents(model, rows[:1].expand(count), rows[1:].expand(count), noise, settings, watch)
     return states

@@ -11,6 +11,8 @@ import torch
 from ..adapters.base import ADAPTERS, AdapterSpec
 from ..data.settings import ImageSettings
 from ..errors import JobError, Problem
+from ..modes.base import MODES
+from ..modes.prompts import prompt_pairs
 from ..params import core
 from ..params.job import Job
 from ..params.network import NetworkOptions
@@ -94,21 +96,10 @@ def parts(job: Job, needs: Collection[str]) -> Collection[str]:
     return chosen
 
 
-def prompt_pairs(job: Job) -> PromptPairs:
-    """Line i of the original prompt with line i of the target; one pair in TrainTrain's files. No target removes.
-
-    Raises JobError when the numbers of lines differ.
-    """
-    task = job[core.Task]
-    if job.traintrain:
-        originals, targets = (task.original_prompt,), (task.target_prompt,)
-    else:
-        originals = tuple(line.strip() for line in task.original_prompt.splitlines()) or ("",)
-        targets = tuple(line.strip() for line in task.target_prompt.splitlines()) or ("",) * len(originals)
-    if len(originals) != len(targets):
-        message = f"has {len(targets)} line(s), the original prompt has {len(originals)}. Line i belongs to line i."
-        raise JobError([Problem("target prompt", task.target_prompt, message)])
-    return PromptPairs(originals, targets, job[core.Images].image_size)
+def prompts(job: Job) -> PromptPairs:
+    """The pairs of prompts of a job, and the anchors its mode holds."""
+    anchors = MODES.get(job[core.Task].mode)(job).anchors()
+    return PromptPairs(*prompt_pairs(job), job[core.Images].image_size, anchors)
 
 
 def steps(job: Job, batches_per_epoch: int | None) -> tuple[int, int]:

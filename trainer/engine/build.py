@@ -23,14 +23,14 @@ from ..events import EventLog, Stage
 from ..maths import rng
 from ..models.base import Model
 from ..models.layers import layers_of
-from ..modes.base import MODES
+from ..modes.base import MODES, Preparation
 from ..optim.optimizers import advice, make_optimizer
 from ..optim.schedulers import make_scheduler
 from ..optim.settings import parse_settings
 from ..params import core
 from ..params.job import Job
 from ..places import Places
-from ..stages.base import STAGES, Preparation
+from ..stages.base import STAGES
 from . import arguments
 from .devices import encoding, fingerprint, rest_text_encoders
 from .flat import FlatParameters
@@ -110,10 +110,7 @@ def prompt_source(
     job: Job, model: Model, cache: TensorCache, seed: int, site: Site, scanned: Scan | None
 ) -> PromptSource:
     """The pairs of prompts of a mode without pictures."""
-    pairs = arguments.prompt_pairs(job)
-    if "" in pairs.originals:
-        site.log.warn("The original prompt is empty: the change will affect everything the model draws.")
-    return PromptSource(pairs, model, job[core.Train].train_batch_size, site.process)
+    return PromptSource(arguments.prompts(job), model, job[core.Train].train_batch_size, site.process)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {"pictures": picture_source, "prompts": prompt_source}
@@ -182,6 +179,7 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resum
             stage.prepare(at)
         if stages:
             site.process.share([*flat.values, *(b for b in network.buffers() if b.is_floating_point())])
+        mode.prepare(at)
     except BaseException:
         network.eject()
         raise

@@ -17,6 +17,7 @@ from ..maths import loss as losses
 from ..maths import rng
 from ..models.base import Conditioning, Model
 from ..modes.base import Batch
+from .samples import SampleSettings, sample_latents
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,23 @@ class Kit:
     def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
         """The model's prediction at x_t with the adapter at its current strength."""
         return self.model.predict(x_BCHW, t_B, conditioning, time_ids)
+
+    def rollout(self, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See `modes.base.Kit`."""
+        low, high = self._settings.low, max(self._settings.high, self._settings.low + 1)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def watch(x: Tensor, t: int, predicted: Tensor) -> bool:
+            if low <= t < high:
+                found.append((x.clone(), torch.full((len(x),), t, dtype=torch.int64, device=x.device), predicted))
+            return t <= low
+
+        height, width = (edge * self.model.latent_factor for edge in batch.mean.shape[-2:])
+        settings = SampleSettings(size=(height, width), steps=steps, cfg=1.0)
+        with self.teacher():
+            rows = self.text(batch.prompts)
+            sample_latents(self.model, rows, rows, self.noise(batch), settings, watch)
+        return iter(found)
 
     @contextmanager
     def strength(self, value: float | Tensor) -> Iterator[None]:

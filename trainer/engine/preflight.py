@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from ..data.scan import Scan, scan
 from ..errors import AdapterError, JobError, Problem
+from ..models.base import Model
+from ..models.tokenizer import tokenizer_beside
 from ..modes.base import MODES
 from ..params import core
 from ..params.job import Job
@@ -80,6 +83,34 @@ def check_before_loading(job: Job, places: Places, *, resumed: bool = False) -> 
     if MODES.get(job[core.Task].mode).source == "pictures":
         return scan(arguments.image_settings(job))
     return None
+
+
+WINDOW = 77
+"""Positions of the text encoders of every family; small models have fewer and say so beside their weights."""
+
+
+def long_prompts(job: Job, places: Places, model: Model | None) -> dict[str, tuple[int, int]]:
+    """Prompts of a job's pairs and anchors that do not fit the text encoder's window → (their tokens, what fits).
+
+    `model` is the loaded model where there is one; else the vocabulary that its file will be read with is looked up.
+    """
+    pairs = arguments.prompts(job)
+    asked = dict.fromkeys((*pairs.originals, *pairs.targets, *pairs.anchors))
+    if model is None:
+        path = resolve_model(job[core.Task].model, places.checkpoints)
+        tokenizer, window = tokenizer_beside(path, places.vocabularies), _window(path)
+    else:
+        tokenizer, window = model.text_encoders[0].tokenizer, model.window
+    suspects = [prompt for prompt in asked if len(prompt.encode()) > window - 2]  # a token has at least one byte
+    counts = {prompt: len(tokenizer.encode(prompt)) for prompt in suspects} if tokenizer else {}
+    return {prompt: (count, window - 2) for prompt, count in counts.items() if count > window - 2}
+
+
+def _window(path: Path) -> int:
+    config = path / "text_encoder" / "config.json"
+    if not config.is_file():
+        return WINDOW
+    return int(json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", WINDOW))
 
 
 def report(session: Session, target: Path, cache: Path) -> dict[str, object]:

@@ -14,6 +14,7 @@ from ..errors import AtelierError, TrainingError
 from ..events import EventLog, Finished, Opened, Preflight, Sampled, Saved
 from ..models.base import Model
 from ..models.load import load_model
+from ..modes.base import MODES
 from ..optim.optimizers import evaluating
 from ..params import core
 from ..params.codec import load
@@ -28,7 +29,7 @@ from .devices import SpillWatch, encoding
 from .loop import Hooks, run_steps
 from .losses import LossRing
 from .output import write_network
-from .preflight import check_before_loading, lora_path, report, resolve_model
+from .preflight import check_before_loading, long_prompts, lora_path, report, resolve_model
 from .process import Process, this_process
 from .samples import sample, write_samples
 from .session import Session
@@ -89,6 +90,9 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
 def _run(request: Request, process: Process, log: EventLog, control: Control, step: list[int]) -> Result:
     job, places = request.job, request.places
     scanned = check_before_loading(job, places, resumed=request.resume is not None)
+    if MODES.get(job[core.Task].mode).source == "prompts":
+        for prompt, (count, room) in long_prompts(job, places, request.model).items():
+            log.warn(f"{prompt[:40]!r}… has {count} tokens; they are read in parts of {room}, as WebUIs do.")
     job = job.replace(train_seed=draw_seed(job))
     folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
     saved = read_state(folder) if request.resume else None

@@ -46,11 +46,11 @@ def sample_latents(
     empty: Conditioning,
     x_BCHW: Tensor,
     settings: SampleSettings,
-    watch: Callable[[Tensor, int], None] | None = None,
+    watch: Callable[[Tensor, int, Tensor], bool | None] | None = None,
 ) -> Tensor:
     """Denoise pure noise (B, C, H, W) under `conditioning` (B rows) with guidance against `empty` (B rows).
 
-    `watch` sees every state x_t with its timestep before the model does.
+    `watch` sees every state x_t with its timestep and the prediction there; when it answers True, x_t is returned.
     """
     scheduler = _scheduler(model, settings.sampler)
     scheduler.set_timesteps(settings.steps)
@@ -59,8 +59,6 @@ def sample_latents(
     both = Conditioning.cat([empty, conditioning]) if guided else conditioning
     ids = model.time_ids(settings.size, (0, 0), settings.size)
     for t in scheduler.timesteps:
-        if watch:
-            watch(x, int(t))
         wide = torch.cat([x, x]) if guided else x
         steps = torch.full((len(wide),), int(t), dtype=torch.int64, device=x.device)
         time_ids = None if ids is None else ids.expand(len(wide), -1).to(x.device)
@@ -68,6 +66,8 @@ def sample_latents(
         if guided:
             plain, asked = predicted.chunk(2)
             predicted = plain + settings.cfg * (asked - plain)
+        if watch and watch(x, int(t), predicted):
+            break
         x = scheduler.step(predicted, t, x).prev_sample
     return x
 

@@ -93,11 +93,23 @@ class PictureSource:
 
 @dataclass(frozen=True)
 class PromptPairs:
-    """Original and target prompts, line i with line i; `size` is (height, width) in pixels."""
+    """Original and target prompts, line i with line i; `size` is (height, width) in pixels.
+
+    `anchors` are prompts that must stay as they are: pairs with themselves, in every second row when there are any.
+    """
 
     originals: tuple[str, ...]
     targets: tuple[str, ...]
     size: tuple[int, int]
+    anchors: tuple[str, ...] = ()
+
+    def row(self, number: int) -> tuple[str, str]:
+        """(prompt, target) of a row of the run: in turn, each pair one time as itself, the next as an anchor."""
+        round_, place = divmod(number, len(self.originals))
+        if self.anchors and (round_ + place) % 2:
+            anchor = self.anchors[number // 2 % len(self.anchors)]
+            return anchor, anchor
+        return self.originals[place], self.targets[place]
 
 
 class PromptSource:
@@ -112,7 +124,7 @@ class PromptSource:
         """This process's part of global micro batch `index`."""
         share = self._batch_size * self._process.count
         samples = tuple(range(share))[share_of(range(share), self._process, self._batch_size)]
-        chosen = [(index * share + sample) % len(self._pairs.originals) for sample in samples]
+        rows = [self._pairs.row(index * share + sample) for sample in samples]
         height, width = (edge // self._model.latent_factor for edge in self._pairs.size)
         zeros = torch.zeros(len(samples), self._model.latent_channels, height, width, device=self._model.device)
         ids = self._model.time_ids(self._pairs.size, (0, 0), self._pairs.size)
@@ -120,8 +132,8 @@ class PromptSource:
             index=index,
             samples=samples,
             share=share,
-            prompts=tuple(self._pairs.originals[pair] for pair in chosen),
-            targets=tuple(self._pairs.targets[pair] for pair in chosen),
+            prompts=tuple(prompt for prompt, _ in rows),
+            targets=tuple(target for _, target in rows),
             mean=zeros,
             std=zeros,
             time_ids=None if ids is None else ids.expand(len(samples), -1).to(self._model.device),
@@ -133,17 +145,18 @@ class PromptSource:
 
     def shape(self, index: int) -> tuple[int, ...]:
         """(samples, height, width, longest prompt)."""
-        longest = max(map(len, (*self._pairs.originals, *self._pairs.targets)))
+        longest = max(map(len, self.prompts()))
         return (self._batch_size, *self._pairs.size, longest)
 
     def report(self) -> dict[str, object]:
         """What the preflight report says about the prompts."""
         pairs = zip(self._pairs.originals, self._pairs.targets, strict=True)
-        return {"pairs of prompts": [f"{original!r} → {target!r}" for original, target in pairs]}
+        told: dict[str, object] = {"pairs of prompts": [f"{original!r} → {target!r}" for original, target in pairs]}
+        return {**told, "anchors": list(self._pairs.anchors)} if self._pairs.anchors else told
 
     def prompts(self) -> tuple[str, ...]:
         """Every prompt a batch can have."""
-        return tuple(dict.fromkeys((*self._pairs.originals, *self._pairs.targets)))
+        return tuple(dict.fromkeys((*self._pairs.originals, *self._pairs.targets, *self._pairs.anchors)))
 
     def facts(self) -> dict[str, Any]:
         """There are no pictures to tell of."""

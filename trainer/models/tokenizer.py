@@ -106,6 +106,18 @@ def find_vocabulary(places: Sequence[Path] = ()) -> Vocabulary:
     )
 
 
+def tokenizer_beside(path: Path, places: Sequence[Path] = ()) -> Tokenizer | None:
+    """The tokenizer a model file or folder will be read with, found without loading it; None when there is none.
+
+    Padding is not that of its family: it serves to count tokens.
+    """
+    try:
+        own = read_vocabulary(path) if path.is_dir() else None
+        return Tokenizer(own or find_vocabulary(places), PAD_EOS)
+    except ModelError:
+        return None  # loading will say what is missing
+
+
 def read_vocabulary(place: Path) -> Vocabulary | None:
     """The vocabulary at `place`: a BPE file, or a folder with tokenizer files or with a `tokenizer` folder; None if
     none is there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -60,6 +60,12 @@ class Kit(Protocol):
     def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
         """The model's prediction at x_t with the adapter at its current strength."""
 
+    def rollout(self, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """States of the untouched model's own sampling of the batch's prompts in `steps` steps, without guidance.
+
+        (x_t (B, C, H, W), t (B,), its prediction there) for every step in the job's range of timesteps, noisiest first.
+        """
+
     def strength(self, value: float | Tensor) -> AbstractContextManager[None]:
         """The adapter at another strength inside the block; a tensor (B,) is one strength per sample."""
 
@@ -80,6 +86,24 @@ class Settings(Protocol):
         """The values of a section."""
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What stages and modes work with before the first step, the adapter attached.
+
+    `batch(i)` gives this process's part of the i-th micro batch, `tell` writes a line into the log, `stopping` says
+    whether the user wants the run to end. A `resumed` run restores its parameters and buffers after the stages.
+    """
+
+    network: Any
+    model: Any
+    kit: Kit
+    batch: Callable[[int], Batch | None]
+    tell: Callable[[str], None]
+    seed: int
+    resumed: bool = False
+    stopping: Callable[[], bool] = lambda: False
+
+
 class Mode:
     """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it
     declares itself, `rules` what must hold for them. `second`: the tags of its second pass, None when it has none.
@@ -98,6 +122,13 @@ class Mode:
     def prompts(self) -> tuple[str, ...]:
         """Prompts this mode asks for beside those of its batches."""
         return ()
+
+    def anchors(self) -> tuple[str, ...]:
+        """Prompts whose prediction must stay: every second row of the batches of a mode that learns from prompts."""
+        return ()
+
+    def prepare(self, at: Preparation) -> None:
+        """Runs once after the stages and before the first step."""
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """Loss per sample, (B,), differentiable in the adapter."""

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..modes.base import Batch, Kit, Settings
+from ..modes.base import Preparation, Settings
 from ..params.rules import Rule
 from ..registry import Registry
 
-
-@dataclass(frozen=True)
-class Preparation:
-    """What a stage works with before the first step, the adapter attached.
-
-    `batch(i)` gives this process's part of the i-th micro batch, `tell` writes a line into the log, `stopping` says
-    whether the user wants the run to end. A `resumed` run restores its parameters and buffers after the stages.
-    """
-
-    network: Any
-    model: Any
-    kit: Kit
-    batch: Callable[[int], Batch | None]
-    tell: Callable[[str], None]
-    seed: int
-    resumed: bool = False
-    stopping: Callable[[], bool] = lambda: False
+__all__ = ["STAGES", "Preparation", "Stage"]
 
 
 class Stage:

@@ -1,0 +1,72 @@
+"""Pairs of prompts: line i of the original prompt with line i of the target, for the modes that learn from words."""
+
+from __future__ import annotations
+
+from ..params.core import Task, Train
+from ..params.field import ModeInfo
+from ..params.job import Job
+from ..params.rules import Rule
+
+
+def prompt_pairs(job: Job) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(originals, targets). No target at all removes: it is empty for every line.
+
+    The numbers of lines may differ (a rule refuses that). Of TrainTrain's files each text is one prompt.
+    """
+    task = job[Task]
+    if job.traintrain:
+        return (task.original_prompt,), (task.target_prompt,)
+    originals = tuple(line.strip() for line in task.original_prompt.strip().splitlines()) or ("",)
+    targets = tuple(line.strip() for line in task.target_prompt.splitlines())
+    return originals, targets if any(targets) else ("",) * len(originals)
+
+
+def _of_words(mode: ModeInfo) -> bool:
+    return "prompts" in mode.needs and "pictures" not in mode.needs
+
+
+def unequal_lines(job: Job, mode: ModeInfo) -> str:
+    """Another number of target lines than of original lines."""
+    originals, targets = prompt_pairs(job)
+    if not _of_words(mode) or len(originals) == len(targets):
+        return ""
+    return (
+        f"has {len(targets)} line(s), the original prompt has {len(originals)}. Line i belongs to line i; write one "
+        "target for each, or leave the target prompt empty to remove all of them."
+    )
+
+
+def nothing_changes(job: Job, mode: ModeInfo) -> str:
+    """Targets that are the originals."""
+    originals, targets = prompt_pairs(job)
+    if not _of_words(mode) or originals != targets:
+        return ""
+    if not any(originals):
+        return "is empty and so is the target prompt; write what is to be changed, and into what."
+    return "is the same as the target prompt, so nothing would be learned; write what it is to become."
+
+
+def empty_original(job: Job, mode: ModeInfo) -> str:
+    """A line that means every picture."""
+    originals, targets = prompt_pairs(job)
+    if not _of_words(mode) or all(originals) or originals == targets:
+        return ""
+    return "has an empty line: the change will affect everything the model draws. Name what is to be changed."
+
+
+def of_the_seed(name: str, what: str) -> Rule:
+    """A rule against a setting that TrainTrain's own training rule has no place for."""
+
+    def check(job: Job, mode: ModeInfo) -> str:
+        if not job.value(name) or not job[Train].train_traintrain_compatible:
+            return ""
+        return f"has no effect with train_traintrain_compatible, which trains without {what}; switch one of them off."
+
+    return Rule((name, "train_traintrain_compatible"), check)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(("target_prompt", "original_prompt", "mode"), unequal_lines, complete=True),
+    Rule(("original_prompt", "target_prompt", "mode"), nothing_changes, complete=True),
+    Rule(("original_prompt", "target_prompt", "mode"), empty_original, warning=True, complete=True),
+)
