@@ -24,6 +24,10 @@ class Client:
 
     def __init__(self, app: Any, host: str = "127.0.0.1:7860") -> None:
         self.app, self.host = app, host
+        self._loop = asyncio.new_event_loop()
+
+    def close(self) -> None:
+        self._loop.close()
 
     def get(self, path: str, query: str = "", **headers: str) -> Answer:
         return self.send("GET", path, b"", query, headers)
@@ -41,7 +45,7 @@ class Client:
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in whole.items()],
             "client": ("127.0.0.1", 50000), "server": ("127.0.0.1", 7860),
         }  # fmt: skip
-        return asyncio.run(self._send(scope, body))
+        return self._loop.run_until_complete(self._send(scope, body))
 
     async def _send(self, scope: dict[str, Any], body: bytes) -> Answer:
         start: dict[str, Any] = {}

@@ -93,6 +93,10 @@ class Case:
     app: FastAPI
     client: Client
 
+    def close(self) -> None:
+        self.queue.close(10)
+        self.client.close()
+
     def get(self, path: str, query: str = "", **headers: str) -> Any:
         return self.client.get(f"/atelier/v1/{path}", query, **headers)
 

@@ -25,7 +25,7 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     monkeypatch.setattr("os.fsync", lambda handle: None)
     made = make(tmp_path)
     yield made
-    made.queue.close(10)
+    made.close()
 
 
 def test_start_runs_and_a_second_start_gets_its_place(case: Case) -> None:

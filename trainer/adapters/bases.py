@@ -26,7 +26,7 @@ class SvdParams:
 
     svd_cache_path: str = param(
         "", "File that keeps the decompositions of the model's weights for the next run; empty computes them anew.",
-        "option", needs="svd")
+        "option", needs="svd", holds="file")
 
 
 def weight_bases(

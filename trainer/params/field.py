@@ -13,7 +13,8 @@ class Spec:
     `key`: its spelling in JSON when it differs from the attribute. `needs`: the tag a mode must carry to show it ("" =
     all modes). `low`/`high`: inclusive bounds in `unit`. `multiple`: the value must be a multiple of it (0 = any).
     `choices`: allowed values (a catalogue may give them instead). `advanced`: folded away in the tab. `holds`: what a
-    text stands for, so that a form can offer it: lines, folder, picture, lora, model, vae or te ("" = plain text).
+    text stands for, so that a form can offer it and a server guard it: lines, or what a run reads or writes: folder,
+    picture, lora, model, vae, te, file ("" = plain text).
     """
 
     help: str

@@ -86,8 +86,8 @@ class Fence:
         """Whether a text of this kind names something that may be read; a file need not exist for that."""
         if self._open or (kind == "model" and value == DEMO) or value in self._listed(kind):
             return True
-        pasted = value.strip().strip('"')  # a run takes the quotes of a pasted path away
-        return self._inside(value, kind) and self._inside(pasted, kind)
+        pasted = value.strip().strip('"')  # a run takes the quotes around a pasted folder away
+        return self._inside(pasted, kind) and (kind == "folder" or self._inside(value, kind))
 
     def _inside(self, value: str, kind: str) -> bool:
         # A network path is refused before it is touched: asking for it would already log in to the other machine.

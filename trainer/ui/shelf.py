@@ -1,6 +1,7 @@
 """What lies ready to be taken: presets, settings files, finished LoRAs' settings, logs; and the folders themselves."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,8 +17,7 @@ from ..params.files import LARGEST_FILE, read_json
 from ..params.presets import Presets
 from ..params.table import Catalogue
 from ..places import Places
-from .fence import NotServedError, served
-from .views import below
+from .fence import NotServedError, inside, served
 
 MOST_LISTED = 200
 CSV, JSON = frozenset({".csv"}), frozenset({".json"})
@@ -136,13 +136,13 @@ def _latest(folder: Path, suffix: str) -> list[str]:
     """Names below a folder of dated folders, the latest first."""
     found: list[tuple[float, str]] = []
     for path in folder.rglob(f"*{suffix}"):
-        name = below(str(path), folder)
+        name = path.relative_to(folder).as_posix()
         if path.name.startswith(".") or name.split("/")[0] in OURS or name.startswith("queue-"):
             continue
-        try:
-            found.append((path.stat().st_mtime, name))
-        except OSError:  # deleted meanwhile
-            continue
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            changed = path.stat().st_mtime
+            if inside(path, folder):
+                found.append((changed, name))
     return [name for _, name in sorted(found, reverse=True)[:MOST_LISTED]]
 
 
