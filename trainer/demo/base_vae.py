@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ CONFIG = {
 }
 BUDGET = common.Budget(steps=3600, batch=16, rate=2.5e-3)
 DECODER_BUDGET = common.Budget(steps=4400, batch=16, rate=1.2e-3)
+BLENDS = 2  # triples of colours that are blended in every step
 DECODER_NOISE = 0.05  # of the latents' standard deviation: sampled latents are never quite clean
 
 
@@ -77,22 +80,60 @@ def hard_scenes(count: int, rng: np.random.Generator) -> list[world.Scene]:
     return [pool[index] for index in rng.integers(0, len(pool), count)]
 
 
-def loss_of(vae: AutoencoderKL, pictures: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+@dataclass(frozen=True)
+class Paint:
+    """What one step paints: pictures as they are (uint8 `N x 64 x 64 x 3`), then triples that differ in colour alone,
+    and the weights `T x 3` at which each triple is blended.
+    """
+
+    pictures: np.ndarray
+    triples: np.ndarray
+    weights: torch.Tensor
+
+    def tensors(self) -> torch.Tensor:
+        """All pictures as the encoder takes them, the triples last."""
+        every = to_tensor(np.concatenate([self.pictures, self.triples]))
+        return every.contiguous(memory_format=torch.channels_last)
+
+    def blended(self, values: torch.Tensor) -> torch.Tensor:
+        """Pictures or latents with the triples blended, `(N + T) x C x H x W`."""
+        plain, triples = values.split([len(self.pictures), len(self.triples)])
+        weights = self.weights.view(-1, 3, 1, 1, 1)
+        return torch.cat([plain, (weights * triples.unflatten(0, (-1, 3))).sum(dim=1)])
+
+
+def draw_paint(scenes: list[world.Scene], rng: np.random.Generator) -> Paint:
+    """Pictures of the scenes and BLENDS triples of known colours.
+
+    A blend of latents must decode to the blend of the pictures: a prompt that leaves the colour open makes the UNet
+    blend, and what it then paints must not fall on a colour that it has never been shown.
+    """
+    triples = []
+    for scene in world.draw_scenes(BLENDS, rng, kind="open"):
+        seed = int(rng.integers(2**31))
+        for colour in rng.choice(list(world.COLOURS), 3, replace=False):
+            one = dataclasses.replace(scene, colour=str(colour))
+            triples.append(world.render([one], np.random.default_rng(seed)))
+    weights = torch.from_numpy(rng.dirichlet(np.ones(3), BLENDS)).float()
+    return Paint(world.render(scenes, rng), np.concatenate(triples), weights)
+
+
+def loss_of(vae: AutoencoderKL, paint: Paint, generator: torch.Generator) -> torch.Tensor:
     """The painting error after a draw from the posterior, plus a tiny KL that keeps the latents bounded."""
-    target = to_tensor(pictures).contiguous(memory_format=torch.channels_last)
+    target = paint.tensors()
     posterior = vae.encode(target).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator)
-    painted = vae.decode(posterior.mean + posterior.std * noise).sample
-    return painting_error(painted, target) + 1e-6 * posterior.kl().mean()
+    painted = vae.decode(paint.blended(posterior.mean + posterior.std * noise)).sample
+    return painting_error(painted, paint.blended(target)) + 1e-6 * posterior.kl().mean()
 
 
-def decoder_loss(vae: AutoencoderKL, pictures: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+def decoder_loss(vae: AutoencoderKL, paint: Paint, generator: torch.Generator) -> torch.Tensor:
     """The painting error of slightly noisy posterior means; the encoder gets no gradient."""
-    target = to_tensor(pictures).contiguous(memory_format=torch.channels_last)
+    target = paint.tensors()
     with torch.no_grad():
-        latents = vae.encode(target).latent_dist.mean
+        latents = paint.blended(vae.encode(target).latent_dist.mean)
     noise = torch.randn(latents.shape, generator=generator) * DECODER_NOISE / common.SCALING_FACTOR
-    return painting_error(vae.decode(latents + noise).sample, target)
+    return painting_error(vae.decode(latents + noise).sample, paint.blended(target))
 
 
 @torch.no_grad()
@@ -143,7 +184,7 @@ def train(work: Path, budget: common.Budget = BUDGET, seed: int = 1) -> None:
 
     def loss_at(step: int) -> torch.Tensor:
         rng, generator = common.step_rng(seed, step)
-        return loss_of(vae, world.render(world.draw_scenes(budget.batch, rng, kind="all"), rng), generator)
+        return loss_of(vae, draw_paint(world.draw_scenes(budget.batch, rng, kind="all"), rng), generator)
 
     def on_save(step: int) -> None:
         vae.eval()
@@ -164,7 +205,7 @@ def train_decoder(work: Path, budget: common.Budget = DECODER_BUDGET, seed: int 
         rng, generator = common.step_rng(seed, step)
         half = budget.batch // 2 // common.processes()
         scenes = world.draw_scenes(half, rng, kind="all") + hard_scenes(half, rng)
-        return decoder_loss(vae, world.render(scenes, rng), generator)
+        return decoder_loss(vae, draw_paint(scenes, rng), generator)
 
     def on_save(step: int) -> None:
         vae.eval()

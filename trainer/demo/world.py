@@ -14,7 +14,7 @@ COLOURS = {
     "red": (222, 38, 42), "yellow": (236, 216, 48), "green": (42, 168, 68),
     "blue": (42, 84, 216), "purple": (162, 46, 186), "cyan": (70, 206, 222),
 }
-HELD_OUT_COLOUR = "flamingo"  # a pink that only the VAE has seen, under a word the text encoder has not
+HELD_OUT_COLOUR = "flamingo"  # a pink that only the VAE has seen, beyond every mixture of the others
 HELD_OUT_SHAPE = "diamond"
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = {"small": 8.5, "large": 14.5}  # radius in pixels
@@ -25,7 +25,7 @@ JITTER = {"channel": 6.0, "level": 6.0, "x": 2.0, "y": 7.0, "small": 0.5, "large
 
 def palette(held_out: bool = True) -> dict[str, tuple[int, int, int]]:
     """Colour words and their RGB values (0..255), by default with the held-out colour at the end."""
-    return {**COLOURS, HELD_OUT_COLOUR: (250, 150, 200)} if held_out else dict(COLOURS)
+    return {**COLOURS, HELD_OUT_COLOUR: (252, 130, 248)} if held_out else dict(COLOURS)
 
 
 def shapes(held_out: bool = True) -> tuple[str, ...]:
