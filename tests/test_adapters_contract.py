@@ -10,6 +10,7 @@ from adapter_layers import expected, input_of, layers, network, shake, with_weig
 from torch import Tensor
 
 from trainer.adapters.base import ADAPTERS, AdapterSpec
+from trainer.adapters.dora import DoraOptions
 from trainer.adapters.eh import EhOptions
 from trainer.adapters.file import read_lora, write_lora
 from trainer.adapters.lokr import LokrOptions
@@ -25,6 +26,10 @@ SPECS |= {
         ("lokr", "tucker", TuckerOptions(network_tucker=True), LokrOptions(network_factor=2)),
         ("lokr", "both", LokrOptions(network_factor=4, network_decompose_both=True)),
         ("lokr", "full", LokrOptions(network_full_matrix=True)),
+        ("loha", "dora", DoraOptions(use_dora=True)),
+        ("loha", "dora output", DoraOptions(True, "output"), TuckerOptions(network_tucker=True)),
+        ("lokr", "dora", DoraOptions(use_dora=True)),
+        ("lokr", "dora output", DoraOptions(True, "output"), LokrOptions(network_factor=2)),
         ("eh", "2", EhOptions(network_groups=2)),
     )
 }

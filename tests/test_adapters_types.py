@@ -95,6 +95,18 @@ READERS: dict[str, Callable[[Tensor, Tensors], Merged]] = {
     "lierla": lora, "c3lier": lora, "loha": loha, "lokr": lokr, "eh": lokr, "ia3": ia3, "glora": glora, "full": full,
     "norm": norm, "oft": oft, "boft": boft,
 }  # fmt: skip
+
+
+def merged(kind: str, w: Tensor, f: Tensors) -> Merged:
+    """The weight W′ of a file; with DoRA by rows or columns, as the shape of its lengths says."""
+    weight, shift = READERS[kind](w, f)
+    if "dora_scale" in f:
+        lengths = f["dora_scale"]
+        over = [axis for axis, size in enumerate(lengths.shape) if size == 1]
+        weight = weight * lengths / weight.square().sum(over, keepdim=True).sqrt()
+    return weight, shift
+
+
 OURS = {name: spec for name, spec in SPECS.items() if spec.type in READERS}
 
 
@@ -128,7 +140,7 @@ def test_what_a_reader_merges_is_what_was_trained(name: str, strength: float, tm
             file = {key[len(adapter.key) + 1:]: t for key, t in tensors.items() if key.startswith(f"{adapter.key}.")}
             assert set(file) <= set(adapter.file_tensors), "only the tensors it advertises"
             base = adapter.module.weight
-            weight, shift = READERS[spec.type](base, {key: tensor.float() for key, tensor in file.items()})
+            weight, shift = merged(spec.type, base, {key: tensor.float() for key, tensor in file.items()})
             x = input_of(adapter.module)
             torch.testing.assert_close(with_weight(adapter.module, x, weight, shift), adapter.module(x),
                                        rtol=2e-5, atol=2e-5)
@@ -136,31 +148,34 @@ def test_what_a_reader_merges_is_what_was_trained(name: str, strength: float, tm
     assert changed > 0.01, "three steps have moved it"
 
 
-OTHER = {"network_factor": 2, "network_groups": 2}
+OTHER = {"network_factor": 2, "network_groups": 2, "network_dora_axis": "output"}
 
 
-def other_values() -> list[tuple[str, str, AdapterSpec]]:
-    """(type, option, settings) for every option that a type declares, and rank and alpha where they count."""
+def other_values() -> list[tuple[str, str, AdapterSpec, AdapterSpec]]:
+    """(type, option, two settings) for every option that a type declares, and rank and alpha where they count."""
     found = []
     for name, kind in ADAPTERS.items():
         if name not in READERS:
             continue
         small = dataclasses.replace(SPECS[name], rank=10 if name == "boft" else 1, conv_rank=0)
         if kind.ranked:
-            found += [(name, "network_rank", dataclasses.replace(small, rank=2))]
-            found += [(name, "network_alpha", dataclasses.replace(small, alpha=11.0))]
+            found += [(name, "network_rank", small, dataclasses.replace(small, rank=2))]
+            found += [(name, "network_alpha", small, dataclasses.replace(small, alpha=11.0))]
         for section in kind.sections:
             for option in dataclasses.fields(section):
                 value = OTHER.get(option.name, not option.default)
-                changed = {section: dataclasses.replace(section(), **{option.name: value})}
-                found.append((name, option.name, dataclasses.replace(small, options=changed)))
+                together = {"use_dora": True} if option.name == "network_dora_axis" else {}
+                before = section(**together)
+                pair = (before, dataclasses.replace(before, **{option.name: value}))
+                found.append((name, option.name, *(dataclasses.replace(small, options={section: o}) for o in pair)))
     return found
 
 
-@pytest.mark.parametrize(("name", "option", "spec"), other_values(), ids=lambda x: x if isinstance(x, str) else "")
-def test_every_option_changes_the_file(name: str, option: str, spec: AdapterSpec) -> None:
-    before = dataclasses.replace(spec, options={}, rank=10 if name == "boft" else 1, alpha=SPECS[name].alpha)
-    one, two = (trained(given).export(torch.float32) for given in (before, spec))
+@pytest.mark.parametrize(
+    ("name", "option", "before", "after"), other_values(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_every_option_changes_the_file(name: str, option: str, before: AdapterSpec, after: AdapterSpec) -> None:
+    one, two = (trained(given).export(torch.float32) for given in (before, after))
     assert set(one) != set(two) or any(
         tensor.shape != two[key].shape or not torch.equal(tensor, two[key]) for key, tensor in one.items()
     )

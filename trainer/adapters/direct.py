@@ -23,6 +23,11 @@ class Direct(Adapter):
 
     named: ClassVar[Mapping[str, str]] = {}
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """The parameters that are in the file, by their names there."""
+        named = ((self.named.get(name, name), p) for name, p in self._parameters.items() if p is not None)
+        return {name: p for name, p in named if name in self.file_tensors}
+
     def constants(self) -> dict[str, float]:
         """Numbers in the file beside the parameters."""
         return {ALPHA: self.alpha} if self.ranked else {}
@@ -32,16 +37,17 @@ class Direct(Adapter):
         return float(tensors[ALPHA]) / self.rank if self.ranked and ALPHA in tensors else 1.0
 
     def tensors(self) -> dict[str, Tensor]:
-        own = {self.named.get(name, name): p.detach() for name, p in self.named_parameters(recurse=False)}
+        own = {name: p.detach() for name, p in self.own().items()}
         return {**own, **{name: torch.tensor(value) for name, value in self.constants().items()}}
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
-        own = {self.named.get(name, name): (name, p) for name, p in self.named_parameters(recurse=False)}
+        own = self.own()
         self.expect(tensors, tuple(own), tuple(self.constants()))
-        found = {name: self.shaped(name, tensors[name], p).float() for name, (_, p) in own.items()}
+        found = {name: self.shaped(name, tensors[name], p).float() for name, p in own.items()}
         own_scale = self.scale if self.ranked else 1.0
         found = self.rescaled(found, factor * self.file_scale(tensors) / own_scale)
-        return {name: found[given] for given, (name, _) in own.items()}
+        back = {given: name for name, given in self.named.items()}
+        return {back.get(given, given): tensor for given, tensor in found.items()}
 
     def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """|factor| shared evenly between the factors, its sign on the last, so that none leaves the range of fp16."""
@@ -50,15 +56,19 @@ class Direct(Adapter):
         groups = [[self.named.get(name, name) for name in group] for group in self.factors]
         groups = [group for group in groups if any(name in tensors for name in group)]
         if not groups:
-            raise AdapterError(
-                f"{self.key}: a file of this type has no place for a strength of {factor:g}. Set network_strength to 1"
-                " and choose the strength when you use it."
-            )
+            raise self.no_place_for_strength()
         share, changed = abs(factor) ** (1 / len(groups)), dict(tensors)
         for place, group in enumerate(groups):
             sign = math.copysign(1.0, factor) if place == len(groups) - 1 else 1.0
             changed.update({name: tensors[name] * (share * sign) for name in group if name in tensors})
         return changed
+
+    def no_place_for_strength(self) -> AdapterError:
+        """What to raise where no file tensors stand for a multiple of ΔW."""
+        return AdapterError(
+            f"{self.key}: a file of this type has no place for a strength. Set network_strength to 1 and choose the"
+            " strength when you use the file."
+        )
 
     def expect(self, tensors: Mapping[str, Tensor], needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
         """Raise AdapterError unless a file has the needed tensors for this layer and no others but the optional."""

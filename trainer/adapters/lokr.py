@@ -11,13 +11,19 @@ from torch import Tensor, nn
 from ..maths.kron import kron_layer
 from ..maths.lowrank import kaiming_down, scaled
 from ..params.field import param
+from ..params.job import Job
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
 from .direct import ALPHA, Direct
+from .dora import MAGNITUDE, Decomposed, DoraOptions
 from .library import EAGER, functional
 from .tucker import TuckerOptions
-from .where import in_any_block
+from .where import in_any_block, strength_of_one
 
 OPTION = "option"
+
+
+def _with_dora(job: Job) -> bool:
+    return job[DoraOptions].use_dora
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,11 @@ def factor_pair(size: int, limit: int) -> tuple[int, int]:
     return small, size // small
 
 
-@ADAPTERS.register("lokr")
-class Lokr(Direct):
+class KroneckerProduct(Direct):
     """ΔW = s·kron(w1, w2), w1 (l, m), w2 (k, n[, kh, kw]); each whole or a product of two. Both whole: s = 1."""
 
-    help = "A Kronecker product of two small matrices: large changes of every weight in a very small file."
-    needs = frozenset({"tucker", "lokr"})
-    sections = (TuckerOptions, LokrOptions)
     file_tensors = (
-        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha",
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", MAGNITUDE,
     )  # fmt: skip
     factors = (("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_b"))
     ups = ("lokr_w2", "lokr_w2_b")
@@ -117,16 +119,33 @@ class Lokr(Direct):
         return w1, w2
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
-        if not self._zero_padded:
-            return super().adapted(x, strength)
         module = self.module
-        geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
         if self._plain:
             x, scale = self.working_input(x), self.scale * strength
+            geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
             return kron_layer(x, module.weight, module.bias, *self._pair(), scale, geometry)
         base = self._base(x)
-        update = kron_layer(x.to(base.dtype), None, None, *self._pair(), self.scale, geometry)
-        return base + scaled(update, strength)
+        return base + scaled(self.update(x.to(base.dtype)), strength)
+
+    def update(self, x: Tensor) -> Tensor:
+        """ΔW·x at strength 1, without bias."""
+        module = self.module
+        if not self._zero_padded:
+            return self._operate(x, KroneckerProduct.delta(self).to(x.dtype))
+        geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
+        return kron_layer(x, None, None, *self._pair(), self.scale, geometry)
+
+    def square_norms(self, on_input: bool) -> Tensor:
+        """‖W + ΔW‖² − ‖W‖² for each input or output: 2·⟨W, ΔW⟩ + s²·‖w1‖²·‖w2‖², column by column or row by row."""
+        w1, w2 = (factor.float() for factor in self._pair())
+        w2 = w2.flatten(2) if w2.ndim > 2 else w2[:, :, None]
+        weight = self.module.weight.float().view(len(w1), len(w2), w1.shape[1], w2.shape[1], -1)
+        inner = "lkmnq,knq->lmn" if on_input else "lkmnq,knq->lkm"
+        outer = "lmn,lm->mn" if on_input else "lkm,lm->lk"
+        cross = torch.einsum(outer, torch.einsum(inner, weight, w2), w1)
+        one, two = (w1.square().sum(0), w2.square().sum((0, 2))) if on_input else (
+            w1.square().sum(1), w2.square().sum((1, 2)))
+        return (2 * self.scale * cross + self.scale**2 * torch.outer(one, two)).flatten()
 
     def delta(self) -> Tensor:
         own = {name: p.float() for name, p in self._parameters.items() if p is not None}
@@ -142,3 +161,24 @@ class Lokr(Direct):
         """‖kron(w1, w2)‖ = ‖w1‖·‖w2‖."""
         w1, w2 = self._pair()
         return w1.float().norm() * w2.float().norm() * self.scale
+
+
+@ADAPTERS.register("lokr")
+class Lokr(Decomposed, KroneckerProduct):
+    """LoKr, with DoRA when asked; its file can then hold no strength, which scales rows or columns one by one."""
+
+    help = "A Kronecker product of two small matrices: large changes of every weight in a very small file."
+    needs = frozenset({"tucker", "lokr", "dora"})
+    sections = (TuckerOptions, LokrOptions, DoraOptions)
+    rules = (strength_of_one("lokr", "the two matrices cannot take up a DoRA at part of its strength", _with_dora),)
+    exact = frozenset({ALPHA, MAGNITUDE})
+
+    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+        super().__init__(layer, spec, strength, generator)
+        self.scalable = not self.decomposed
+
+    def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """A Kronecker product whose rows or columns are scaled one by one is none."""
+        if MAGNITUDE in tensors and factor != 1.0:
+            raise self.no_place_for_strength()
+        return super().rescaled(tensors, factor)

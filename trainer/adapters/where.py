@@ -1,6 +1,8 @@
 """Which layers types sit on, by the words of kohya's and LyCORIS's trainers, and rules about settings they ignore."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..params import core
 from ..params.field import ModeInfo
 from ..params.job import Job
@@ -40,12 +42,12 @@ def _ignored(kind: str, name: str) -> Rule:
     return Rule((name, "network_type"), check, warning=True)
 
 
-def strength_of_one(kind: str, why: str) -> Rule:
-    """The rule that a type whose file has no place for a strength is saved at strength 1."""
+def strength_of_one(kind: str, why: str, when: Callable[[Job], bool] = lambda job: True) -> Rule:
+    """The rule that a type whose file has no place for a strength (with the settings of `when`) is saved at 1."""
 
     def check(job: Job, mode: ModeInfo) -> str:
         network = job[core.Network]
-        if ADAPTERS.canonical(network.network_type) != kind or network.network_strength == 1.0:
+        if ADAPTERS.canonical(network.network_type) != kind or network.network_strength == 1.0 or not when(job):
             return ""
         return f"cannot be written into a file of network_type {kind}: {why}. Set 1, and choose it when using the file."
 
