@@ -34,8 +34,8 @@ class Decomposed(Adapter):
     """Put before a type with a ΔW of its own (here V), this makes W′ = m ⊙ (W + V) / ‖W + V‖ of it, when asked.
 
     m and the norms have one number for each input (the sums run over outputs and kernel) or each output; the norm
-    counts as a constant in the backward pass (section 4.3 of the paper). A strength κ means W + κ·(W′ − W). The parameter is
-    m − ‖W‖, so that the start is the bare model in any precision.
+    counts as a constant in the backward pass (section 4.3 of the paper). A strength κ means W + κ·(W′ − W). The
+    parameter is m − ‖W‖, so that the start is the bare model in any precision.
 
     The type beneath defines beside what every type does: `update(x)`, V·x at strength 1 without bias;
     `expanded(tensors)`, the V of file tensors; `sided(tensors, by, on_input)`, file tensors whose V has its inputs or
