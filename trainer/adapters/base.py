@@ -241,6 +241,10 @@ class Adapter(nn.Module):
         """File tensors whose ΔW is `factor` times as large. Raises AdapterError when it is not `scalable`."""
         raise NotImplementedError
 
+    def start(self, down: Tensor, up: Tensor) -> None:
+        """Begin at these factors, (r, in·k·k) and (out, r), and count ΔW from there; for types with `inits`."""
+        raise NotImplementedError
+
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         """The layer's output at a strength other than 0; here with the weight W + strength·ΔW."""
         base = self._base(x)

@@ -25,6 +25,7 @@ class Factored(Lora):
     factors = ()
     ups = ()
     downs = ()
+    inits = frozenset()
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         Adapter.__init__(self, layer, spec, strength, generator)

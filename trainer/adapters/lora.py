@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, per_sample
+from ..params.network import DIFFERENCE_INITS
 from .base import (
     ADAPTERS,
     RESNET_OWNERS,
@@ -38,17 +39,31 @@ class Lora(Adapter):
     network_module = "networks.lora"
     factors = (("down",), ("up",))
     ups, downs = ("up",), ("down",)
+    inits = frozenset({*DIFFERENCE_INITS, "instant"})
+    counted = False
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         fan_out, *rest = layer.module.weight.shape
         self.down = nn.Parameter(kaiming_down((self.rank, *rest), generator))
         self.up = nn.Parameter(torch.zeros(fan_out, self.rank))
+        self.counted = self.options.network_init in DIFFERENCE_INITS & self.inits
+        if self.counted:
+            self.register_buffer("down0", self.down.detach().clone())
+            self.register_buffer("up0", torch.zeros(fan_out, self.rank))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The factors of ΔW = scale·U·D: D (r, in[, k, k]) and U (out, r)."""
+        """The factors of ΔW = scale·U·D: D (r, in[, k, k]) and U (out, r); of twice the rank when it is counted from a
+        start, for U·D − U₀·D₀ = [U, −U₀]·[D; D₀].
+        """
         parameters = self._parameters
+        if self.counted:
+            return torch.cat([parameters["down"], self.down0]), torch.cat([parameters["up"], -self.up0], 1)
         return parameters["down"], parameters["up"]  # type: ignore[return-value]
+
+    def _sides(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Pairs that ΔW/scale is the sum of, each of which draws its dropout alike."""
+        return ((self.down, self.up), (self.down0, -self.up0)) if self.counted else (self.pair(),)
 
     @classmethod
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
@@ -74,13 +89,22 @@ class Lora(Adapter):
     def _on_top_of(self, base: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
         """base + ΔW·x, where the layer beneath computes in its own way (for instance with another adapter)."""
         x = x.to(base.dtype)
-        down, up = self.pair()
+        update = sum(self._update(x, *side) for side in self._sides())
+        return base + update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
+
+    def _update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """U·D·x with the dropout of this step."""
         middle = self.dropped(self._operate(x, down.to(x.dtype)))
         kept = self.kept_ranks(up.shape[1])
         up = (up if kept is None else up * kept.to(up)).to(x.dtype)
-        linear = self.kind == "linear"
-        update = functional.linear(middle, up) if linear else functional.conv2d(middle, up[:, :, None, None])
-        return base + update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
+        if self.kind == "linear":
+            return functional.linear(middle, up)
+        return functional.conv2d(middle, up[:, :, None, None])
+
+    @torch.no_grad()
+    def start(self, down: Tensor, up: Tensor) -> None:
+        for tensor, given in ((self.down, down), (self.down0, down), (self.up, up), (self.up0, up)):
+            tensor.copy_(given.view(tensor.shape))
 
     def delta(self) -> Tensor:
         return low_rank_delta(*self.pair(), self.scale)
@@ -95,7 +119,8 @@ class Lora(Adapter):
 
     def tensors(self) -> dict[str, Tensor]:
         down, up = (factor.detach() for factor in self.pair())
-        return {DOWN: down, UP: up.view(*up.shape, *(1,) * (down.ndim - 2)), ALPHA: torch.tensor(self.alpha)}
+        alpha = torch.tensor(self.scale * len(down) if self.counted else self.alpha)
+        return {DOWN: down, UP: up.view(*up.shape, *(1,) * (down.ndim - 2)), ALPHA: alpha}
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
         found = self.named(tensors)

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,15 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resum
     kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
     try:
-        at = Preparation(network, model, kit, source.batch, site.log.note, seed, resumed, site.stopping)
+        at = Preparation(
+            network, model, kit, source.batch, site.log.note, seed, partial(mode.loss, kit), resumed, site.stopping
+        )
         for stage in stages:
             stage.prepare(at)
         if stages:
-            site.process.share([*flat.values, *(b for b in network.buffers() if b.is_floating_point())])
+            frozen = (p for p in network.parameters() if not p.requires_grad)
+            buffers = (b for b in network.buffers() if b.is_floating_point())
+            site.process.share([*flat.values, *frozen, *buffers])
         mode.prepare(at)
     except BaseException:
         network.eject()

@@ -91,7 +91,8 @@ class Preparation:
     """What stages and modes work with before the first step, the adapter attached.
 
     `batch(i)` gives this process's part of the i-th micro batch, `tell` writes a line into the log, `stopping` says
-    whether the user wants the run to end. A `resumed` run restores its parameters and buffers after the stages.
+    whether the user wants the run to end, `loss(batch)` is the mode's, per sample. A `resumed` run restores its
+    parameters and buffers after the stages.
     """
 
     network: Any
@@ -100,6 +101,7 @@ class Preparation:
     batch: Callable[[int], Batch | None]
     tell: Callable[[str], None]
     seed: int
+    loss: Callable[[Batch], Tensor]
     resumed: bool = False
     stopping: Callable[[], bool] = lambda: False
 

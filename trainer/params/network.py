@@ -14,7 +14,7 @@ from .rules import Rule
 
 GROUP = "option"
 INITS = ("default", "pissa", "milora", "olora", "lora_ga", "instant")
-DIFFERENCE_INITS = ("pissa", "milora", "olora", "lora_ga")
+DIFFERENCE_INITS = frozenset({"pissa", "milora", "olora", "lora_ga"})
 """Starts that are not zero: the adapter is what it has become since, and its file has twice the rank."""
 
 
@@ -131,6 +131,14 @@ def init_and_resume(job: Job, mode: ModeInfo) -> str:
     return f"would replace what network_resume ({job[Network].network_resume}) brings; empty one of the two."
 
 
+def plain_init(job: Job, mode: ModeInfo) -> str:
+    """A start that is a pair of factors, for a type that scales or splits them."""
+    init = job[NetworkOptions].network_init
+    if init == "default" or not job.value("use_dora"):
+        return ""
+    return f"= {init} is for plain LoRA; switch use_dora off, or set network_init to default."
+
+
 def averaged_norm(job: Job, mode: ModeInfo) -> str:
     """A limit on weights that are not the ones saved."""
     options, name = job[NetworkOptions], job[Train].train_optimizer
@@ -159,6 +167,7 @@ def high_ratio(job: Job, mode: ModeInfo) -> str:
 RULES: tuple[Rule, ...] = (
     *(_block_rule(name) for name in ("network_block_ranks", "network_block_alphas", "network_block_lrs")),
     Rule(("network_init", "network_resume"), init_and_resume),
+    Rule(("network_init", "use_dora"), plain_init),
     Rule(("network_max_norm", "train_optimizer"), averaged_norm),
     Rule(("network_max_norm", "network_init"), norm_of_difference),
     Rule(("loraplus_lr_ratio", "train_learning_rate", "train_optimizer"), high_ratio, warning=True),

@@ -1,0 +1,148 @@
+"""Options of the adapter in whole runs: each changes the training and the file, and resumes bit for bit."""
+from __future__ import annotations
+
+import json
+
+import engine_case
+import pytest
+import torch
+
+from trainer.adapters.file import read_lora
+from trainer.engine.catalogue import catalogue
+from trainer.engine.control import Control
+from trainer.engine.run import Request, run
+from trainer.errors import JobError
+from trainer.events import EventLog, Note, Step
+from trainer.models.load import load_model
+from trainer.params.codec import load
+
+SHORT = {
+    "train_iterations": 3, "network_type": "lierla", "network_rank": 2, "train_batch_size": 1, "save_overwrite": True,
+    "network_blocks(BASE = TextEncoder)": ["BASE", "M00"],
+}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return engine_case.make(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    """Loaded once: every run gives it back as it was."""
+    return load_model(case.model)
+
+
+def carry_out(case, model, name: str, *listeners, control=None, resume=None, **changes):
+    job = case.job(**{**SHORT, "save_lora_name": name, **changes})
+    return run(Request(job, case.places, model=model, resume=resume), EventLog(*listeners), control)
+
+
+def short(case, model, name: str, **changes):
+    """(losses, tensors of the file, metadata) of a short run."""
+    trace = engine_case.Trace()
+    result = carry_out(case, model, name, trace, **changes)
+    return trace.losses, *read_lora(result.path)
+
+
+@pytest.fixture(scope="module")
+def plain(case, model):
+    return short(case, model, "plain")
+
+
+@pytest.mark.parametrize("changes", [
+    {"network_rslora": True},
+    {"network_freeze_down": True},
+    {"network_dropout": 0.5},
+    {"network_rank_dropout": 0.5},
+    {"network_module_dropout": 0.5},
+    {"network_max_norm": 1e-4},
+    {"loraplus_lr_ratio": 16},
+    {"loraplus_te_lr_ratio": 16},
+    {"network_block_ranks": "M00=1"},
+    {"network_block_alphas": "M00=8"},
+    {"network_block_lrs": "M00=8"},
+    {"network_name_filter": "*attn*"},
+    {"network_init": "pissa"},
+    {"network_init": "milora"},
+    {"network_init": "olora"},
+    {"network_init": "lora_ga"},
+], ids=lambda changes: "-".join(map(str, *changes.items())))
+def test_every_option_changes_the_run_and_the_file(case, model, plain, changes) -> None:
+    losses, tensors, metadata = short(case, model, "changed", **changes)
+    assert losses[1] == pytest.approx(plain[0][1], rel=1e-5), "every start is the bare model"
+    assert losses[3] != plain[0][3]
+    same = tensors.keys() == plain[1].keys() and all(torch.equal(tensors[key], plain[1][key]) for key in tensors)
+    assert not same
+    job = json.loads(metadata["atelier_job"])
+    assert all(job[key] == value for key, value in changes.items())
+
+
+EVERYTHING = {
+    "network_dropout": 0.2, "network_rank_dropout": 0.2, "network_module_dropout": 0.1, "network_max_norm": 0.05,
+    "loraplus_lr_ratio": 4, "network_block_lrs": "M00=2", "network_rslora": True, "network_block_ranks": "M00=3",
+}
+
+
+@pytest.mark.parametrize("changes", [EVERYTHING, {"network_init": "lora_ga", "network_freeze_down": True,
+                                                   "network_dropout": 0.3}], ids=["together", "lora_ga"])
+def test_options_resume_bit_for_bit(case, model, changes) -> None:
+    changes = {**changes, "train_iterations": 4, "train_state_every": 2}
+    whole, parts, control = engine_case.Trace(), engine_case.Trace(), Control()
+    one = carry_out(case, model, "whole", whole, **changes)
+    stop = lambda event: control.stop() if isinstance(event, Step) and event.step == 2 else None  # noqa: E731
+    stopped = carry_out(case, model, "parts", parts, stop, control=control, **changes)
+    assert stopped.reason == "stopped"
+    two = carry_out(case, model, "parts", parts, resume=stopped.folder, **changes)
+    assert parts.losses == whole.losses and sorted(whole.losses) == list(range(1, 5))
+    first, second = read_lora(one.path)[0], read_lora(two.path)[0]
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_max_norm_holds_in_the_file(case, model) -> None:
+    _, tensors, _ = short(case, model, "held", network_max_norm=0.01, train_learning_rate=0.05)
+    keys = {name.partition(".")[0] for name in tensors}
+    norms = []
+    for key in keys:
+        down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+        norms.append(float((up.flatten(1) @ down.flatten(1)).norm() * tensors[f"{key}.alpha"] / len(down)))
+    assert max(norms) <= 0.01 * 1.001 and sum(norm > 0.0099 for norm in norms) > len(norms) / 2
+
+
+def test_a_start_reports_itself_and_writes_twice_the_rank(case, model) -> None:
+    trace = engine_case.Trace()
+    result = carry_out(case, model, "ga", trace, network_init="lora_ga")
+    notes = [event.text for event in trace.events if isinstance(event, Note)]
+    assert any(note.startswith("network_init lora_ga: ") for note in notes)
+    tensors, _ = read_lora(result.path)
+    assert {len(tensor) for name, tensor in tensors.items() if "lora_down" in name} == {4}
+    assert {float(tensor) for name, tensor in tensors.items() if "alpha" in name} == {4.0}
+
+
+def test_every_layer_left_out_of_a_step_is_a_step_without_change(case, model) -> None:
+    """One layer and a chance of 0.95: most steps have nothing to differentiate."""
+    alone = {"network_module_dropout": 0.95, "network_name_filter": "*mid*attn2_to_q"}
+    losses, tensors, _ = short(case, model, "lonely", **alone)
+    assert len(losses) == 3 and len(tensors) == 3
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"network_block_ranks": "IN00"}, "network_block_ranks.*not block=number"),
+    ({"network_block_alphas": "XX=3"}, "network_block_alphas.*no block"),
+    ({"network_block_lrs": "IN00=0"}, "network_block_lrs.*above 0"),
+    ({"network_block_lrs": "IN05=2"}, "network_block_lrs.*leaves out"),
+    ({"network_init": "pissa", "network_resume": "a.safetensors"}, "network_init.*network_resume"),
+    ({"network_max_norm": 1, "train_optimizer": "AdamWScheduleFree"}, "network_max_norm.*average"),
+    ({"network_max_norm": 1, "network_init": "olora"}, "network_max_norm.*network_init"),
+    ({"network_init": "best"}, "network_init.*default, pissa"),
+    ({"network_dropout": 1}, "network_dropout.*0.95"),
+    ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio"),
+])
+def test_what_cannot_be_is_refused_at_its_field(case, changes, message) -> None:
+    with pytest.raises(JobError, match=message):
+        load(case.settings(**{**SHORT, **changes}), catalogue())
+
+
+def test_optimizers_with_one_step_size_refuse_other_rates(case, model) -> None:
+    with pytest.raises(JobError, match="one step size for everything"):
+        carry_out(case, model, "p", train_optimizer="Prodigy", train_learning_rate=1, loraplus_lr_ratio=4)
