@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from adapter_layers import BLOCKS, PARTS, expected, input_of, layers, network, shake
+from test_adapters_contract import SPECS
 from torch import nn
 
 from trainer.adapters.base import ADAPTERS, Adapter, AdapterSpec
@@ -19,8 +20,8 @@ every_type = pytest.mark.parametrize("kind", TYPES)
 
 
 def spec(kind: str = "c3lier", **options) -> AdapterSpec:
-    return AdapterSpec(kind, rank=4, alpha=3.0, conv_rank=2, conv_alpha=5.0,
-                       options={NetworkOptions: NetworkOptions(**options)})
+    known = SPECS[kind]
+    return dataclasses.replace(known, options={**known.options, NetworkOptions: NetworkOptions(**options)})
 
 
 def trained(kind: str = "c3lier", **options):
@@ -44,10 +45,11 @@ def test_dropout_acts_inside_a_step_only_and_repeats_itself(kind: str, option: s
         pytest.skip("this type has no such dropout")
     net, plain = trained(kind, **{option: 0.5}), trained(kind)
     wanted = outputs(plain)
-    one, two, other = outputs(net), outputs(net), outputs(net, index=1)
+    one, two = outputs(net), outputs(net)
+    others = [outputs(net, index=index) for index in range(1, 7)]
     assert all(torch.equal(one[key], two[key]) for key in one), "a step draws the same when it is computed again"
-    assert any(not torch.equal(one[key], wanted[key]) for key in one)
-    assert any(not torch.equal(one[key], other[key]) for key in one), "every step draws anew"
+    assert any(not torch.equal(other[key], wanted[key]) for other in others for key in one)
+    assert any(not torch.equal(one[key], other[key]) for other in others for key in one), "every step draws anew"
     with net.attached():
         for adapter in net:
             y = adapter.module(input_of(adapter.module))
@@ -158,7 +160,7 @@ def test_max_norm_scales_back_what_is_above_and_leaves_the_rest(kind: str) -> No
     if "max_norm" not in ADAPTERS.get(kind).tags():
         pytest.skip("this type has no limit")
     free = trained(kind)
-    norms = {a.key: float(a.delta().norm()) for a in free}
+    norms = {a.key: float(a.delta().detach().norm()) for a in free}
     limit = sorted(norms.values())[len(norms) // 2]
     net = trained(kind, network_max_norm=limit)
     before = {a.key: [p.clone() for p in a.parameters()] for a in net}
@@ -181,7 +183,7 @@ def test_max_norm_with_frozen_down_matrices_scales_the_up_ones() -> None:
     downs = [a.down.clone() for a in net]
     net.limit_norms()
     assert all(torch.equal(a.down, down) for a, down in zip(net, downs, strict=True))
-    assert all(abs(float(a.delta().norm()) - 0.01) < 1e-5 for a in net)
+    assert all(abs(float(a.delta().detach().norm()) - 0.01) < 1e-5 for a in net)
 
 
 # -- rates and ranks ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import AdapterError
-from ..maths.lowrank import per_sample, working_dtype
+from ..maths.lowrank import scaled, working_dtype
 from ..params.network import NetworkOptions, parse_block_ranks, parse_blocks
 from ..params.rules import Rule
 from ..registry import Registry
@@ -199,7 +199,7 @@ class Adapter(nn.Module):
     def tags(cls) -> frozenset[str]:
         """The tags of the parameters that act on this type: its own, and those of the common options."""
         common = {
-            "rank": cls.ranked, "max_norm": bool(cls.factors), "loraplus": bool(cls.ups),
+            "rank": cls.ranked, "alpha": cls.ranked, "max_norm": bool(cls.factors), "loraplus": bool(cls.ups),
             "freeze_down": bool(cls.downs), "dropout": cls.droppable, "init": bool(cls.inits),
         }
         return cls.needs | {tag for tag, has in common.items() if has}
@@ -249,19 +249,21 @@ class Adapter(nn.Module):
         """The layer's output at a strength other than 0; here with the weight W + strength·ΔW."""
         base = self._base(x)
         x = x.to(base.dtype)
-        update = self._operate(x, self.delta().to(x.dtype))
-        return base + update * (per_sample(strength, update) if isinstance(strength, Tensor) else strength)
+        return base + scaled(self._operate(x, self.delta().to(x.dtype)), strength)
 
     def thinned(self, x: Tensor, strength: float | Tensor) -> Tensor:
         """`adapted` with neuron and rank dropout; here numbers of the input and rows of ΔW are left out."""
         base = self._base(x)
         x = x.to(base.dtype)
-        delta = self.delta()
+        delta, shift = self.delta(), self.delta_bias()
         rows = self.kept_ranks(delta.shape[0])
         if rows is not None:
             delta = delta * rows.to(delta).view(-1, *(1 for _ in delta.shape[1:]))
+            shift = None if shift is None else shift * rows.to(shift)
         update = self._operate(self.dropped(x), delta.to(x.dtype))
-        return base + update * (per_sample(strength, update) if isinstance(strength, Tensor) else strength)
+        if shift is not None:
+            update = update + shift.to(x.dtype).view(-1, *(1,) * (0 if self.kind == "linear" else 2))
+        return base + scaled(update, strength)
 
     # -- written once --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import AdapterError
-from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, per_sample
+from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, scaled
 from ..params.network import DIFFERENCE_INITS
 from .base import (
     ADAPTERS,
@@ -90,7 +90,7 @@ class Lora(Adapter):
         """base + ΔW·x, where the layer beneath computes in its own way (for instance with another adapter)."""
         x = x.to(base.dtype)
         update = sum(self._update(x, *side) for side in self._sides())
-        return base + update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
+        return base + scaled(update, scale)
 
     def _update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """U·D·x with the dropout of this step."""

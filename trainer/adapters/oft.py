@@ -21,6 +21,7 @@ class Rotation(Direct):
     Applied to the layer's output without its bias. The strength κ means W + κ·(W′ − W), as WebUIs do it.
     """
 
+    needs = frozenset({"rank"})
     file_tensors = ("oft_blocks", "alpha")
     ranked = False
     scalable = False

@@ -24,7 +24,7 @@ class NetworkOptions:
 
     network_rslora: bool = param(
         False, "Scale with alpha / sqrt(rank) instead of alpha / rank (rsLoRA): high ranks learn faster.", GROUP,
-        needs="rank")
+        needs="alpha")
     network_freeze_down: bool = param(
         False, "Train only the up matrices and leave the random down matrices as they are (LoRA-FA): less memory.",
         GROUP, needs="freeze_down")
@@ -51,7 +51,7 @@ class NetworkOptions:
     network_block_ranks: str = param(
         "", "Ranks of single blocks, as in IN00=4;OUT*=8; the others have network_rank.", GROUP, needs="rank")
     network_block_alphas: str = param(
-        "", "Alphas of single blocks, as in IN00=2;OUT*=4; the others have network_alpha.", GROUP, needs="rank")
+        "", "Alphas of single blocks, as in IN00=2;OUT*=4; the others have network_alpha.", GROUP, needs="alpha")
     network_block_lrs: str = param(
         "", "Factors of the learning rate in single blocks, as in M00=0.5;OUT*=2; the others have 1.", GROUP)
     network_name_filter: str = param(
