@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,22 @@ def decode(data: bytes) -> tuple[Image.Image, Image.Image | None]:
 
     Raises BrokenPicture.
     """
+    with _opened(data) as (image, orientation):
+        rgb, mask = _split(image)
+    return _turned(rgb, orientation), None if mask is None else _turned(mask, orientation)
+
+
+def decode_with_alpha(data: bytes) -> Image.Image:
+    """The upright picture in a file's bytes as RGBA, or as RGB when it is fully opaque. Raises BrokenPicture."""
+    with _opened(data) as (image, orientation):
+        rgb, mask = _split(image)
+        picture = rgb if mask is None else image.convert("RGBA")
+    return _turned(picture, orientation)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[tuple[Image.Image, int]]:
+    """The decoded picture in a file's bytes, and how it has to be turned. Raises BrokenPicture, also inside."""
     if not data:
         raise BrokenPicture("the file is empty")
     source = _Watched(data)
@@ -93,14 +111,13 @@ def decode(data: bytes) -> tuple[Image.Image, Image.Image | None]:
             # Other extensions switch Pillow's tolerance on for the whole process; half a picture is still broken.
             if ImageFile.LOAD_TRUNCATED_IMAGES and source.past_end and image.format in ("JPEG", "PNG"):
                 raise BrokenPicture("the file is truncated")
-            orientation = _orientation(image) if image.format != "TIFF" else 1  # turned by Pillow
-            rgb, mask = _split(image)
+            yield image, _orientation(image) if image.format != "TIFF" else 1  # turned by Pillow
     except _DECODER_ERRORS as error:
         raise BrokenPicture(_reason(error)) from error
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-        mask = mask.transpose(_UPRIGHT[orientation]) if mask is not None else None
-    return rgb, mask
+
+
+def _turned(picture: Image.Image, orientation: int) -> Image.Image:
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
 def load_rgb(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:

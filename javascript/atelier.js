@@ -1,0 +1,56 @@
+/* Starts the tab once it is in the page, whichever WebUI and whichever version of gradio put it there. */
+(function () {
+    "use strict";
+
+    const Atelier = (window.Atelier = window.Atelier || {});
+    let started = null;
+
+    function onKey(event) {
+        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+            // The WebUI listens on the document for the same keys and would draw a picture.
+            event.preventDefault();
+            event.stopPropagation();
+            if (Atelier.pages.current === "train") Atelier.$("start").click();
+        } else if (event.key === "Enter" && event.target.matches("input") && event.target.closest("#atelier_form")) {
+            event.preventDefault();
+        }
+    }
+
+    async function start(here) {
+        started = here;
+        here.addEventListener("keydown", onKey);
+        const hasDraft = Atelier.form.start();
+        Atelier.settings.start();
+        Atelier.pages.start();
+        for (const button of Atelier.$("languages").children) {
+            button.addEventListener("click", () => {
+                Atelier.remember("language", button.dataset.language);
+                Atelier.setLanguage(button.dataset.language);
+            });
+        }
+        const own = (navigator.language || "").startsWith("ja") ? "ja" : "en";
+        await Atelier.setLanguage(Atelier.recall("language") || own);
+        const quiet = () => null;
+        const [lists] = await Promise.all([
+            Atelier.form.refreshLists(false).catch(quiet),
+            Atelier.settings.refreshPresets().catch(quiet),
+            Atelier.settings.refreshFiles().catch(quiet),
+        ]);
+        if (!hasDraft && lists && lists.initial) {
+            Atelier.$("preset").value = lists.initial;
+            await Atelier.settings.loadPreset(lists.initial);
+        } else Atelier.form.checkSoon(0);
+        here.dataset.ready = "";
+        Atelier.live.start();
+    }
+
+    /** The tab may be put into the page later than this script, and once more when the WebUI builds its page anew. */
+    function look() {
+        const here = document.getElementById("atelier_root");
+        if (here && here !== started && Atelier.live && Atelier.pages && Atelier.settings && Atelier.form) start(here);
+    }
+
+    new MutationObserver(look).observe(document.documentElement, { childList: true, subtree: true });
+    document.addEventListener("DOMContentLoaded", look);
+    look();
+})();

@@ -1,0 +1,49 @@
+"""Where a parameter stands in the form: which card, by its group, its section and who carries its tag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..params import core
+from ..params.table import Catalogue, Parameter
+
+
+@dataclass(frozen=True)
+class Card:
+    """A box of the form with a heading. `name` is fit for an id."""
+
+    name: str
+    title: str
+
+
+TASK = Card("task", "Model")
+LEARN = Card("learn", "What to learn")
+NETWORK = Card("network", "Network")
+TRAIN = Card("train", "Training")
+BLOCKS = Card("blocks", "Blocks")
+SAVE = Card("save", "Saving and watching")
+SECOND = Card("second", "2nd pass")
+
+CARDS = (TASK, LEARN, NETWORK, TRAIN, BLOCKS, SAVE, SECOND)
+"""In the order of the form."""
+
+_BY_GROUP = {core.PROMPTS: LEARN, core.IMAGES: LEARN, core.BLOCK: BLOCKS, core.SECOND: SECOND, core.TASK: TASK}
+_BY_SECTION: dict[type, Card] = {
+    core.Network: NETWORK, core.Images: LEARN, core.Train: TRAIN, core.Pair: LEARN,
+    core.Save: SAVE, core.Log: SAVE, core.Sample: SAVE,
+}  # fmt: skip
+
+
+def card_of(parameter: Parameter, catalogue: Catalogue) -> Card:
+    """The card a parameter belongs to. Sections of modes go to what is learnt, those of adapter types to the network,
+    those of stages to the training (or to the network, where their name says so)."""
+    if parameter.spec.group in _BY_GROUP:
+        return _BY_GROUP[parameter.spec.group]
+    if parameter.section in _BY_SECTION:
+        return _BY_SECTION[parameter.section]
+    tag = parameter.spec.needs
+    modes = catalogue.modes.values()
+    if tag and any(tag in mode.needs or tag in (mode.second or ()) for mode in modes):
+        return LEARN
+    owned = any(tag in tags for tags in catalogue.types.values()) if tag else False
+    return NETWORK if owned or parameter.attribute.startswith(("network_", "export_", "use_dora")) else TRAIN

@@ -1,0 +1,184 @@
+"""Loss logs as a figure: the losses faint, their moving average, the learning rates below. Reads TrainTrain's logs too.
+
+The figure is SVG whose colours are CSS variables of the page, so that it fits every theme and dark mode.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, JobError, Problem
+
+if TYPE_CHECKING:
+    import pandas
+
+MOST_LOGS = 12
+MOST_POINTS = 3000
+"""Points of one line; more cannot be seen and make the page slow."""
+
+SERIES = 6
+# Colours that are names: no figure uses them, and the page's variables take their place in the text of the SVG.
+_TEXT, _GRID = "#00fe01", "#00fe02"
+_SERIES = tuple(f"#00fe1{number}" for number in range(SERIES))
+_VARIABLES = {
+    _TEXT: "var(--body-text-color)",
+    _GRID: "var(--border-color-primary)",
+    **{colour: f"var(--atelier-series-{number + 1})" for number, colour in enumerate(_SERIES)},
+}
+_DRAWING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Log:
+    """One log: its name, the settings block at its head, and a row per step (`Step`, `Loss`, learning rates)."""
+
+    name: str
+    settings: Mapping[str, str]
+    rows: pandas.DataFrame
+
+    @property
+    def rates(self) -> list[str]:
+        """The columns that are learning rates."""
+        return [str(column) for column in self.rows.columns[2:]]
+
+
+@dataclass(frozen=True)
+class PlotSettings:
+    """`smoothing`: weight of the past in the moving average, 0 to below 1; `logarithmic`: of the loss axis."""
+
+    smoothing: float = 0.98
+    logarithmic: bool = False
+    rates: bool = True
+
+
+def parse_plot(smoothing: str, logarithmic: bool, rates: bool) -> PlotSettings:
+    """Settings as they are typed. Raises JobError."""
+    try:
+        value = float(smoothing or 0)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        right = "must be a number from 0 to below 1; 0.98 averages over about 50 steps."
+        raise JobError([Problem("smoothing", smoothing, right)])
+    return PlotSettings(value, logarithmic, rates)
+
+
+def find_logs(folder: Path, most: int = 200) -> list[str]:
+    """Names below `folder` of the logs in it, the newest first."""
+    found = [(path.stat().st_mtime, path) for path in folder.rglob("*.csv") if path.is_file()]
+    found.sort(key=lambda pair: (-pair[0], str(pair[1])))
+    return [path.relative_to(folder).as_posix() for _, path in found[:most]]
+
+
+def read_log(name: str, text: str) -> Log:
+    """A log of ours or of TrainTrain's from its text. Raises DataError when it is none."""
+    import pandas
+
+    lines = text.splitlines()
+    start = next((number for number, line in enumerate(lines) if line.startswith("Step,")), None)
+    if start is None:
+        raise DataError(f"{name} is not a loss log: it has no line that begins with Step. Choose a CSV log of a run.")
+    settings = {row[0]: ",".join(row[1:]) for row in csv.reader(lines[:start]) if row}
+    if not text.endswith("\n"):
+        lines.pop()  # a run is writing it
+    rows = pandas.read_csv(io.StringIO("\n".join(lines[start:])), on_bad_lines="skip", dtype=str)
+    rows = rows.dropna(axis=1, how="all").apply(pandas.to_numeric, errors="coerce")
+    if len(rows.columns) < 2:
+        return Log(name, settings, pandas.DataFrame({"Step": [], "Loss": []}, dtype=float))
+    rows = rows.dropna(subset=[rows.columns[0], rows.columns[1]])
+    return Log(name, settings, rows.sort_values(rows.columns[0], kind="stable").reset_index(drop=True))
+
+
+def load_log(folder: Path, name: str) -> Log:
+    """The log of that name below `folder`. Raises DataError, also for a name that leads out of the folder."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or path.suffix.lower() != ".csv" or not path.is_file():
+        raise DataError(f"There is no log {name!r}. Choose one of the list, or refresh it.")
+    try:
+        return read_log(name, path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
+def smoothed(losses: pandas.Series[float], smoothing: float) -> pandas.Series[float]:
+    """Moving average whose weights fall by `smoothing` per step into the past, normalised to 1 from the first step."""
+    return losses.ewm(alpha=1 - smoothing, adjust=True).mean()
+
+
+def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
+    """SVG of the logs over one another. Raises DataError when there is nothing to draw."""
+    if not logs:
+        raise DataError("There is no log yet. Switch logging_save_csv on, and each run writes one.")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with_rates = settings.rates and any(log.rates for log in logs)
+    with _DRAWING, rc_context({"svg.fonttype": "none", "svg.hashsalt": "atelier"}):
+        figure = Figure(figsize=(9, 5.6 if with_rates else 4.4), layout="constrained")
+        figure.patch.set_alpha(0)
+        ratios = {"height_ratios": [3, 1]} if with_rates else {}
+        axes = figure.subplots(2 if with_rates else 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
+        for number, log in enumerate(logs):
+            _draw_losses(axes[0], log, settings, number)
+            if with_rates:
+                _draw_rates(axes[1], log, number)
+        _finish(axes, settings, len(logs))
+        target = io.StringIO()
+        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    return _as_part_of_a_page(target.getvalue())
+
+
+def _draw_losses(axis: Any, log: Log, settings: PlotSettings, number: int) -> None:
+    steps, losses = log.rows.iloc[:, 0], log.rows.iloc[:, 1]
+    colour, dashes = _SERIES[number % SERIES], "-" if number < SERIES else "--"
+    picked = slice(None, None, max(-(-len(steps) // MOST_POINTS), 1))
+    if settings.smoothing:
+        axis.plot(steps[picked], losses[picked], color=colour, linewidth=0.8, alpha=0.3, gid=f"atelier_raw_{number}")
+    average = smoothed(losses, settings.smoothing)[picked]
+    label = log.name.rsplit("/", 1)[-1].removesuffix(".csv")
+    axis.plot(steps[picked], average, dashes, color=colour, linewidth=1.8, label=label, gid=f"atelier_loss_{number}")
+
+
+def _draw_rates(axis: Any, log: Log, number: int) -> None:
+    steps = log.rows.iloc[:, 0]
+    picked = slice(None, None, max(-(-len(steps) // MOST_POINTS), 1))
+    for column, dashes in zip(log.rates, ("-", "--", ":", "-."), strict=False):
+        colour = _SERIES[number % SERIES]
+        axis.plot(steps[picked], log.rows[column][picked], dashes, color=colour, linewidth=1.4, alpha=0.9)
+
+
+def _finish(axes: Sequence[Any], settings: PlotSettings, logs: int) -> None:
+    names = ("Loss", "Learning rate")
+    for axis, name in zip(axes, names, strict=False):
+        axis.patch.set_alpha(0)
+        axis.grid(True, color=_GRID, linewidth=0.6)
+        axis.tick_params(colors=_TEXT, labelsize=9)
+        axis.set_ylabel(name, color=_TEXT, fontsize=10)
+        for spine in axis.spines.values():
+            spine.set_color(_GRID)
+        for offset in (axis.xaxis.get_offset_text(), axis.yaxis.get_offset_text()):
+            offset.set_color(_TEXT)
+    if settings.logarithmic:
+        axes[0].set_yscale("log")
+    axes[-1].set_xlabel("Step", color=_TEXT, fontsize=10)
+    if logs > 1:
+        axes[0].legend(frameon=False, labelcolor=_TEXT, fontsize=9)
+
+
+def _as_part_of_a_page(svg: str) -> str:
+    """The `<svg>` element alone, as wide as its place, in the page's colours and fonts."""
+    svg = svg[svg.index("<svg") :]
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+    rest = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r'( id="|href="#|url\(#)(?!atelier_)', r"\1atelier_plot_", rest)
+    for colour, variable in _VARIABLES.items():
+        rest = rest.replace(colour, variable)
+    return f"{head}>{rest}"
