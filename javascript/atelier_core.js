@@ -19,15 +19,14 @@
     /** An answer that is not what was asked for: `problems` and `warnings` as the routes give them. */
     class Refused extends Error {
         constructor(status, answer) {
-            super(answer.error || (answer.problems || []).map((one) => `${one.field}: ${one.message}`).join("\n"));
+            super(answer.error || "");
             this.status = status;
             this.problems = answer.problems || [];
             this.warnings = answer.warnings || [];
         }
     }
 
-    async function answerOf(response, want) {
-        if (response.ok && want === "blob") return response.blob();
+    async function answerOf(response) {
         const text = await response.text();
         let answer = {};
         try {
@@ -36,20 +35,17 @@
             answer = { error: text.slice(0, 300) };
         }
         if (response.ok) return answer;
-        if (!answer.error && !answer.problems) {
+        if (!answer.error) {
             const known = { 401: t("Log in to the WebUI first."), 404: t("This is not there.") };
             answer = { error: known[response.status] || t("The WebUI answered {n}.", { n: response.status }) };
         }
         throw new Refused(response.status, answer);
     }
 
-    /** Ask a route. `body` is sent as JSON, a File as it is; `want` "blob" gives the raw answer. Throws Refused. */
-    async function ask(method, path, body, want) {
-        const options = { method, credentials: "same-origin", cache: "no-store", headers: { "X-Atelier": "1" } };
-        if (body instanceof Blob) {
-            options.headers["Content-Type"] = "application/octet-stream";
-            options.body = body;
-        } else if (body !== undefined || method === "POST") {
+    /** Ask a route: JSON there, JSON back. Throws Refused. */
+    async function ask(method, path, body) {
+        const options = { method, credentials: "same-origin", cache: "no-store", headers: {} };
+        if (method === "POST") {
             options.headers["Content-Type"] = "application/json";
             options.body = JSON.stringify(body === undefined ? {} : body);
         }
@@ -59,7 +55,7 @@
         } catch {
             throw new Refused(0, { error: t("The WebUI does not answer. It may be restarting.") });
         }
-        return answerOf(response, want);
+        return answerOf(response);
     }
 
     /** A text in the chosen language, with {names} filled in. */
@@ -139,11 +135,6 @@
         return hours ? `${hours}:${two(minutes)}:${two(whole % 60)}` : `${minutes}:${two(whole % 60)}`;
     }
 
-    /** Bytes in GB. */
-    function gigabytes(bytes) {
-        return (bytes / 2 ** 30).toFixed(bytes < 10 * 2 ** 30 ? 1 : 0);
-    }
-
     /** A copy of a template's content, in the chosen language. */
     function copyOf(name) {
         const copy = $("template_" + name).content.firstElementChild.cloneNode(true);
@@ -191,7 +182,7 @@
     }
 
     Object.assign(Atelier, {
-        $, root, ask, t, say, translate, setLanguage, number, duration, gigabytes, copyOf, onClick, isSeen,
+        $, root, ask, t, say, translate, setLanguage, number, duration, copyOf, onClick, isSeen,
         remember, recall, Refused, BASE,
     });
 })();

@@ -197,7 +197,7 @@
         te: () => ["The model's own"],
         lora: () => ["None"],
     };
-    const LISTS = { model: "models", vae: "vaes", te: "text_encoders", lora: "loras" };
+    const LISTS = { model: "checkpoints", vae: "vaes", te: "text_encoders", lora: "loras" };
 
     function syncList(field) {
         const list = document.getElementById(field.id + "_list");
@@ -221,7 +221,7 @@
     }
 
     form.refreshLists = async (again) => {
-        lists = await Atelier.ask(again ? "POST" : "GET", again ? "lists/refresh" : "lists");
+        lists = await Atelier.ask(again ? "POST" : "GET", again ? "models/refresh" : "models");
         form.fillLists();
         return lists;
     };
@@ -245,9 +245,10 @@
             const answer = await Atelier.ask("POST", "validate", { settings: form.settings() });
             if (mine !== asked) return;
             form.show(answer.problems, answer.warnings, false);
-            showFolder(answer.folder);
-            Atelier.say(Atelier.$("writes"), answer.writes ? "Writes {file}" : "", { file: answer.writes });
+            const file = `${form.value("save_lora_name").trim() || "untitled"}.safetensors`;
+            Atelier.say(Atelier.$("writes"), answer.problems.length ? "" : "Writes {file}", { file });
             Atelier.say(Atelier.$("cost"), answer.cost || "");
+            await lookIntoFolder(mine);
         } catch (error) {
             if (mine === asked) Atelier.say(Atelier.$("writes"), error.message);
         }
@@ -265,10 +266,8 @@
         const rest = [];
         const texts = new Map();
         for (const problem of form.problems) {
-            const second = problem.field.startsWith(SECOND + ".");
-            const key = second ? problem.field.slice(SECOND.length + 1) : problem.field;
             const field = form.fields.find(
-                (one) => one.second === second && one.shown && (one.key === key || one.attribute === key),
+                (one) => one.shown && one.second === Boolean(problem.second) && one.attribute === problem.attribute,
             );
             if (!field) rest.push(problem);
             else texts.set(field, [...(texts.get(field) || []), problem.message]);
@@ -313,18 +312,37 @@
         field.element.scrollIntoView({ block: "center", behavior: "smooth" });
     };
 
-    function showFolder(folder) {
-        const note = Atelier.root().querySelector("[data-folder-note]");
-        if (!note) return;
-        if (!folder) return Atelier.say(note, "");
-        const missing = folder.without_caption;
-        const parts = ["pictures: {pictures}", "captions: {captions}"];
-        if (missing) parts.push("without caption: {missing}");
-        if (folder.broken) parts.push("cannot be read: {broken}");
-        if (folder.buckets) parts.push("buckets: {buckets}");
-        if (folder.steps_per_epoch) parts.push("steps per round: {steps}");
-        const values = { ...folder, missing, steps: folder.steps_per_epoch };
-        Atelier.say(note, parts.map((part) => Atelier.t(part, values)).join(" · "));
+    // ------------------------------------------------------------ the data folder
+
+    const FOLDER_KEYS = ["lora_data_directory", "mode", "train_batch_size", "image_size(height, width)"];
+
+    /** What the data folder holds, asked for when one of the settings it depends on changed. */
+    async function lookIntoFolder(mine) {
+        const field = form.fields.find((one) => one.holds === "folder" && one.shown);
+        if (!field) return;
+        const note = document.getElementById(field.id + "_note");
+        const wished = form.fields.filter((one) => one.shown && !one.second);
+        const images = wished.filter((one) => FOLDER_KEYS.includes(one.key) || /^(image|sub_image|data)_/.test(one.key));
+        const key = JSON.stringify(images.map(read));
+        if (note.dataset.key === key) return;
+        note.dataset.key = key;
+        if (!read(field).trim()) return Atelier.say(note, "");
+        try {
+            const found = await Atelier.ask("POST", "folder", { settings: form.settings() });
+            if (mine === asked) Atelier.say(note, folderWords(found));
+        } catch (error) {
+            if (mine === asked) Atelier.say(note, error.problems.length ? "" : error.message);
+        }
+    }
+
+    function folderWords(found) {
+        const text = (value) => {
+            if (Array.isArray(value)) return value.join(", ");
+            if (value && typeof value === "object") return Object.entries(value).map((pair) => pair.join(": ")).join(", ");
+            return String(value);
+        };
+        const rows = Object.entries(found).filter(([, value]) => value !== null && text(value) !== "");
+        return rows.map(([name, value]) => `${Atelier.t(name)}: ${text(value)}`).join(" · ");
     }
 
     // ------------------------------------------------------------ events

@@ -3,27 +3,28 @@
     "use strict";
 
     const Atelier = (window.Atelier = window.Atelier || {});
-    const BUSY = ["preparing", "running", "stopping"];
     const EACH = 1000;
     const EACH_IDLE = 3000;
+    const WAIT_AGAIN = 30000;
     const LINES = 300;
     const [WIDE, HIGH] = [300, 90];
     const STATES = {
-        idle: "Idle", preparing: "Preparing", running: "Training", stopping: "Stopping",
-        finished: "Finished", failed: "Failed",
+        idle: "Idle", preparing: "Preparing", running: "Training", stopping: "Stopping", done: "Finished",
+        saved_early: "Stopped", stopped: "Stopped", failed: "Failed", interrupted: "Broken off",
     };
 
     const live = (Atelier.live = { status: null });
     let run = "";
-    let curve = [];
-    let curveNext = 0;
-    let logNext = 0;
+    let points = [];
+    let revision = -1;
+    let line = 0;
     let polling = false;
     let last = 0;
-    let waitsFor = "";
+    let waits = "";
+    let waited = 0;
     let told = null;
     let title = null;
-    let queueShown = "";
+    let queueRevision = -1;
 
     // ------------------------------------------------------------ asking
 
@@ -32,8 +33,10 @@
         polling = true;
         last = Date.now();
         try {
-            const query = `status?log=${logNext}&curve=${curveNext}&run=${encodeURIComponent(run)}`;
-            show(await Atelier.ask("GET", query));
+            const query = `revision=${revision}&points=${points.length}&after=${line}`;
+            const status = await Atelier.ask("GET", "status?" + query);
+            show(status);
+            if (status.queue.revision !== queueRevision) await refreshQueue();
         } catch (error) {
             Atelier.say(Atelier.$("live_state"), error.message);
         } finally {
@@ -41,25 +44,25 @@
         }
     }
 
-    function tick() {
-        const busy = live.status && BUSY.includes(live.status.state);
-        if (Atelier.isSeen() && Date.now() - last >= (busy ? EACH : EACH_IDLE) - 50) poll();
+    function busy() {
+        return live.status !== null && live.status.state !== "idle";
     }
 
-    /** Ask now, for instance after a button was pressed. */
-    live.now = () => poll();
+    function tick() {
+        if (Atelier.isSeen() && Date.now() - last >= (busy() ? EACH : EACH_IDLE) - 50) poll();
+    }
 
-    /** One request that the server answers when the run is over, so that nobody has to ask while the tab is hidden. */
+    /** One request that is answered when the run is over, so that nobody has to ask while the tab is hidden. */
     async function waitFor(id) {
-        if (waitsFor === id) return;
-        waitsFor = id;
+        if (waits === id || Date.now() - waited < WAIT_AGAIN) return;
+        [waits, waited] = [id, Date.now()];
         try {
-            const answer = await Atelier.ask("GET", "finished?run=" + encodeURIComponent(id));
-            if (answer && answer.reason) announce(id, answer);
+            const answer = await Atelier.ask("GET", "finished?id=" + encodeURIComponent(id));
+            if (answer.ended) announce(answer);
         } catch {
             /* the next poll tells */
         } finally {
-            waitsFor = "";
+            waits = "";
         }
     }
 
@@ -67,82 +70,99 @@
 
     function show(status) {
         live.status = status;
-        if (status.run !== run) {
-            run = status.run || "";
-            curve = [];
+        const now = status.run || {};
+        if ((now.id || "") !== run) {
+            run = now.id || "";
             Atelier.$("log").replaceChildren();
         }
-        showState(status);
-        showFacts(status);
-        if (status.curve && status.curve.length) curve.push(...status.curve);
-        if (status.curve_next !== undefined) {
-            if (status.curve_next < curveNext) curve = status.curve || [];
-            curveNext = status.curve_next;
-        }
-        showCurve();
-        showLog(status.log || [], status.log_next);
-        showSamples(status.samples);
-        showResult(status);
-        showQueue(status.queue || []);
-        showTitle(status);
-        const banner = Atelier.$("banner");
-        banner.hidden = !status.banner;
-        Atelier.say(banner, status.banner || "");
-        if (BUSY.includes(status.state) && status.run) waitFor(status.run);
+        showState(status, now);
+        showFacts(status, now);
+        showPoints(status.curve);
+        showLog(status.log);
+        showSamples(now);
+        showResult(now);
+        showTitle(now);
+        showBanner(status);
+        if (busy() && run) waitFor(run);
         document.dispatchEvent(new CustomEvent("atelier:status", { detail: status }));
     }
 
-    function showState(status) {
+    /** What the run does at the moment, as a key of STATES. */
+    function stateOf(status, now) {
+        if (status.state === "idle") return now.id ? now.state : "idle";
+        return status.state === "running" && !now.step ? "preparing" : status.state;
+    }
+
+    function showState(status, now) {
         const state = Atelier.$("live_state");
-        Atelier.say(state, STATES[status.state] || status.state);
-        state.dataset.state = status.state;
-        const job = status.job || {};
-        Atelier.say(Atelier.$("live_job"), job.name ? "{name}" : "", { name: [job.name, job.mode].join(" · ") });
-        const stoppable = ["preparing", "running"].includes(status.state);
-        for (const name of ["stop", "stop_save"]) Atelier.$(name).disabled = !stoppable;
-        const stage = status.stage;
+        const what = stateOf(status, now);
+        Atelier.say(state, STATES[what] || what);
+        state.dataset.state = what;
+        Atelier.say(Atelier.$("live_job"), now.name ? "{name}" : "", { name: [now.name, now.mode].join(" · ") });
+        for (const name of ["stop", "stop_save"]) Atelier.$(name).disabled = status.state !== "running";
+        const stage = now.stage;
         const words = stage ? ["{name}: {done} / {total}", { ...stage, name: Atelier.t(stage.name) }] : [""];
         Atelier.say(Atelier.$("live_stage"), ...words);
         const bar = Atelier.$("progress");
-        const share = stage ? stage.done / Math.max(stage.total, 1) : (status.step || 0) / Math.max(status.total || 0, 1);
-        if (status.state === "preparing" && !stage) bar.removeAttribute("value");
+        const share = stage ? stage.done / Math.max(stage.total, 1) : now.progress || 0;
+        if (what === "preparing" && !stage) bar.removeAttribute("value");
         else bar.value = Math.round(share * 1000);
     }
 
-    function showFacts(status) {
-        const { number, duration, gigabytes } = Atelier;
+    function showFacts(status, now) {
+        const { number, duration } = Atelier;
         const put = (name, text) => {
             const element = Atelier.$("live_" + name);
             if (element.textContent !== text) element.textContent = text;
         };
-        const whole = status.total ? ` / ${status.total}` : "";
-        put("step", status.total ? `${status.step || 0}${whole}` : "–");
-        put("loss", number(status.loss_ema));
-        put("rate", (status.rates || []).length ? [...new Set(status.rates.map(number))].join(" · ") : "–");
-        const each = status.seconds_per_step;
-        put("speed", each ? (each < 1 ? `${number(each * 1000)} ms` : `${number(each)} s`) : "–");
-        put("left", BUSY.includes(status.state) ? duration(status.seconds_left) : "–");
-        const memory = status.memory;
-        const of = memory && memory.total ? ` / ${gigabytes(memory.total)}` : "";
-        put("memory", memory ? `${gigabytes(memory.used)}${of} GB` : "–");
+        put("step", now.total ? `${now.step} / ${now.total}` : "–");
+        put("loss", number(now.loss_ema));
+        put("rate", (now.rates || []).length ? [...new Set(now.rates.map(number))].join(" · ") : "–");
+        const each = now.seconds_per_step;
+        put("speed", each ? (each < 1 ? `${number(Math.round(each * 1000))} ms` : `${number(each)} s`) : "–");
+        put("left", busy() ? duration(now.seconds_left) : "–");
+        const memory = status.memory || {};
+        const gigabytes = (megabytes) => (megabytes / 1024).toFixed(megabytes < 10240 ? 1 : 0);
+        const whole = memory.total_mb ? ` / ${gigabytes(memory.total_mb)}` : "";
+        put("memory", memory.used_mb ? `${gigabytes(memory.used_mb)}${whole} GB` : "–");
+        Atelier.$("live_memory").title = memory.device || "";
+    }
+
+    function showPoints(curve) {
+        const same = curve.revision === revision;
+        if (same && !curve.points.length) return;
+        points = [...(same ? points.slice(0, curve.from) : []), ...curve.points];
+        revision = curve.revision;
+        showCurve();
+    }
+
+    /** What concerns the whole tab: jobs that broke off with their process, and files of the queue that are wrong. */
+    function showBanner(status) {
+        const names = status.queue.interrupted.map((entry) => entry.name).join(", ");
+        const texts = names ? [Atelier.t("Broken off and able to go on: {names}. See the queue.", { names })] : [];
+        if (status.banner) texts.push(Atelier.t(status.banner));
+        texts.push(...status.problems);
+        const banner = Atelier.$("banner");
+        banner.hidden = !texts.length;
+        Atelier.say(banner, texts.join(" "));
     }
 
     /** The losses as two paths: at most one point per unit of width, scaled to what most of them are. */
     function showCurve() {
         const box = Atelier.$("curve");
-        box.classList.toggle("atelier-empty", curve.length < 2);
-        const stride = Math.ceil(curve.length / WIDE) || 1;
-        const points = curve.filter((point, index) => index % stride === 0 || index === curve.length - 1);
-        const sorted = points.map((point) => point[1]).filter(Number.isFinite).sort((a, b) => a - b);
+        box.classList.toggle("atelier-empty", points.length < 2);
+        const stride = Math.ceil(points.length / WIDE) || 1;
+        const shown = points.filter((point, index) => index % stride === 0 || index === points.length - 1);
+        const sorted = shown.map((point) => point[1]).filter(Number.isFinite).sort((a, b) => a - b);
         if (!sorted.length) return;
         const at = (share) => sorted[Math.min(Math.floor(share * sorted.length), sorted.length - 1)];
-        const smooth = points.map((point) => point[2]).filter(Number.isFinite);
+        const smooth = shown.map((point) => point[2]).filter(Number.isFinite);
         let [low, high] = [Math.min(at(0.02), ...smooth), Math.max(at(0.98), ...smooth)];
         if (high - low < 1e-12) [low, high] = [low - 0.5, high + 0.5];
-        const [first, end] = [points[0][0], points[points.length - 1][0]];
+        const [first, end] = [shown[0][0], shown[shown.length - 1][0]];
         const x = (step) => ((step - first) / Math.max(end - first, 1)) * WIDE;
         const y = (value) => HIGH - 3 - (Math.min(Math.max((value - low) / (high - low), 0), 1) * (HIGH - 6));
-        const path = (column) => points
+        const path = (column) => shown
             .filter((point) => Number.isFinite(point[column]))
             .map((point, index) => `${index ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[column]).toFixed(1)}`)
             .join("");
@@ -152,132 +172,147 @@
         Atelier.$("curve_low").textContent = Atelier.number(low);
     }
 
-    function showLog(lines, next) {
-        if (next !== undefined) logNext = next;
+    function showLog(lines) {
         if (!lines.length) return;
+        line = lines[lines.length - 1].seq;
         const list = Atelier.$("log");
         const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 30;
-        for (const line of lines) {
+        for (const one of lines) {
             const item = document.createElement("li");
-            item.textContent = line.text;
-            item.dataset.level = line.level;
-            item.title = new Date(line.at * 1000).toLocaleTimeString();
+            item.textContent = one.text;
+            item.dataset.level = one.level;
+            item.title = new Date(one.at * 1000).toLocaleTimeString();
             list.append(item);
         }
         while (list.children.length > LINES) list.firstChild.remove();
         if (atEnd) list.scrollTop = list.scrollHeight;
     }
 
-    function showSamples(samples) {
+    function showSamples(now) {
         const box = Atelier.$("samples");
-        const files = samples ? samples.files : [];
+        const files = now.samples || [];
         box.hidden = !files.length;
         const key = files.join("\n");
         if (box.dataset.shown === key) return;
         box.dataset.shown = key;
         box.replaceChildren(...files.map((file) => {
             const link = document.createElement("a");
-            link.href = Atelier.BASE + file;
+            link.href = file.replace(/^\//, "");
             link.target = "_blank";
             const picture = document.createElement("img");
             picture.src = link.href;
-            picture.alt = Atelier.t("Sample of step {n}", { n: samples.step });
+            picture.alt = Atelier.t("Sample of step {n}", { n: now.sampled_at });
             link.append(picture);
             return link;
         }));
     }
 
-    function showResult(status) {
-        const done = BUSY.includes(status.state) ? null : status.finished;
+    const ENDINGS = {
+        done: "Written: {file}", saved_early: "Stopped and written: {file}", stopped: "Stopped, nothing written.",
+        failed: "{error}", interrupted: "Broken off; it can go on from the queue.",
+    };
+
+    function showResult(now) {
         const box = Atelier.$("result");
-        box.hidden = !done;
-        if (!done) return;
-        const file = done["file name"];
-        const words = {
-            done: "Written: {file}", saved_early: "Stopped and written: {file}", stopped: "Stopped, nothing written.",
-            failed: "{error}",
-        };
-        const key = JSON.stringify([status.run, done]);
-        box.dataset.reason = done.reason;
-        if (box.dataset.shown === key) return;
-        box.dataset.shown = key;
-        Atelier.say(Atelier.$("result_text"), words[done.reason] || "{error}", { file, error: done.error || done.reason });
-        for (const name of ["open_loras", "compare_now"]) Atelier.$(name).hidden = !done.path;
-        Atelier.$("use_in_prompt").hidden = !done.path || !promptBox();
-        if (done.path) Atelier.form.refreshLists(false).catch(() => null);
-        if (done.problems && done.problems.length) Atelier.form.show(done.problems, [], true);
-        announce(status.run, done);
+        box.hidden = !now.ended;
+        if (!now.ended) return;
+        box.dataset.reason = now.state;
+        if (box.dataset.shown === now.id + now.finished) return;
+        box.dataset.shown = now.id + now.finished;
+        Atelier.say(Atelier.$("result_text"), ENDINGS[now.state] || now.state, { file: now.lora, error: now.error });
+        for (const name of ["open_loras", "compare_now"]) Atelier.$(name).hidden = !now.lora;
+        Atelier.$("use_in_prompt").hidden = !now.lora || !promptBox();
+        Atelier.form.refreshLists(false).catch(() => null);
+        announce(now);
     }
 
     // ------------------------------------------------------------ title and notification
 
-    function showTitle(status) {
-        if (status.state === "running" && status.total) {
+    function showTitle(now) {
+        if (busy() && now.step) {
             if (title === null) title = document.title;
-            document.title = `[${Math.floor((100 * (status.step || 0)) / status.total)}%] ${title}`;
-        } else if (title !== null && !BUSY.includes(status.state)) {
+            document.title = `[${Math.floor(100 * now.progress)}%] ${title}`;
+        } else if (title !== null && !busy() && !/^[✓✗]/.test(document.title)) {
             document.title = title;
             title = null;
         }
     }
 
     /** Say once that a run is over: a mark in the title until somebody looks, a notification where that is allowed. */
-    function announce(id, done) {
-        if (told === id) return;
-        const first = told === null && Atelier.isSeen();
-        told = id;
-        if (first || document.visibilityState === "visible") return;
-        const words = done.reason === "failed" ? "Training failed" : "Training finished";
+    function announce(now) {
+        if (told === now.id) return;
+        const news = told !== null || busy() || !Atelier.isSeen();
+        told = now.id;
+        if (!news || document.visibilityState === "visible") return;
+        const failed = now.state === "failed";
         title = title === null ? document.title : title;
-        document.title = `${done.reason === "failed" ? "✗" : "✓"} ${title}`;
+        document.title = `${failed ? "✗" : "✓"} ${title}`;
         if (window.Notification && Notification.permission === "granted") {
-            const text = done["file name"] || done.error || "";
-            new Notification(Atelier.t(words), { body: text, tag: "atelier" });
+            const words = Atelier.t(failed ? "Training failed" : "Training finished");
+            new Notification(words, { body: now.lora || now.error || now.name || "", tag: "atelier" });
         }
     }
 
     // ------------------------------------------------------------ the queue
 
-    const QUEUE_ACTIONS = {
-        waiting: ["now", "up", "down", "delete"], running: [], failed: ["delete"], "broken off": ["resume", "forget"],
+    const WORDS = {
+        waiting: "", running: "running", stopped: "stopped", failed: "failed", interrupted: "broken off",
+        saved_early: "stopped and written", done: "written",
     };
-    const QUEUE_WORDS = { running: "running", failed: "failed", "broken off": "broken off", waiting: "" };
+    const ENDED_SHOWN = 5;
 
-    function showQueue(queue) {
-        const text = JSON.stringify(queue);
-        if (text === queueShown) return;
-        queueShown = text;
-        const list = Atelier.$("queue");
-        const open = new Set([...list.querySelectorAll("details[open]")].map((box) => box.closest("li").dataset.id));
-        list.replaceChildren(...queue.map((entry, index) => entryOf(entry, index, open.has(entry.id))));
-        Atelier.$("queue_empty").hidden = queue.length > 0;
+    async function refreshQueue() {
+        showQueue(await Atelier.ask("GET", "queue"));
     }
 
-    function entryOf(entry, index, open) {
+    function showQueue(queue) {
+        queueRevision = queue.revision;
+        const list = Atelier.$("queue");
+        const open = new Set([...list.querySelectorAll("details[open]")].map((box) => box.closest("li").dataset.id));
+        const entries = [queue.running, ...queue.waiting, ...queue.ended.slice(0, ENDED_SHOWN)].filter(Boolean);
+        list.replaceChildren(...entries.map((entry) => entryOf(entry, queue.waiting.length, open.has(entry.id))));
+        Atelier.$("queue_empty").hidden = entries.length > 0;
+        Atelier.$("queue_go").hidden = queue.going || !queue.waiting.length;
+    }
+
+    function actionsOf(entry, waiting) {
+        if (entry.state === "waiting") {
+            const place = entry.position;
+            return { now: true, up: place > 1, down: place < waiting, delete: true };
+        }
+        return entry.state === "running" ? {} : { resume: entry.resumable, delete: true };
+    }
+
+    async function act(entry, action) {
+        const body = { id: entry.id };
+        const moves = { up: entry.position - 2, down: entry.position };
+        if (action in moves) await Atelier.ask("POST", "queue/move", { ...body, to: moves[action] });
+        else await Atelier.ask("POST", { now: "queue/run", resume: "queue/resume", delete: "queue/delete" }[action], body);
+        await refreshQueue();
+        await poll();
+    }
+
+    function entryOf(entry, waiting, open) {
         const item = Atelier.copyOf("queue");
         item.dataset.id = entry.id;
         item.dataset.state = entry.state;
         item.querySelector("details").open = open;
         item.querySelector("[data-name]").textContent = entry.name;
-        const about = [entry.mode, entry.model, Atelier.t(QUEUE_WORDS[entry.state] || "")].filter(Boolean);
+        const about = [entry.mode, entry.model, Atelier.t(WORDS[entry.state] || "")].filter(Boolean);
         item.querySelector("[data-about]").textContent = about.join(" · ");
-        const rows = Object.entries(entry.settings || {}).flatMap(([key, value]) => {
-            const [name, text] = [document.createElement("dt"), document.createElement("dd")];
-            name.textContent = key.replaceAll("_", " ");
-            text.textContent = typeof value === "object" ? JSON.stringify(value) : String(value);
-            return [name, text];
+        const rows = entry.settings.flatMap(([name, value]) => {
+            const pair = [document.createElement("dt"), document.createElement("dd")];
+            [pair[0].textContent, pair[1].textContent] = [name, value];
+            return pair;
         });
         item.querySelector("[data-settings]").replaceChildren(...rows);
         const error = item.querySelector("[data-error]");
         error.hidden = !entry.error;
         error.textContent = entry.error || "";
+        const actions = actionsOf(entry, waiting);
         for (const button of item.querySelectorAll("[data-action]")) {
-            const action = button.dataset.action;
-            button.hidden = !(QUEUE_ACTIONS[entry.state] || []).includes(action) || (action === "up" && index === 0);
-            Atelier.onClick(button, async () => {
-                await Atelier.ask("POST", "queue/" + encodeURIComponent(entry.id), { action });
-                await poll();
-            }, error);
+            button.hidden = !actions[button.dataset.action];
+            Atelier.onClick(button, () => act(entry, button.dataset.action), Atelier.$("live_stage"));
         }
         return item;
     }
@@ -285,16 +320,16 @@
     // ------------------------------------------------------------ buttons
 
     async function send(path) {
-        const problems = Atelier.$("problems");
         try {
             const answer = await Atelier.ask("POST", path, { settings: Atelier.form.settings() });
             Atelier.form.show([], answer.warnings, false);
-            Atelier.say(Atelier.$("writes"), answer.position > 0 ? "In the queue at place {n}" : "", { n: answer.position });
+            const words = answer.position > 0 ? "Waits in the queue as number {n}: {name}" : "Started: {name}";
+            const name = Atelier.form.value("save_lora_name").trim() || "untitled";
+            Atelier.say(Atelier.$("writes"), words, { n: answer.position, name });
         } catch (error) {
             const told = error.problems && error.problems.length;
-            Atelier.form.show(told ? error.problems : [{ field: "", message: error.message }], error.warnings, true);
+            Atelier.form.show(told ? error.problems : [{ field: "", message: error.message }], [], true);
             if (told) Atelier.form.toFirstError();
-            else problems.scrollIntoView({ block: "nearest" });
         }
         await poll();
     }
@@ -310,8 +345,7 @@
 
     function useInPrompt() {
         const box = promptBox();
-        const name = (live.status.finished["file name"] || "").replace(/\.safetensors$/, "");
-        const tag = `<lora:${name}:1>`;
+        const tag = `<lora:${live.status.run.lora.replace(/\.safetensors$/, "")}:1>`;
         if (!box.value.includes(tag)) box.value = `${box.value}${box.value && !/\s$/.test(box.value) ? " " : ""}${tag}`;
         box.dispatchEvent(new Event("input", { bubbles: true }));
         Atelier.say(Atelier.$("result_text"), "Put into the txt2img prompt: {tag}", { tag });
@@ -327,14 +361,12 @@
         };
         onClick($("stop"), stop(false), $("live_stage"));
         onClick($("stop_save"), stop(true), $("live_stage"));
+        onClick($("queue_go"), async () => showQueue(await Atelier.ask("POST", "queue/go")), $("live_stage"));
         onClick($("use_in_prompt"), useInPrompt, $("result_text"));
         tick();
     };
 
-    document.addEventListener("atelier:language", () => {
-        queueShown = "";
-        if (live.status) showQueue(live.status.queue || []);
-    });
+    document.addEventListener("atelier:language", () => (queueRevision = -1));
     document.addEventListener("visibilitychange", () => {
         if (document.visibilityState === "visible" && title !== null && document.title.match(/^[✓✗]/)) {
             document.title = title;

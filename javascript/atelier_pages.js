@@ -36,7 +36,7 @@
     // ------------------------------------------------------------ plot
 
     async function refreshLogs() {
-        const answer = await Atelier.ask("GET", "plot/logs");
+        const answer = await Atelier.ask("GET", "logs");
         for (const name of [...chosen]) if (!answer.logs.includes(name)) chosen.delete(name);
         Atelier.$("plot_logs").replaceChildren(...answer.logs.map((name) => logItem(name)));
     }
@@ -69,10 +69,9 @@
         const { $, say } = Atelier;
         const error = $("plot_smooth_error");
         try {
-            const running = Atelier.live.status && Atelier.live.status.last_csv;
-            const own = chosen.size || dropped.length;
+            say($("plot_note"), $("plot_figure").firstChild ? "" : "Drawing …");
             const answer = await Atelier.ask("POST", "plot", {
-                logs: own ? [...chosen] : running ? [running] : [],
+                logs: [...chosen],
                 dropped,
                 smoothing: $("plot_smooth").value,
                 logarithmic: $("plot_log").checked,
@@ -182,15 +181,14 @@
         const values = valuesOf("try", TRY);
         const grid = $("draw_grid");
         say($("draw_note"), showProblems("try", TRY));
-        for (const old of grid.querySelectorAll("img")) if (old.src.startsWith("blob:")) URL.revokeObjectURL(old.src);
         grid.replaceChildren();
         $("draw_save").hidden = true;
         for (const [index, wish] of wishes.entries()) {
             say($("draw_note"), "Drawing {n} of {all} …", { n: index + 1, all: wishes.length });
             const body = { ...values, prompt: wish.prompt, strength: String(wish.strength), lora: wish.lora || "" };
             try {
-                const picture = await Atelier.ask("POST", "picture", body, "blob");
-                grid.append(figure(URL.createObjectURL(picture), wish.label));
+                const picture = await Atelier.ask("POST", "picture", body);
+                grid.append(figure(picture.data, wish.label));
             } catch (error) {
                 say($("draw_note"), showProblems("try", TRY, error));
                 return;
@@ -259,14 +257,11 @@
 
     /** Open the card with the LoRA that was just written and draw it at all strengths. */
     async function compareNow() {
-        const done = Atelier.live.status.finished;
+        const name = Atelier.live.status.run.lora;
         await Atelier.form.refreshLists(false);
         const list = Atelier.$("try_lora");
-        const stem = done["file name"].replace(/\.safetensors$/, "");
-        const names = [...list.options].map((option) => option.value);
-        const found = names.find((name) => name === done.path) || names.find((name) => name.replace(/\.safetensors$/, "").split(/[\\/]/).pop() === stem);
-        if (!found) list.add(new Option(stem, done.path));
-        list.value = found || done.path;
+        if (![...list.options].some((option) => option.value === name)) list.add(new Option(name, name));
+        list.value = name;
         const size = String(Atelier.form.value("image_size(height, width)") || "").split(",");
         if (size[0]) {
             Atelier.$("try_height").value = size[0].trim();

@@ -14,10 +14,10 @@
 
     /** Fill the form from a route's answer. */
     function use(answer, name) {
-        const { settings: first, second, warnings, ...rest } = answer;
-        Atelier.form.fill(first, second, rest.extras || {});
+        const { "2nd pass": second, traintrain, ...first } = answer.settings;
+        Atelier.form.fill(first, second, traintrain === undefined ? {} : { traintrain });
         if (name) tell("Filled from {name}", { name });
-        Atelier.form.show([], warnings, false);
+        Atelier.form.show([], answer.warnings, false);
     }
 
     function refuse(error) {
@@ -61,7 +61,7 @@
         event.preventDefault();
         const name = Atelier.$("preset_name").value.trim();
         try {
-            await Atelier.ask("POST", "presets/" + encodeURIComponent(name), { settings: Atelier.form.settings() });
+            await Atelier.ask("POST", "presets/save", { name, settings: Atelier.form.settings() });
             Atelier.$("preset_form").hidden = true;
             await settings.refreshPresets(name);
             tell("Saved as preset {name}", { name });
@@ -72,7 +72,7 @@
 
     async function deletePreset() {
         const name = Atelier.$("preset").value;
-        await Atelier.ask("DELETE", "presets/" + encodeURIComponent(name));
+        await Atelier.ask("POST", "presets/delete", { name });
         await settings.refreshPresets();
         tell("Deleted preset {name}", { name });
     }
@@ -80,7 +80,7 @@
     // ------------------------------------------------------------ settings files
 
     settings.refreshFiles = async () => {
-        const names = await Atelier.ask("GET", "settings/files");
+        const names = (await Atelier.ask("GET", "settings")).files;
         const list = Atelier.$("settings_file");
         const first = new Option(Atelier.t(names.length ? "Settings files" : "No settings file yet"), "");
         list.replaceChildren(first, ...names.map((name) => new Option(name, name)));
@@ -89,7 +89,8 @@
     async function loadFile(name) {
         if (!name) return;
         try {
-            use(await Atelier.ask("POST", "settings/read", { name }), name);
+            const path = name.split("/").map(encodeURIComponent).join("/");
+            use(await Atelier.ask("GET", "settings/" + path), name);
         } catch (error) {
             refuse(error);
         }
@@ -107,25 +108,21 @@
 
     // ------------------------------------------------------------ dropped files
 
-    /** The metadata in the head of a safetensors file: 8 bytes of length, then JSON. Throws for anything else. */
+    /** The metadata in the head of a safetensors file (8 bytes of length, then JSON), as a header of its own. */
     async function metadataOf(file) {
         const length = Number(new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true));
         if (length > LARGEST_HEADER || length > file.size) throw new Error(Atelier.t("This is no safetensors file."));
         const header = JSON.parse(await file.slice(8, 8 + length).text());
-        return header.__metadata__ || {};
+        return JSON.stringify({ __metadata__: header.__metadata__ || {} });
     }
 
     /** Fill the form from a file: settings JSON, or the job in a LoRA's metadata. */
     settings.readFile = async (file) => {
         try {
-            let body;
-            if (file.name.toLowerCase().endsWith(".safetensors")) {
-                body = { metadata: await metadataOf(file).catch(() => ({})) };
-            } else {
-                if (file.size > LARGEST_JSON) throw new Error(Atelier.t("This is larger than any settings file."));
-                body = { text: await file.text() };
-            }
-            use(await Atelier.ask("POST", "settings/read", body), file.name);
+            const isLora = file.name.toLowerCase().endsWith(".safetensors");
+            if (!isLora && file.size > LARGEST_JSON) throw new Error(Atelier.t("This is larger than any settings file."));
+            const text = isLora ? await metadataOf(file) : await file.text();
+            use(await Atelier.ask("POST", "settings/read", { text }), file.name);
         } catch (error) {
             refuse(error);
         }
@@ -155,11 +152,20 @@
 
     // ------------------------------------------------------------ pictures for a field
 
+    function asBase64(file) {
+        return new Promise((done, failed) => {
+            const reader = new FileReader();
+            reader.onload = () => done(reader.result.slice(reader.result.indexOf(",") + 1));
+            reader.onerror = () => failed(reader.error);
+            reader.readAsDataURL(file);
+        });
+    }
+
     async function takePicture(button, file) {
         const input = document.getElementById(button.dataset.pictureFor);
         const words = button.querySelector("span");
         try {
-            const answer = await Atelier.ask("POST", "upload?name=" + encodeURIComponent(file.name), file);
+            const answer = await Atelier.ask("POST", "upload", { name: file.name, data: await asBase64(file) });
             input.value = answer.path;
             input.dispatchEvent(new Event("input", { bubbles: true }));
             const shown = button.querySelector("img");
@@ -183,7 +189,7 @@
     }
 
     async function openFolder(button) {
-        await Atelier.ask("POST", "open", { what: button.dataset.open });
+        await Atelier.ask("POST", "open", { folder: button.dataset.open });
     }
 
     settings.start = () => {

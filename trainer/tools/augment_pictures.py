@@ -92,10 +92,11 @@ def name_of(path: Path, number: int) -> str:
 
 
 def previews(source: Path, settings: AugmentSettings, most: int) -> Iterator[tuple[str, Image.Image]]:
-    """Name and picture of the first copies, as they would be written. Raises DataError."""
-    for path in pictures_of(source)[:most]:
+    """Name and picture of the first copies, at most `most`, as they would be written. Raises DataError."""
+    each = min(settings.copies, 4, most)
+    for path in pictures_of(source)[: most // each]:
         picture = read_picture(path)
-        for number in range(min(settings.copies, max(most // 3, 1))):
+        for number in range(each):
             yield name_of(path, number), augmented(picture, path.stem, number, settings)
 
 

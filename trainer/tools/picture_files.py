@@ -43,6 +43,16 @@ def read_picture(path: Path) -> Image.Image:
         raise DataError(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
+def check_picture(name: str, content: bytes) -> None:
+    """Raises DataError when the bytes are no whole picture, or the name has no ending of one."""
+    if Path(name).suffix.lower() not in PICTURE_TYPES:
+        raise DataError(f"{name} is no picture file. Known endings: {' '.join(PICTURE_TYPES)}.")
+    try:
+        decode_with_alpha(content)
+    except BrokenPicture as error:
+        raise DataError(f"{name} cannot be read: {error}.") from error
+
+
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write the picture in the format of the ending; transparency is laid on white where the format has none.
 

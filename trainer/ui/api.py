@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 from starlette.routing import Route
 
+from . import drawing
 from .http import Call, Handler, endpoint
 from .service import Service
 from .views import PREFIX
@@ -79,6 +80,14 @@ ENTRANCES: tuple[Entrance, ...] = (
     _get("logs/{name:path}", _log),
     _get("files/{name:path}", lambda s, c: s.shelf.picture(c.path["name"])),
     _post("open", lambda s, c: {"folder": s.open_folder(c.text("folder"))}, "folder"),
+    _get("assets/{name}", drawing.asset),
+    _post("plot", drawing.plot, *drawing.PLOT),
+    _post("images/augment", drawing.augment, *drawing.AUGMENT),
+    _post("images/augment/preview", drawing.augment_preview, *drawing.AUGMENT),
+    _post("images/resize", drawing.resize, *drawing.RESIZE),
+    _post("images/resize/preview", drawing.resize_preview, *drawing.RESIZE),
+    _post("upload", drawing.upload, "name", "data"),
+    _post("picture", drawing.picture, *drawing.PICTURE),
 )
 
 

@@ -80,7 +80,7 @@ class Fence:
             if parameter is None or parameter.spec.holds not in READS or not isinstance(value, str):
                 continue
             if value.strip() not in ("", "None") and not self.allows(value, parameter.spec.holds):
-                yield Problem(prefix + parameter.key, value, self._why())
+                yield Problem(prefix + parameter.key, value, self.why())
 
     def allows(self, value: str, kind: str) -> bool:
         """Whether a text of this kind names something that may be read; a file need not exist for that."""
@@ -102,7 +102,8 @@ class Fence:
             return False
         return any(inside(given, root) for root in self._roots[kind])
 
-    def _why(self) -> str:
+    def why(self) -> str:
+        """Why something is not allowed, and what to do."""
         if self._data_root is None:
             return (
                 "lies outside the folders that may be read while others can reach this program. Start it with "

@@ -99,7 +99,7 @@ def _text(widget: Widget, name: str) -> Child:
     else:
         mode = "decimal" if widget.kind == "number" else None
         entry = element("input", type="text", inputmode=mode, value=default_text(widget), **common)
-        unit = element("span", widget.unit, class_="atelier-unit") if widget.unit else None
+        unit = element("span", widget.unit, class_="atelier-unit", data_plain=True) if widget.unit else None
         box = element("span", entry, unit, class_="atelier-entry")
     return [_label(widget, name), _with_list(widget, name), box, _with_picture(widget, name)]
 
@@ -202,7 +202,7 @@ def letters(name: str) -> str:
 def button(
     text: str, name: str, *, kind: str = "", sign: str = "", more: Child = None, **attributes: object
 ) -> Html:
-    """A button of the tab with an id; `kind` is primary, stop or small, `sign` an icon in front, `more` what follows."""
+    """A button with an id; `kind` is primary, stop or small, `sign` an icon in front, `more` what follows."""
     look = f"atelier-button{f' atelier-{kind}' if kind else ''}"
     inside: list[Child] = [icon(sign) if sign else None, element("span", text) if text else None, more]
     return element("button", inside, type="button", class_=look, id=f"atelier_{name}", **attributes)

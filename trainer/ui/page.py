@@ -78,14 +78,15 @@ def _presets() -> Html:
         button("", "preset_refresh", kind="small", sign="refresh", title="Look again for presets"),
         element(
             "form",
-            element("input", type="text", id="atelier_preset_name", placeholder="name", aria_label="Name of the preset"),
+            element("input", type="text", id="atelier_preset_name", placeholder="name",
+                    aria_label="Name of the preset"),
             element("button", "Save", type="submit", class_="atelier-button"),
             id="atelier_preset_form",
             class_="atelier-inline",
             hidden=True,
         ),
         class_="atelier-group",
-    )
+    )  # fmt: skip
 
 
 def _settings() -> Html:
@@ -198,7 +199,12 @@ def _result() -> Html:
 def _queue() -> Html:
     return element(
         "section",
-        element("h3", "Queue"),
+        element(
+            "div",
+            element("h3", "Queue"),
+            button("Work it off", "queue_go", kind="small", sign="play", title="Start the next job", hidden=True),
+            class_="atelier-row",
+        ),
         element("p", "Nothing is waiting.", id="atelier_queue_empty", class_="atelier-note"),
         element("ol", id="atelier_queue", class_="atelier-queue"),
         class_="atelier-card atelier-queue-card",
@@ -208,7 +214,7 @@ def _queue() -> Html:
 
 def _templates() -> tuple[Html, ...]:
     actions = (("now", "play", "Run this one next"), ("up", "up", "Earlier"), ("down", "down", "Later"),
-               ("resume", "refresh", "Go on where it broke off"), ("forget", "close", "Do not go on with it"),
+               ("resume", "refresh", "Go on where it stopped"),
                ("delete", "trash", "Delete from the queue"))  # fmt: skip
     buttons = [
         element("button", icon(sign), type="button", class_="atelier-button atelier-small", data_action=action,

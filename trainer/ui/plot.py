@@ -70,13 +70,6 @@ def parse_plot(smoothing: str, logarithmic: bool, rates: bool) -> PlotSettings:
     return PlotSettings(value, logarithmic, rates)
 
 
-def find_logs(folder: Path, most: int = 200) -> list[str]:
-    """Names below `folder` of the logs in it, the newest first."""
-    found = [(path.stat().st_mtime, path) for path in folder.rglob("*.csv") if path.is_file()]
-    found.sort(key=lambda pair: (-pair[0], str(pair[1])))
-    return [path.relative_to(folder).as_posix() for _, path in found[:most]]
-
-
 def read_log(name: str, text: str) -> Log:
     """A log of ours or of TrainTrain's from its text. Raises DataError when it is none."""
     import pandas
@@ -96,13 +89,10 @@ def read_log(name: str, text: str) -> Log:
     return Log(name, settings, rows.sort_values(rows.columns[0], kind="stable").reset_index(drop=True))
 
 
-def load_log(folder: Path, name: str) -> Log:
-    """The log of that name below `folder`. Raises DataError, also for a name that leads out of the folder."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or path.suffix.lower() != ".csv" or not path.is_file():
-        raise DataError(f"There is no log {name!r}. Choose one of the list, or refresh it.")
+def load_log(path: Path, name: str) -> Log:
+    """The log in a file. Raises DataError."""
     try:
-        return read_log(name, path.read_text(encoding="utf-8", errors="replace"))
+        return read_log(name or path.name, path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
 
@@ -125,8 +115,8 @@ def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
         figure.patch.set_alpha(0)
         ratios = {"height_ratios": [3, 1]} if with_rates else {}
         axes = figure.subplots(2 if with_rates else 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
-        for number, log in enumerate(logs):
-            _draw_losses(axes[0], log, settings, number)
+        for number, (log, label) in enumerate(zip(logs, _labels(logs), strict=True)):
+            _draw_losses(axes[0], log, label, settings, number)
             if with_rates:
                 _draw_rates(axes[1], log, number)
         _finish(axes, settings, len(logs))
@@ -135,14 +125,23 @@ def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
     return _as_part_of_a_page(target.getvalue())
 
 
-def _draw_losses(axis: Any, log: Log, settings: PlotSettings, number: int) -> None:
+def _labels(logs: Sequence[Log]) -> list[str]:
+    """File names without folder and ending; with the folder where two would be the same."""
+    stems = [log.name.rsplit("/", 1)[-1].removesuffix(".csv") for log in logs]
+    folders = [log.name.rpartition("/")[0].rsplit("/", 1)[-1] for log in logs]
+    return [
+        f"{stem} ({folder})" if folder and stems.count(stem) > 1 else stem
+        for stem, folder in zip(stems, folders, strict=True)
+    ]
+
+
+def _draw_losses(axis: Any, log: Log, label: str, settings: PlotSettings, number: int) -> None:
     steps, losses = log.rows.iloc[:, 0], log.rows.iloc[:, 1]
     colour, dashes = _SERIES[number % SERIES], "-" if number < SERIES else "--"
     picked = slice(None, None, max(-(-len(steps) // MOST_POINTS), 1))
     if settings.smoothing:
         axis.plot(steps[picked], losses[picked], color=colour, linewidth=0.8, alpha=0.3, gid=f"atelier_raw_{number}")
     average = smoothed(losses, settings.smoothing)[picked]
-    label = log.name.rsplit("/", 1)[-1].removesuffix(".csv")
     axis.plot(steps[picked], average, dashes, color=colour, linewidth=1.8, label=label, gid=f"atelier_loss_{number}")
 
 
@@ -155,18 +154,24 @@ def _draw_rates(axis: Any, log: Log, number: int) -> None:
 
 
 def _finish(axes: Sequence[Any], settings: PlotSettings, logs: int) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     names = ("Loss", "Learning rate")
+    plain = FuncFormatter(lambda value, _: f"{value:.4g}")
     for axis, name in zip(axes, names, strict=False):
         axis.patch.set_alpha(0)
         axis.grid(True, color=_GRID, linewidth=0.6)
-        axis.tick_params(colors=_TEXT, labelsize=9)
+        axis.tick_params(which="both", colors=_TEXT, labelsize=9)
         axis.set_ylabel(name, color=_TEXT, fontsize=10)
         for spine in axis.spines.values():
             spine.set_color(_GRID)
-        for offset in (axis.xaxis.get_offset_text(), axis.yaxis.get_offset_text()):
-            offset.set_color(_TEXT)
     if settings.logarithmic:
         axes[0].set_yscale("log")
+        low, high = axes[0].get_ylim()
+        if high < 30 * low:  # else numbers between the powers of ten would stand on one another
+            axes[0].yaxis.set_minor_formatter(plain)
+    for axis in axes:
+        axis.yaxis.set_major_formatter(plain)
     axes[-1].set_xlabel("Step", color=_TEXT, fontsize=10)
     if logs > 1:
         axes[0].legend(frameon=False, labelcolor=_TEXT, fontsize=9)

@@ -75,6 +75,11 @@ class Backend(Protocol):
     def memory(self) -> Mapping[str, object]:
         """`device`, `used_mb` and `total_mb` (None where unknown) of what this process holds."""
 
+    def pictures(self, **wish: Any) -> Any:
+        """A PIL image: `prompt`, `negative`, `seed`, `size` (height, width), `steps`, `cfg`, `lora` (a name of the LoRA
+        folder, "" for none), `strength`. Raises AtelierError, also while a training holds the model.
+        """
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -149,6 +154,17 @@ class Service:
             return lists[kind]() if kind in lists else ()
 
         return Fence(host.places(), host.data_root, not host.listens_beyond_loopback, listed)
+
+    def readable(self, text: str, kind: str, field: str) -> Path:
+        """The path a request may read for a kind of thing (see `fence.READS`). Raises JobError at `field`."""
+        fence = self._fence()
+        if not fence.allows(text, kind):
+            raise JobError([Problem(field, text, fence.why())])
+        return Path(text).expanduser()
+
+    def pictures(self, **wish: Any) -> Any:
+        """One picture of a prompt (see `Backend.pictures`). Raises AtelierError."""
+        return self.backend.pictures(**wish)
 
     # ---------------------------------------------------------------- running
 

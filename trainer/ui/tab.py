@@ -6,9 +6,9 @@ from typing import Any
 
 from ..params.table import Catalogue
 from . import compat
+from .drawing import ASSETS
 from .html import Html, element, join
 from .page import page
-from .views_api import ASSETS
 
 TITLE = "Atelier"
 PREFIX = "atelier/v1"
@@ -24,11 +24,12 @@ def build_tab(catalogue: Catalogue) -> Any:
 def head() -> Html:
     """What the page needs in its head where no WebUI puts it there: our style and scripts, from our own routes."""
     scripts = [name for name in ASSETS if name.endswith(".js")]
+    address = {name: f"{PREFIX}/assets/{name}?{path.stat().st_mtime_ns}" for name, path in ASSETS.items()}
     return join(
         [
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("link", rel="stylesheet", href=f"{PREFIX}/assets/style.css"),
-            *(element("script", src=f"{PREFIX}/assets/{name}", defer=True) for name in scripts),
+            element("link", rel="stylesheet", href=address["style.css"]),
+            *(element("script", src=address[name], defer=True) for name in scripts),
         ]
     )
 

@@ -44,7 +44,7 @@ def try_card() -> Html:
             element("label", "LoRA", for_="atelier_try_lora", class_="atelier-name"),
             element("select", id="atelier_try_lora", data_list="lora"),
             element("p", class_="atelier-error", id="atelier_try_lora_error", role="alert", hidden=True),
-            class_="atelier-field atelier-wide",
+            class_="atelier-field atelier-two",
         ),
         _entry("strengths", "try_strengths", "-1, 0, 0.5, 1", title="One picture each"),
     ]
@@ -107,7 +107,7 @@ def pictures_page() -> Html:
 
 def _source(name: str) -> Child:
     return [
-        _entry("folder or picture", f"{name}_source", class_="atelier-wide",
+        _entry("folder or picture", f"{name}_source", class_="atelier-two",
                title="A folder of pictures or one picture file"),
         element("button", element("span", "Or drop a picture here"), type="button", class_="atelier-drop",
                 data_picture_for=f"atelier_{name}_source"),

@@ -1,0 +1,244 @@
+"""Routes that answer with pictures: the plot of logs, the picture tools, pictures drawn with a LoRA, dropped pictures;
+and the files the page itself is made of.
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..errors import DataError, JobError, Problem
+from ..params.files import name_problem
+from ..places import ROOT
+from ..tools.augment_pictures import AugmentSettings, augment_pictures, parse_augment, previews
+from ..tools.picture_files import check_picture, pictures_of, read_picture
+from ..tools.resize_pictures import ResizeSettings, name_at, parse_resize, resize_pictures, resized
+from .fence import NotServedError
+from .http import Call
+from .plot import MOST_LOGS, draw, load_log, parse_plot, read_log
+
+if TYPE_CHECKING:
+    from .service import Service
+
+ASSETS: Mapping[str, Path] = {
+    **{path.name: path for path in sorted((ROOT / "javascript").glob("*.js"))},
+    "style.css": ROOT / "style.css",
+    "ja_JP.json": ROOT / "localizations" / "ja_JP.json",
+}
+IMAGES = "images"
+"""Folder below the logs for what the picture tools write, and for pictures that were dropped on the page."""
+
+MOST_PREVIEWS = 12
+PREVIEW_EDGE = 256
+AUGMENT = ("source", "output", "copies", "angle", "scale", "side", "seed", "captions")
+RESIZE = ("source", "output", "resolutions", "divisible", "interpolation", "png", "associated")
+PICTURE = ("prompt", "negative", "seed", "steps", "cfg", "width", "height", "lora", "strength", "strengths")
+PLOT = ("logs", "dropped", "smoothing", "logarithmic", "rates")
+
+
+def asset(service: Service, call: Call) -> Path:
+    """A file of the page. Raises NotServedError for any other name."""
+    name = call.path["name"]
+    if name not in ASSETS:
+        raise NotServedError(f"{name[:200]!r} is not there.")
+    return ASSETS[name]
+
+
+def plot(service: Service, call: Call) -> dict[str, object]:
+    """The figure of the logs named, or of the latest one, as SVG; `dropped` are logs from the user's own disk."""
+    settings = parse_plot(_typed(call, "smoothing"), _flag(call, "logarithmic"), _flag(call, "rates", True))
+    folder = service.host.places().logs
+    names = [str(name) for name in _list(call, "logs")][:MOST_LOGS]
+    dropped = [part for part in _list(call, "dropped") if isinstance(part, Mapping)][:MOST_LOGS]
+    if not names and not dropped:
+        names = service.shelf.logs()[:1]
+    logs = [load_log(service.shelf.log(name), name) for name in names]
+    logs += [read_log(str(part.get("name", "")), str(part.get("text", ""))) for part in dropped]
+    return {"svg": draw(logs, settings), "shown": [log.name for log in logs], "folder": folder.name}
+
+
+# -------------------------------------------------------------------- picture tools
+
+
+def augment_preview(service: Service, call: Call) -> dict[str, object]:
+    """The first turned or shrunk copies, small."""
+    found = previews(_source(service, call), _augment(call), MOST_PREVIEWS)
+    return {"pictures": [_small(name, picture) for name, picture in found]}
+
+
+def augment(service: Service, call: Call) -> dict[str, object]:
+    """Write turned or shrunk copies into a new folder below `logs/images`."""
+    settings, source = _augment(call), _source(service, call)
+    target = _target(service, call, source)
+    return _written(augment_pictures(source, target, settings), target)
+
+
+def resize_preview(service: Service, call: Call) -> dict[str, object]:
+    """The first pictures at each resolution, small, with the size they will have."""
+    settings, source = _resize(call), _source(service, call)
+    found = []
+    for path in pictures_of(source)[: max(MOST_PREVIEWS // len(settings.resolutions), 1)]:
+        picture = read_picture(path)
+        for resolution in settings.resolutions:
+            found.append(_small(name_at(path, resolution, settings.png), resized(picture, resolution, settings)))
+    return {"pictures": found}
+
+
+def resize(service: Service, call: Call) -> dict[str, object]:
+    """Write the pictures at all resolutions into a new folder below `logs/images`."""
+    settings, source = _resize(call), _source(service, call)
+    target = _target(service, call, source)
+    return _written(resize_pictures(source, target, settings), target)
+
+
+def upload(service: Service, call: Call) -> dict[str, object]:
+    """Keep a picture that was dropped on the page; `data` is base64. Returns its path, for a field that takes one.
+
+    Raises JobError for what is no picture.
+    """
+    name = Path(call.text("name").replace("\\", "/")).name
+    fault = name_problem(name)
+    if fault:
+        raise JobError([Problem("picture", name, fault)])
+    try:
+        content = base64.b64decode(call.text("data"), validate=True)
+    except binascii.Error as error:
+        raise JobError([Problem("picture", name, "was not sent whole; drop it again.")]) from error
+    check_picture(name, content)
+    folder = _images(service) / time.strftime("dropped-%Y-%m-%d")
+    path = _free(folder, Path(name).stem, Path(name).suffix.lower())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise DataError(f"{name} cannot be kept in {folder.name}: {error.strerror or error}.") from error
+    return {"path": str(path)}
+
+
+def _augment(call: Call) -> AugmentSettings:
+    numbers = {name: _typed(call, name) for name in ("copies", "angle", "scale", "seed")}
+    return parse_augment(numbers, _typed(call, "side") or "anywhere", _flag(call, "captions", True))
+
+
+def _resize(call: Call) -> ResizeSettings:
+    words = {name: _typed(call, name) for name in ("resolutions", "divisible", "interpolation")}
+    given = {name: word for name, word in words.items() if word or name == "resolutions"}
+    return parse_resize(**given, png=_flag(call, "png"), associated=_flag(call, "associated", True))
+
+
+def _source(service: Service, call: Call) -> Path:
+    given = _typed(call, "source").strip().strip('"')
+    if not given:
+        raise JobError([Problem("source", given, "is empty; write a folder of pictures, or drop a picture.")])
+    return service.readable(given, "folder", "source")
+
+
+def _images(service: Service) -> Path:
+    return service.host.places().logs / IMAGES
+
+
+def _target(service: Service, call: Call, source: Path) -> Path:
+    name = _typed(call, "output").strip() or source.stem
+    fault = name_problem(name)
+    if fault:
+        raise JobError([Problem("output", name, fault)])
+    return _free(_images(service), name, "")
+
+
+def _free(folder: Path, stem: str, suffix: str) -> Path:
+    """A path below `folder` that nothing has: `<stem><suffix>`, `<stem>-1<suffix>`, …"""
+    number = 0
+    while (path := folder / f"{stem}{f'-{number}' if number else ''}{suffix}").exists():
+        number += 1
+    return path
+
+
+def _written(paths: list[Path], target: Path) -> dict[str, object]:
+    return {"written": len(paths), "folder": str(target)}
+
+
+# -------------------------------------------------------------------- pictures of prompts
+
+
+def picture(service: Service, call: Call) -> dict[str, object]:
+    """One picture of a prompt, with a LoRA at a strength or without, as a data address. Raises JobError."""
+    values: dict[str, float] = {}
+    found = [
+        *(_number(call, name, 0, 2**32 - 1, values) for name in ("seed",)),
+        _number(call, "steps", 1, 150, values),
+        *(_number(call, name, 16, 4096, values) for name in ("width", "height")),
+        _number(call, "cfg", 0.0, 50.0, values),
+        _number(call, "strength", -10.0, 10.0, values),
+    ]
+    for name in ("width", "height"):
+        if values.get(name, 8) % 8:
+            nearest = max(round(values[name] / 8) * 8, 16)
+            found.append(Problem(name, values[name], f"must be a multiple of 8; the nearest is {nearest}."))
+    problems = [problem for problem in found if problem is not None]
+    if problems:
+        raise JobError(problems)
+    drawn = service.pictures(
+        prompt=_typed(call, "prompt"),
+        negative=_typed(call, "negative"),
+        seed=int(values["seed"]),
+        size=(int(values["height"]), int(values["width"])),
+        steps=int(values["steps"]),
+        cfg=values["cfg"],
+        lora=_typed(call, "lora"),
+        strength=values["strength"],
+    )
+    return {"data": _data(drawn)}
+
+
+def _number(call: Call, name: str, low: float, high: float, values: dict[str, float]) -> Problem | None:
+    """Put a number that was typed into `values`; a Problem when it is none or out of range. Whole when `low` is."""
+    typed = _typed(call, name).strip()
+    whole = isinstance(low, int)
+    if re.fullmatch(r"[+-]?\d{1,20}" if whole else r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)", typed, re.ASCII):
+        values[name] = int(typed) if whole else float(typed)
+        if low <= values[name] <= high:
+            return None
+        del values[name]
+    kind = "a whole number" if whole else "a number"
+    return Problem(name, typed, f"must be {kind} from {low:g} to {high:g}.")
+
+
+# -------------------------------------------------------------------- what a body holds
+
+
+def _typed(call: Call, name: str) -> str:
+    """What was typed into a field; "" when it is left out. Raises JobError."""
+    value = call.body.get(name, "")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise JobError([Problem(name, value, "must be a text or a number.")])
+    return str(value)
+
+
+def _flag(call: Call, name: str, default: bool = False) -> bool:
+    return call.flag(name) if name in call.body else default
+
+
+def _list(call: Call, name: str) -> list[Any]:
+    value = call.body.get(name, [])
+    if not isinstance(value, list):
+        raise JobError([Problem(name, value, "must be a list.")])
+    return value
+
+
+def _small(name: str, picture: Image.Image) -> dict[str, object]:
+    small = picture.copy()
+    small.thumbnail((PREVIEW_EDGE, PREVIEW_EDGE))
+    return {"name": name, "size": f"{picture.width} × {picture.height}", "data": _data(small)}
+
+
+def _data(picture: Image.Image) -> str:
+    target = io.BytesIO()
+    picture.save(target, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}"
