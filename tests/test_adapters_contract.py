@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.adapters.base import ADAPTERS, AdapterSpec
 from trainer.adapters.dora import DoraOptions
 from trainer.adapters.eh import EhOptions
+from trainer.adapters.export import ExportSettings, export_network
 from trainer.adapters.file import read_lora, write_lora
 from trainer.adapters.lokr import LokrOptions
 from trainer.adapters.tucker import TuckerOptions
@@ -264,3 +265,25 @@ def test_state_resumes_bit_for_bit(spec: AdapterSpec) -> None:
     again.load_state_dict(net.state_dict())
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters(), strict=True))
     assert all(name.startswith("adapters.") for name in net.state_dict())
+
+
+@every_type
+@pytest.mark.parametrize("strength", [1.0, -1.5])
+def test_exported_as_plain_lora_of_full_rank_it_merges_to_the_forward(spec: AdapterSpec, strength: float) -> None:
+    """The reader is the definition: alpha / rank · up · down."""
+    net = network(layers(), spec).eval()
+    shake(net)
+    strength = strength if next(iter(net)).scalable else 1.0
+    exported = export_network(net, torch.float32, strength, ExportSettings("lora", rank=64))
+    biased = any(adapter.delta_bias() is not None for adapter in net)
+    if biased or any(adapter.module.weight.ndim < 2 for adapter in net):
+        assert exported.form == "native" and "own format" in exported.message
+        return
+    assert exported.form == "lora" and exported.error == 0.0 and exported.message == ""
+    with net.attached(), net.at_strength(strength):
+        for adapter in net:
+            own = {side: exported.tensors[f"{adapter.key}.lora_{side}.weight"].flatten(1) for side in ("down", "up")}
+            delta = own["up"] @ own["down"] * (float(exported.tensors[f"{adapter.key}.alpha"]) / len(own["down"]))
+            x, weight = input_of(adapter.module), adapter.module.weight
+            summed = weight + delta.view(weight.shape)
+            torch.testing.assert_close(adapter.module(x), with_weight(adapter.module, x, summed), rtol=1e-4, atol=1e-5)

@@ -150,8 +150,8 @@ class Adapter(nn.Module):
     alone. `droppable`: ΔW acts through `_operate`. `inits`: the values of `network_init` beside default.
 
     `per_sample`: whether the strength may be a tensor (B,), one number per sample; modes alternate where it may not.
-    `exact`: file tensors that keep float32 whatever precision the file is saved in. `scalable`: whether a file can hold
-    a multiple of ΔW, and so a strength other than 1.
+    `portable`: every WebUI reads the type's own file. `exact`: file tensors that keep float32 whatever precision the
+    file is saved in. `scalable`: whether a file can hold a multiple of ΔW, and so a strength other than 1.
     """
 
     help: ClassVar[str] = ""
@@ -167,6 +167,7 @@ class Adapter(nn.Module):
     inits: ClassVar[frozenset[str]] = frozenset()
 
     file_tensors: ClassVar[tuple[str, ...]] = ()
+    portable: ClassVar[bool] = False
     network_module: ClassVar[str] = "lycoris.kohya"
     per_sample: ClassVar[bool] = True
     exact: ClassVar[frozenset[str]] = frozenset({"alpha"})

@@ -39,6 +39,7 @@ class Eh(Direct):
     needs = frozenset({"eh"})
     sections = (EhOptions,)
     rules = ignores("eh", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")
+    portable = True
     file_tensors = (W1, W2)
     ranked = False
     factors = (("block_weight",),)

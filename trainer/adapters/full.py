@@ -17,6 +17,7 @@ class Full(Direct):
 
     help = "Trains every weight of the chosen layers: the most freedom, a file as large as the model, much memory."
     rules = ignores("full", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")
+    portable = True
     file_tensors = ("diff", "diff_b")
     ranked = False
     factors = (("diff", "diff_b"),)

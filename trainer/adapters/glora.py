@@ -24,6 +24,7 @@ class Glora(Direct):
 
     help = "Low-rank changes of each weight and of what goes into it. Linear layers only."
     rules = ignores("glora", "network_conv_rank", "network_conv_alpha")
+    portable = True
     file_tensors = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")
     named: ClassVar[Mapping[str, str]] = {name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")}
     factors = (("a1", "b1"), ("a2", "b2"))

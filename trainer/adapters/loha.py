@@ -22,6 +22,7 @@ class HadamardProduct(Direct):
     Shapes: wa (out, r), wb (r, in·k·k); with cores wa (r, out), wb (r, in).
     """
 
+    portable = True
     file_tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "alpha", MAGNITUDE)
     factors = (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",))
     ups = ("hada_w1_a", "hada_w2_a")

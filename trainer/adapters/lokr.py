@@ -54,6 +54,7 @@ def factor_pair(size: int, limit: int) -> tuple[int, int]:
 class KroneckerProduct(Direct):
     """ΔW = s·kron(w1, w2), w1 (l, m), w2 (k, n[, kh, kw]); each whole or a product of two. Both whole: s = 1."""
 
+    portable = True
     file_tensors = (
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", MAGNITUDE,
     )  # fmt: skip

@@ -44,7 +44,7 @@ class FileFacts:
 
     Times are unix seconds. `resolution` is (width, height). `bucket_counts`: "WxH" → pictures. `dataset_folders`:
     name → (repeats, pictures). `tag_frequency`: folder → tag → count. `strength`: what ΔW was multiplied with at
-    export. `more`: further keys as they are.
+    export. `more`: further keys as they are. `export`: how the file stands to what was trained, said from minimal on.
     """
 
     name: str
@@ -90,6 +90,7 @@ class FileFacts:
     gradient_checkpointing: bool = False
     job: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, str] = field(default_factory=dict)
+    export: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_metadata(facts: FileFacts, level: str = "full") -> dict[str, str]:
@@ -107,6 +108,7 @@ def build_metadata(facts: FileFacts, level: str = "full") -> dict[str, str]:
     if level != "none":
         found.update(_minimal(facts))
         found.update(_modelspec(facts))
+        found.update(facts.export)
     if level == "full":
         found.update(_full(facts))
         found.update(facts.more)

@@ -17,6 +17,7 @@ class Norm(Direct):
 
     help = "Trains only the scales of the normalisation layers: a tiny file that shifts tone and style. Rank unused."
     rules = ignores("norm", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")
+    portable = True
     file_tensors = ("w_norm", "b_norm")
     ranked = False
     droppable = False

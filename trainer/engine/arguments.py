@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.base import ADAPTERS, AdapterSpec
+from ..adapters.export import ExportSettings
 from ..data.settings import ImageSettings
 from ..errors import JobError, Problem
 from ..modes.base import MODES
@@ -140,6 +141,12 @@ def sample_settings(job: Job) -> SampleSettings:
         clip_skip=job[core.Train].train_clip_skip,
         batch_size=1 if job[core.Images].image_size[0] > 256 else 8,
     )
+
+
+def export_settings(job: Job) -> ExportSettings:
+    """In which form the adapter is written."""
+    wanted = job[core.Export]
+    return ExportSettings(wanted.export_format, wanted.export_rank, wanted.export_max_error)
 
 
 def rates(job: Job) -> dict[str, float]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..adapters.export import export_network
 from ..adapters.file import write_lora
 from ..adapters.metadata import FileFacts, build_metadata
 from ..params import core
@@ -14,17 +17,23 @@ from . import arguments
 from .session import Session
 
 
-def write_network(session: Session, path: Path) -> Path:
-    """Write the adapter as it stands; returns where it really is. Raises AdapterError, with nothing left behind."""
+def write_network(session: Session, path: Path, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """Write the adapter as it stands; returns where it really is. Raises AdapterError, with nothing left behind.
+
+    `tell` hears what the user should know of the form it was written in.
+    """
     job = session.job
     strength = job[core.Network].network_strength
     wanted = arguments.precision(job[core.Save].save_precision, "save_precision") or session.model.storage
-    tensors = session.network.export(wanted, strength)
-    return write_lora(path, tensors, build_metadata(facts(session, path.stem), job[core.Save].save_metadata))
+    exported = export_network(session.network, wanted, strength, arguments.export_settings(job))
+    if exported.message:
+        tell(exported.message)
+    described = facts(session, path.stem, exported.facts)
+    return write_lora(path, exported.tensors, build_metadata(described, job[core.Save].save_metadata))
 
 
-def facts(session: Session, name: str) -> FileFacts:
-    """What the file's metadata is made of."""
+def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
+    """What the file's metadata is made of; `network`: what is to be said of the adapter."""
     job, model, source = session.job, session.model, session.source
     train, images = job[core.Train], job[core.Images]
     rates = arguments.rates(job)
@@ -64,7 +73,7 @@ def facts(session: Session, name: str) -> FileFacts:
         mixed_precision=_PRECISION.get(model.compute, "no"),
         gradient_checkpointing=train.use_gradient_checkpointing,
         job=job.to_dict(full=True),
-        **session.network.file_facts(),
+        **network,
         **source.facts(),
     )
 

@@ -182,7 +182,8 @@ def _train(
         if not leads:
             return lora_path(session.job, places, suffix)
         with evaluating(session.optimizer):
-            path = write_network(session, lora_path(session.job, places, suffix))
+            said = log.note if final else lambda line: None
+            path = write_network(session, lora_path(session.job, places, suffix), said)
         log.tell(Saved(str(path), session.step, final))
         return path
 

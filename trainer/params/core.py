@@ -230,6 +230,21 @@ class Save:
 
 
 @dataclass(frozen=True)
+class Export:
+    """In which form the adapter is written."""
+
+    export_format: str = param(
+        "auto", "Form of the LoRA file: auto writes a plain LoRA, which every WebUI reads, wherever that is exact or"
+        " close enough, lora always does, native writes what the type of adapter has of its own.", OPTION,
+        choices=("auto", "lora", "native"))
+    export_rank: int = param(
+        0, "Rank of the LoRA that other types are written as; 0 takes the rank trained with.", OPTION, low=0, high=1024)
+    export_max_error: float = param(
+        0.05, "Largest share of what was learned that a plain LoRA may miss before auto keeps the own form.", OPTION,
+        low=0, high=1)
+
+
+@dataclass(frozen=True)
 class Log:
     """What is told during a run, and to whom."""
 
@@ -254,5 +269,5 @@ class Sample:
     sample_seed: int = param(0, "Seed of the preview pictures.", OPTION, needs="run", low=0, high=2**63 - 1)
 
 
-SECTIONS: tuple[type, ...] = (Task, Network, Images, Train, Pair, Save, Log, Sample)
+SECTIONS: tuple[type, ...] = (Task, Network, Images, Train, Pair, Save, Export, Log, Sample)
 """The core sections, in the order of the files and of the reference page."""

@@ -1,0 +1,98 @@
+"""The form of a file: exact where it can be, the best plain LoRA where it is asked for, the own one otherwise."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from adapter_layers import layers, network, shake
+
+from trainer.adapters.base import AdapterSpec
+from trainer.adapters.export import ExportSettings, export_network
+from trainer.adapters.metadata import FileFacts, build_metadata
+
+def built(kind, rank=4, size=0.2):
+    spec = AdapterSpec(kind, rank=rank, alpha=6.0, conv_rank=2, conv_alpha=1.0)
+    net = network(layers(), spec).eval()
+    shake(net, size=size)
+    return net
+
+
+def merged(tensors, key):
+    """ΔW of a plain LoRA file by its definition: alpha / rank · up · down."""
+    down, up = tensors[f"{key}.lora_down.weight"].double(), tensors[f"{key}.lora_up.weight"].double()
+    product = up.flatten(1) @ down.flatten(1) * (float(tensors[f"{key}.alpha"]) / len(down))
+    return product.view(len(up), *down.shape[1:])
+
+
+def best(net, rank):
+    """(the optimum of each layer, the relative error over all) by numpy's SVD."""
+    found, rest, whole = {}, 0.0, 0.0
+    for adapter in net:
+        delta = adapter.delta().detach().double().flatten(1).numpy()
+        u, s, v = np.linalg.svd(delta, full_matrices=False)
+        found[adapter.key] = (u[:, :rank] * s[:rank]) @ v[:rank]
+        rest, whole = rest + (s[rank:] ** 2).sum(), whole + (s**2).sum()
+    return found, (rest / whole) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["lierla", "c3lier", "null"])
+def test_what_is_a_lora_already_is_written_as_it_is(kind) -> None:
+    net = built(kind)
+    exported = export_network(net, torch.float16, 0.5)
+    own = net.export(torch.float16, 0.5)
+    assert set(exported.tensors) == set(own) and all(torch.equal(exported.tensors[name], own[name]) for name in own)
+    assert (exported.form, exported.error, exported.message) == ("lora", 0.0, "")
+    facts = exported.facts
+    assert facts["network_module"] == "networks.lora" and facts["network_rank"] == 4 and facts["network_alpha"] == 6.0
+    noted = build_metadata(FileFacts(name="a", **facts), "minimal")
+    assert noted.get("atelier_network_type") == ("null" if kind == "null" else None)
+
+
+@pytest.mark.parametrize("kind", ["full", "loha", "lierla"])
+def test_the_error_is_that_of_the_best_lora_of_the_rank(kind) -> None:
+    net = built(kind)
+    for adapter in net:
+        if getattr(adapter, "diff_b", None) is not None:
+            adapter.diff_b.data.zero_()
+    found, error = best(net, 3)
+    exported = export_network(net, torch.float32, 2.0, ExportSettings("lora", rank=3))
+    assert exported.form == "lora" and exported.error == pytest.approx(error, rel=1e-3) and error > 0.05
+    assert f"by {error:.2%}, more than export_max_error (5.0%) allows" in exported.message
+    for key, wanted in found.items():
+        np.testing.assert_allclose(merged(exported.tensors, key).flatten(1).numpy(), 2 * wanted, atol=1e-4)
+        down, up = (exported.tensors[f"{key}.lora_{side}.weight"].flatten(1) for side in ("down", "up"))
+        torch.testing.assert_close(down.norm(dim=1) * 2**-0.5, up.norm(dim=0) * 2**-0.5, rtol=1e-3, atol=1e-5)
+    noted = build_metadata(FileFacts(name="a", **exported.facts), "minimal")
+    assert noted["ss_network_module"] == "networks.lora" and noted["ss_network_dim"] == "3"
+    assert noted["atelier_export_format"] == "lora"
+    assert float(noted["atelier_export_error"]) == pytest.approx(error, 1e-3)
+    assert noted["atelier_network_type"] == kind
+
+
+def test_auto_keeps_the_own_form_beyond_the_limit_and_says_so() -> None:
+    net = built("oft", size=0.05)
+    _, error = best(net, 4)
+    kept = export_network(net, torch.float32, 1.0, ExportSettings("auto", rank=4, max_error=error * 0.9))
+    assert kept.form == "native" and any(name.endswith("oft_blocks") for name in kept.tensors)
+    assert f"rank 4 it would differ from what was trained by {error:.1%}" in kept.message
+    assert "not every WebUI reads" in kept.message and "export_rank" in kept.message
+    taken = export_network(net, torch.float32, 1.0, ExportSettings("auto", rank=4, max_error=error * 1.1))
+    assert taken.form == "lora" and taken.error == pytest.approx(error, rel=1e-3)
+    assert "allows" not in taken.message
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "glora", "full", "eh", "norm"])
+def test_auto_leaves_alone_what_every_webui_reads(kind) -> None:
+    net = built(kind)
+    exported = export_network(net, torch.float32, 1.0)
+    assert exported.form == "native" and exported.message == "" and set(exported.tensors) == set(net.export())
+    assert exported.facts["export"]["atelier_export_error"] == "0"
+
+
+def test_native_is_native_and_a_smaller_rank_beyond_the_limit_is_not_taken() -> None:
+    net = built("oft")
+    assert export_network(net, None, 1.0, ExportSettings("native")).form == "native"
+    lora = built("lierla")
+    kept = export_network(lora, torch.float32, 1.0, ExportSettings("auto", rank=1))
+    assert set(kept.tensors) == set(lora.export()) and "Raise export_rank" in kept.message
+    assert "not every WebUI" not in kept.message
