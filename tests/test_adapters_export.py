@@ -10,6 +10,7 @@ from trainer.adapters.base import AdapterSpec
 from trainer.adapters.export import ExportSettings, export_network
 from trainer.adapters.metadata import FileFacts, build_metadata
 
+
 def built(kind, rank=4, size=0.2):
     spec = AdapterSpec(kind, rank=rank, alpha=6.0, conv_rank=2, conv_alpha=1.0)
     net = network(layers(), spec).eval()
