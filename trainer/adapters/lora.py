@@ -25,7 +25,7 @@ from .base import (
 )
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
-_SPELLINGS = {
+SPELLINGS = {
     "lora_A.weight": DOWN, "lora_B.weight": UP, "lora.down.weight": DOWN, "lora.up.weight": UP,
     "lora_linear_layer.down.weight": DOWN, "lora_linear_layer.up.weight": UP,
 }
@@ -137,7 +137,7 @@ class Lora(Adapter):
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a plain LoRA, whatever their spelling. Raises AdapterError when they are something else."""
-        found = {_SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}
+        found = {SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}
         strange = sorted(set(found) - set(self.file_tensors))
         lacking = [name for name in (DOWN, UP) if name not in found]
         if strange or lacking:

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import AtelierError
 from ..events import EventLog
 from ..places import ROOT, Places
+from .spaces import add_basis
 from .terminal import Terminal, json_lines
 
 
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--write", action="store_true", help="write the tables into docs/")
     evaluate.add_argument("--output-dir", type=Path, default=ROOT / "logs" / "evaluate", help="where results are kept")
     evaluate.set_defaults(run=_evaluate)
+
+    add_basis(commands)
 
     test = commands.add_parser("test", help="run the tests", add_help=False)
     test.set_defaults(run=_test)

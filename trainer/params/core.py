@@ -234,9 +234,8 @@ class Export:
     """In which form the adapter is written."""
 
     export_format: str = param(
-        "auto", "Form of the LoRA file: auto writes a plain LoRA, which every WebUI reads, wherever that is exact or"
-        " close enough, lora always does, native writes what the type of adapter has of its own.", OPTION,
-        choices=("auto", "lora", "native"))
+        "auto", "Write a plain LoRA always (lora), never (native), or where a WebUI needs it and it is close (auto).",
+        OPTION, choices=("auto", "lora", "native"))
     export_rank: int = param(
         0, "Rank of the LoRA that other types are written as; 0 takes the rank trained with.", OPTION, low=0, high=1024)
     export_max_error: float = param(

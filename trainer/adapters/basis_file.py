@@ -1,0 +1,90 @@
+"""Files of shared bases: what the `basis` tool makes from a folder of LoRAs, and the layout of sd-scripts' fork.
+
+Ours: `<layer>.basis_down` (k, in) and `<layer>.basis_up` (out, k), orthonormal, most important first, and
+`<layer>.basis_mean` (k, k), the collection's mean ΔW in them; metadata `atelier_basis`. The fork's (its
+extract_universal_lora script): `<layer>.lora_down.weight.basis` (in, k) and `.mean` (in), the same of lora_up.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from .base import LayerLike
+from .file import read_lora
+
+MARK, VERSION = "atelier_basis", "1"
+DOWN, UP, MEAN = "basis_down", "basis_up", "basis_mean"
+_FORK = ".lora_down.weight.basis"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Of one layer: D (k, in) with orthonormal rows, U (out, k) with orthonormal columns, the mean's core (k, k)."""
+
+    down: Tensor
+    up: Tensor
+    mean: Tensor
+
+
+def read_basis(path: str, layers: Iterable[LayerLike]) -> dict[str, Basis]:
+    """The bases a file has for these layers, by key. Raises AdapterError when it has none or is no such file."""
+    place = Path(path).expanduser()
+    tensors, metadata = read_lora(place)
+    fork = any(name.endswith(_FORK) for name in tensors)
+    if not fork and metadata.get(MARK) != VERSION:
+        raise AdapterError(
+            f"basis_path = {place.name!r}: this is not a file of bases. Make one from a folder of LoRAs with the basis"
+            " tool, or leave it empty to use the model's own directions."
+        )
+    made = _of_fork(tensors) if fork else _ours(tensors)
+    found = {}
+    for layer in layers:
+        names = (layer.key, *getattr(layer, "also", ()))
+        own = next((made[name] for name in map(plain_name, names) if name in made), None)
+        weight = layer.module.weight
+        if own is not None and (own.up.shape[0], own.down.shape[1]) == (weight.shape[0], weight[0].numel()):
+            found[layer.key] = own
+    if not found:
+        raise AdapterError(
+            f"basis_path = {place.name!r}: none of its {len(made)} layers fits a layer that is trained here. It was"
+            " made from LoRAs for another kind of base model; leave it empty to use the model's own directions."
+        )
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A layer's name without its spelling: kohya's, PEFT's and the fork's names of one layer become the same."""
+    flat = name.replace(".", "_").removeprefix("lora_")
+    for before, after in (("text_encoder_2_", "te2_"), ("text_encoder_", "te1_"), ("te_", "te1_")):
+        if flat.startswith(before):
+            return after + flat[len(before):]
+    return flat
+
+
+def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
+    names = [name.rpartition(".")[0] for name in tensors if name.endswith(f".{DOWN}")]
+    return {
+        plain_name(name): Basis(*(tensors[f"{name}.{part}"].float() for part in (DOWN, UP, MEAN))) for name in names
+    }
+
+
+def _of_fork(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
+    """Its principal components and means; the mean comes first, because it holds most of what its LoRAs share."""
+    found = {}
+    for name in (name.removesuffix(_FORK) for name in tensors if name.endswith(_FORK)):
+        if f"{name}.lora_up.weight.basis" not in tensors:
+            continue
+        sides = {}
+        for side in ("down", "up"):
+            mean, components = (tensors[f"{name}.lora_{side}.weight.{part}"].float() for part in ("mean", "basis"))
+            sides[side] = mean, torch.linalg.qr(torch.cat([mean[:, None], components], dim=1)).Q
+        (mean_down, down), (mean_up, up) = sides["down"], sides["up"]
+        count = min(down.shape[1], up.shape[1])
+        down, up = down[:, :count].T.contiguous(), up[:, :count].contiguous()
+        found[plain_name(name)] = Basis(down, up, torch.outer(up.T @ mean_up, down @ mean_down))
+    return found
