@@ -47,8 +47,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"gradio", "fastapi", "starlette", "pandas", "matplotlib", "PIL"},
     ),
     "hosts": (
-        {"jobs", "params", "registry", "tools", "demo"},
-        {"torch", "modules", "modules_forge", "backend", "launch", "gradio", "fastapi"},
+        {"jobs", "params", "registry", "tools", "demo", "models.base", "models.live", "engine.arguments"},
+        {"torch", "modules", "modules_forge", "backend", "ldm_patched"},
     ),
     "cli": (BELOW_UI | {"ui", "hosts"}, {"tqdm", "torch", "PIL", "psutil", "fastapi", "gradio", "uvicorn"}),
     "__main__": ({"cli"}, set()),

@@ -33,7 +33,7 @@ from ..params.job import Job
 from ..places import Places
 from ..stages.base import STAGES
 from . import arguments
-from .devices import encoding, fingerprint, rest_text_encoders
+from .devices import encoding, fingerprint, move, rest_text_encoders
 from .flat import FlatParameters
 from .kit import Kit, Text
 from .process import Process
@@ -121,6 +121,8 @@ def make_text(job: Job, model: Model, network: Network, prompts: Sequence[str], 
     """Where conditionings come from: prepared once, unless the text encoder is trained."""
     clip_skip = job[core.Train].train_clip_skip
     if text_is_trained(network):
+        for encoder in model.text_encoders:
+            move(encoder, model.device)
         return Text(model, clip_skip, None, network)
     cached = TextOutputs(cache, _text_encoder(model, clip_skip), fingerprint(*model.text_encoders), clip_skip)
     with site.process.leader_first(), encoding(model):

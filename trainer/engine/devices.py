@@ -17,25 +17,35 @@ _SAMPLED = 4096
 
 def move(module: nn.Module | None, device: torch.device) -> None:
     """Move a part when it is not there yet."""
-    if module is not None and next(module.parameters()).device != device:
+    if module is not None and place(module) != device:
         module.to(device)
 
 
 @contextmanager
 def encoding(model: Model) -> Iterator[None]:
-    """VAE and text encoders are on the model's device inside the block; the VAE goes back to memory afterwards."""
+    """VAE and text encoders are on the model's device inside the block; the VAE, and what came for the block, leave it
+    afterwards.
+    """
+    came = [encoder for encoder in model.text_encoders if place(encoder) != model.device]
     for part in (model.vae, *model.text_encoders):
         move(part, model.device)
     try:
         yield
     finally:
-        move(model.vae, torch.device("cpu"))
+        for part in (model.vae, *came):
+            if part is not None:
+                model.go_home(part)
+
+
+def place(module: nn.Module) -> torch.device:
+    """The device a part is on."""
+    return next(module.parameters()).device
 
 
 def rest_text_encoders(model: Model) -> None:
     """Text encoders that are not trained leave the device."""
     for encoder in model.text_encoders:
-        move(encoder, torch.device("cpu"))
+        model.go_home(encoder)
 
 
 def fingerprint(*modules: nn.Module | None) -> str:

@@ -34,16 +34,18 @@ def assemble(
     vae_storage: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     vocabularies: Sequence[Path] = (),
+    resting: bool = False,
 ) -> Model:
     """The model of a source. Tensors already in `storage` (None: any) and on `device` are adopted: same storage, no
-    copy.
+    copy. `resting` leaves everything but the UNet where it is.
 
     The source is emptied on the way, so that tensors that had to be cast are freed one part at a time.
     Raises ModelError when the family is not known, tensors are missing or do not fit, or no vocabulary is there.
     """
     family = recognise(source)
     where = Placement(torch.device(device), storage)
-    texts = [_text_encoder(source, row, where, vocabularies) for row in family.texts]
+    aside = None if resting else where.device
+    texts = [_text_encoder(source, row, Placement(aside, storage), vocabularies) for row in family.texts]
     pooled = next((text for text in texts if text.row.pooled), None)
     unet_tensors = source.parts.pop("unet")
     unet = _unet(unet_tensors, source.configs.get("unet"), pooled, where)
@@ -51,7 +53,7 @@ def assemble(
     vae = None
     if vae_tensors is not None:
         _same_latents(vae_tensors, unet, source.name)
-        vae = build_vae(vae_tensors, vae_config, family, Placement(where.device, vae_storage))
+        vae = build_vae(vae_tensors, vae_config, family, Placement(aside, vae_storage))
     schedule, warnings = schedule_of(source.noise, family, v_pred)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
@@ -98,9 +100,10 @@ def recognise(source: Source) -> Family:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where tensors go and how they are stored (None: as they are; 8-bit floats become 16-bit ones)."""
+    """Where tensors go (None: they stay) and how they are stored (None: as they are; 8-bit floats become 16-bit ones).
+    """
 
-    device: torch.device
+    device: torch.device | None
     storage: torch.dtype | None
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -188,6 +191,6 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], what: str, where: Plac
     module.load_state_dict(placed, strict=False, assign=True)
     for part in module.modules():  # position numbers are no weights: no file has to bring them
         if "position_ids" in part._buffers:
-            positions = len(part.get_parameter("position_embedding.weight"))
-            part._buffers["position_ids"] = torch.arange(positions, device=where.device).expand((1, -1))
+            table = part.get_parameter("position_embedding.weight")
+            part._buffers["position_ids"] = torch.arange(len(table), device=table.device).expand((1, -1))
     return module.eval().requires_grad_(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class Model:
         self.storage = main_dtype(unet)
         self._compute: torch.dtype | None = None
         self._hash: str | None = None
+        self._home: dict[nn.Parameter, Tensor] = {}
         self._settle()
 
     @property
@@ -121,6 +122,21 @@ class Model:
             nn.Module.to(part, self.device)
         self._settle()
         return self
+
+    def set_home(self, parts: Sequence[nn.Module], addresses: Collection[int]) -> None:
+        """Remember where the weights of parts lie now, if their storage is among the addresses, as their place while
+        they are not needed.
+        """
+        for parameter in (parameter for part in parts for parameter in part.parameters()):
+            if parameter.untyped_storage().data_ptr() in addresses:
+                self._home[parameter] = parameter.data
+
+    def go_home(self, part: nn.Module) -> None:
+        """Take a part off the device: its weights to where they lay at first, or to memory when that was not
+        remembered.
+        """
+        for parameter in part.parameters():  # buffers follow when the part is next moved
+            parameter.data = self._home[parameter] if parameter in self._home else parameter.data.cpu()
 
     def _settle(self) -> None:
         for part in (self.unet, *self.text_encoders):
@@ -223,6 +239,10 @@ class Model:
         if self._hash is None:
             self._hash = file_hash(self.path) if self.path is not None and self.path.exists() else ""
         return self._hash
+
+    def known_hash(self, sha256: str) -> None:
+        """Take over the file's SHA-256 (hex) from somebody who has computed it; "" is ignored."""
+        self._hash = sha256.lower() or self._hash
 
 
 def main_dtype(module: nn.Module) -> torch.dtype:

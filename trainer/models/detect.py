@@ -12,6 +12,7 @@ from ..errors import ModelError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
 SUPPORTED = "Supported are Stable Diffusion 1.x, 2.x and XL"
 
 _RECOGNISED = (

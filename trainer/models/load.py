@@ -36,13 +36,14 @@ def load_model(
         raise ModelError(f"{path}: there is no such model file or folder.")
     source = read_folder(path) if path.is_dir() else read_single(path)
     if vae_path is not None:
-        _replace_vae(source, Path(vae_path))
+        replace_vae(source, Path(vae_path))
     return assemble(
         source, v_pred=v_pred, storage=storage, vae_storage=vae_storage, device=device, vocabularies=vocabularies
     )
 
 
-def _replace_vae(source: Source, path: Path) -> None:
+def replace_vae(source: Source, path: Path) -> None:
+    """Put the VAE of a file or folder in the place of a source's own. Raises ModelError."""
     if not path.exists():
         raise ModelError(f"{path}: there is no such VAE file or folder.")
     configs = {part: config for part, config in source.configs.items() if part != "vae"}

@@ -22,6 +22,7 @@ from .names import (
     PRECISIONS,
     SAVE_PRECISIONS,
     SCHEDULERS,
+    VAE_PRECISIONS,
 )
 
 FORMAT = 1
@@ -184,7 +185,8 @@ class Train:
         "fp16", "Number format in which the base model is held; model leaves it as it is.", OPTION,
         choices=MODEL_PRECISIONS)
     train_lora_precision: str = param("fp32", "Number format in which the LoRA is trained.", OPTION, choices=PRECISIONS)
-    train_VAE_precision: str = param("fp32", "Number format of the VAE.", OPTION, choices=PRECISIONS)
+    train_VAE_precision: str = param(
+        "fp32", "Number format of the VAE; model takes it as it is loaded.", OPTION, choices=VAE_PRECISIONS)
     use_gradient_checkpointing: bool = param(False, "Need less memory and take more time.", REQUIRED)
     model_v_pred: bool = param(False, "The base model is a v-prediction model.", OPTION)
     train_state_every: int = param(

@@ -1,0 +1,1 @@
+"""The programs Atelier lives in: the only files that import a WebUI's own modules."""
