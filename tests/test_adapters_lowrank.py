@@ -19,6 +19,7 @@ from trainer.maths.lowrank import (
 )
 
 PER_SAMPLE = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+PER_RANK = torch.tensor([[1.0, 0.0], [-0.5, 0.5], [0.25, 2.0]], dtype=torch.float64)
 GEOMETRIES = [(1, 0, 1), ((2, 2), (1, 1), (1, 1)), (1, 2, 2)]
 
 
@@ -35,7 +36,7 @@ def _conv(layer, weight, bias, scale, geometry, x, down, up):
     return layer(x, weight, bias, down, up, scale, geometry)
 
 
-@pytest.mark.parametrize("scale", [0.7, PER_SAMPLE], ids=["number", "per sample"])
+@pytest.mark.parametrize("scale", [0.7, PER_SAMPLE, PER_RANK], ids=["number", "per sample", "per rank"])
 @pytest.mark.parametrize("shape", [(3, 2, 5), (3, 5)], ids=["tokens", "rows"])
 @pytest.mark.parametrize("grad_x", [True, False], ids=["x needs it", "x does not"])
 def test_linear_gradients_by_finite_differences(scale, shape, grad_x: bool) -> None:
@@ -46,7 +47,7 @@ def test_linear_gradients_by_finite_differences(scale, shape, grad_x: bool) -> N
         assert torch.autograd.gradcheck(partial(_linear, layer, weight, offset, scale), (x, down, up))
 
 
-@pytest.mark.parametrize("scale", [0.7, PER_SAMPLE], ids=["number", "per sample"])
+@pytest.mark.parametrize("scale", [0.7, PER_SAMPLE, PER_RANK], ids=["number", "per sample", "per rank"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("grad_x", [True, False], ids=["x needs it", "x does not"])
 def test_convolution_gradients_by_finite_differences(scale, geometry, grad_x: bool) -> None:
@@ -59,6 +60,13 @@ def test_convolution_gradients_by_finite_differences(scale, geometry, grad_x: bo
     if kernel == 1:
         points = partial(_linear, lowrank.LowRankPointwise.apply, weight, bias, scale)
         assert torch.autograd.gradcheck(points, (x, down, up))
+
+
+def test_a_scale_per_rank_is_a_diagonal_matrix_in_the_middle() -> None:
+    x, down, up, weight = doubles((3, 4, 5), (2, 5), (4, 2), (4, 5), grad=False)
+    got = LowRankLinear.apply(x, weight, None, down, up, PER_RANK)
+    want = [row @ (weight + up @ torch.diag(scale) @ down).T for row, scale in zip(x, PER_RANK, strict=True)]
+    torch.testing.assert_close(got, torch.stack(want))
 
 
 @pytest.mark.parametrize("frozen", ["down", "up", "both"])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from adapter_layers import BLOCKS, PARTS, Record, input_of, layers, network, shake
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from trainer.adapters.base import ADAPTERS, AdapterSpec
 from trainer.adapters.network import build_network
 from trainer.errors import AdapterError, AtelierError
+from trainer.models.layers import layers_of
 
 PLAIN = AdapterSpec("lierla", rank=4, alpha=2.0)
 CONV = AdapterSpec("c3lier", rank=4, alpha=2.0, conv_rank=2, conv_alpha=6.0)
@@ -283,3 +285,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
                 y.square().sum().backward()
         grads.append([p.grad for p in net.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+
+
+def test_blocks_are_repeated_at_the_strength_they_ran_at() -> None:
+    """Gradient checkpointing repeats a block during the backward pass, when the strength is another one again."""
+    model = tiny.model("sd1")
+    net = build_network(layers_of(model), PLAIN, BLOCKS, "Full", ("unet",), torch.Generator().manual_seed(0))
+    shake(net)
+    x, context = torch.randn(2, 4, 8, 8), model.encode_prompts(["a", "b"])
+    gradients = []
+    for on in (False, True):
+        model.set_gradient_checkpointing(on, net.repeated)
+        net.zero_grad()
+        with net.attached():
+            with net.at_strength(torch.tensor([0.25, -0.25])):
+                y = model.predict(x, torch.tensor([5, 900]), context)
+            y.square().mean().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    for plain, repeated in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, repeated)

@@ -113,7 +113,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(dtype):
     kept, results = [], []
     for on in (False, True, False):
         model.set_gradient_checkpointing(on)
-        assert model.unet.training == on
         given, count = x.clone().requires_grad_(True), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, count=count: count.append(t.numel()) or t, lambda t: t):
             out = model.predict(given, torch.tensor([9]), model.encode_prompts(["a"]), ids)

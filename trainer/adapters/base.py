@@ -19,7 +19,7 @@ from ..maths.lowrank import scaled, working_dtype
 from ..params.network import NetworkOptions, parse_block_ranks, parse_blocks
 from ..params.rules import Rule
 from ..registry import Registry
-from .draws import Draws
+from .draws import Draws, Timesteps
 
 ADAPTERS: Registry[type[Adapter]] = Registry("network_type", "adapters")
 
@@ -182,7 +182,7 @@ class Adapter(nn.Module):
         if self.ranked and self.options.network_rslora:
             self.alpha *= math.sqrt(self.rank)  # alpha·√r / r = alpha / √r (2312.03732), and any reader scales right
         self.scale = self.alpha / self.rank
-        self.strength, self.draws = strength, Draws()
+        self.strength, self.draws, self.timesteps = strength, Draws(), Timesteps()
         self._drops = self._dropouts()
         self._held = (layer.module,)  # in a tuple, so that the base layer is no part of this module's state
         self._previous: Any = _ABSENT

@@ -1,4 +1,5 @@
-"""Random draws of adapters while they train: a pure function of seed, micro batch, layer and sample."""
+"""What adapters know of the moment: the random draws of a training step, a pure function of seed, micro batch, layer and
+sample, and the timesteps of a prediction."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from ..maths import rng
+
+STEPS = 1000
+"""The number of timesteps of every Stable Diffusion model."""
 
 
 class Draws:
@@ -64,6 +68,37 @@ class Draws:
             stream = self.generator(*what, again, self._samples[place], chunk)
             masks.append(_mask(like.shape[1:], chance, stream))
         return torch.stack(masks).to(like)
+
+
+class Timesteps:
+    """At which timesteps the base model predicts just now; one object shared by all adapters of a network.
+
+    `value`: (B,), None outside of predictions and for texts. `kept`: masks made for it, so that not every layer makes
+    its own.
+    """
+
+    __slots__ = ("kept", "value")
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.kept: dict[tuple[int, int], Tensor] = {}
+
+    def change(self, timesteps_B: Tensor | None) -> None:
+        """Another prediction begins, or it ends."""
+        self.value, self.kept = timesteps_B, {}
+
+    def mask(self, rank: int, lowest: int) -> Tensor | None:
+        """(B, rank) of 0 and 1: the first r(t) ranks of each sample, r(t) = r_min + ⌊(r − r_min)·(T − t)/T⌋ (T-LoRA,
+        2507.05964).
+
+        None outside of predictions.
+        """
+        if self.value is None:
+            return None
+        if (rank, lowest) not in self.kept:
+            active = lowest + (rank - lowest) * (STEPS - self.value.long()) // STEPS
+            self.kept[rank, lowest] = (torch.arange(rank, device=active.device) < active[:, None]).float()
+        return self.kept[rank, lowest]
 
 
 def _mask(shape: Sequence[int], chance: float, generator: torch.Generator) -> Tensor:

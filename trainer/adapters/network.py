@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import AdapterError
 from ..params.network import NetworkOptions, parse_blocks, shown_options
 from .base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
 from .choose import choose, spelled, split_name
-from .draws import Draws
+from .draws import Draws, Timesteps
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         self.strength = strength
-        self.draws = Draws()
+        self.draws, self.timesteps = Draws(), Timesteps()
         self.adapters = nn.ModuleDict({adapter.key: adapter for adapter in adapters})
         for adapter in self:
-            adapter.draws = self.draws
+            adapter.draws, adapter.timesteps = self.draws, self.timesteps
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self.adapters.values())
@@ -89,6 +89,26 @@ class Network(nn.Module):
             yield self
         finally:
             self.strength.value = before
+
+    @contextmanager
+    def at_timesteps(self, timesteps_B: Tensor | None) -> Iterator[Network]:
+        """Inside the block the base model predicts at these timesteps (B,)."""
+        before = self.timesteps.value
+        self.timesteps.change(timesteps_B)
+        try:
+            yield self
+        finally:
+            self.timesteps.change(before)
+
+    def repeated(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For a forward that is computed again in the backward pass: nothing now, then the strength and timesteps of
+        now."""
+        return nullcontext(), self._as_it_was(self.strength.value, self.timesteps.value)
+
+    @contextmanager
+    def _as_it_was(self, strength: float | Tensor, timesteps_B: Tensor | None) -> Iterator[None]:
+        with self.at_strength(strength), self.at_timesteps(timesteps_B):
+            yield
 
     # -- what an optimizer and a log want to know ----------------------------------------------------------------------
 

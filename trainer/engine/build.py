@@ -173,7 +173,7 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resum
     flat = FlatParameters(parameter for parameter in network.parameters() if parameter.requires_grad)
     optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
     if train.use_gradient_checkpointing:
-        model.set_gradient_checkpointing(True)
+        model.set_gradient_checkpointing(True, network.repeated)
     kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
     try:

@@ -78,7 +78,8 @@ class Kit:
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
         """The model's prediction at x_t with the adapter at its current strength."""
-        return self.model.predict(x_BCHW, t_B, conditioning, time_ids)
+        with self.network.at_timesteps(t_B):
+            return self.model.predict(x_BCHW, t_B, conditioning, time_ids)
 
     def rollout(self, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """See `modes.base.Kit`."""

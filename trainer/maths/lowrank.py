@@ -2,7 +2,7 @@
 
 y = W·x + b + s·U·(D·x) with D (r, in[, k, k]) "down" and U (out, r) "up" (LoRA, arXiv:2106.09685, eq. 3). W and b are
 frozen and may be stored in another precision than x: they are cast per call and the *stored* tensors are kept for the
-backward pass. s is a number, or a tensor (B,) with one number per sample of the batch.
+backward pass. s is a number, a tensor (B,) with one number per sample of the batch, or (B, r) with one per rank as well.
 
 Two ways to the same result are chosen by their cost (`merging_pays`): through the rank-r middle (few multiplications
 when the layer is wide), or through the summed weight W + s·U·D (when it is narrow and the batch has many rows).
@@ -226,12 +226,20 @@ def conv_backward(
 
 
 def _scaled(middle: Tensor, scale: Scale, batch: int) -> tuple[Tensor, float]:
-    """The rank-r middle with a per-sample scale applied, and the number that is still to be applied."""
+    """The rank-r middle with a scale per sample (and rank) applied, and the number that is still to be applied.
+
+    The rank is the last axis of rows (…, r), and the second of pictures (B, r, …).
+    """
     if not isinstance(scale, Tensor):
         return middle, scale
     if scale.shape[0] != batch:
         raise ValueError(f"the strength has {scale.shape[0]} values for a batch of {batch}")
-    return (middle.reshape(batch, -1) * scale.to(middle)[:, None]).view(middle.shape), 1.0
+    scale = scale.to(middle)
+    if scale.ndim == 1:
+        return (middle.reshape(batch, -1) * scale[:, None]).view(middle.shape), 1.0
+    if middle.ndim == 2:
+        return (middle.view(batch, -1, scale.shape[1]) * scale[:, None]).view(middle.shape), 1.0
+    return middle * scale.view(*scale.shape, *(1,) * (middle.ndim - 2)), 1.0
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

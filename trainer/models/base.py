@@ -16,6 +16,7 @@ from ..errors import ModelError
 from ..maths.schedule import NoiseSchedule
 from . import precision
 from .family import Family
+from .recompute import Around, recompute
 from .text import TextEncoder
 
 
@@ -146,10 +147,9 @@ class Model:
         ):  # its decoder casts to the precision of its own parameters, so per-call casts cannot serve it
             nn.Module.to(self.vae, precision.compute_dtype(self.device, main_dtype(self.vae)))
 
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Recompute the UNet's activations in the backward pass (diffusers' own switch)."""
-        (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
-        self.unet.train(on)  # some versions checkpoint only in training mode; there is no dropout in it to wake
+    def set_gradient_checkpointing(self, on: bool, around: Around | None = None) -> None:
+        """Recompute the UNet's activations in the backward pass, block by block and each in what `around` gives."""
+        recompute(self.unet, on, around)
 
     # ---------------------------------------------------------------- text
 
