@@ -23,6 +23,11 @@ SPECS = {name: AdapterSpec(name, rank=4, alpha=3.0, conv_rank=2, conv_alpha=5.0)
 SPECS |= {
     f"{name} {label}": dataclasses.replace(SPECS[name], options={type(option): option for option in options})
     for name, label, *options in (
+        ("lierla", "dora", DoraOptions(use_dora=True)),
+        ("lierla", "dora output", DoraOptions(True, "output")),
+        ("c3lier", "tucker", TuckerOptions(network_tucker=True)),
+        ("c3lier", "dora", DoraOptions(use_dora=True)),
+        ("c3lier", "dora tucker output", DoraOptions(True, "output"), TuckerOptions(network_tucker=True)),
         ("loha", "tucker", TuckerOptions(network_tucker=True)),
         ("lokr", "tucker", TuckerOptions(network_tucker=True), LokrOptions(network_factor=2)),
         ("lokr", "both", LokrOptions(network_factor=4, network_decompose_both=True)),

@@ -14,7 +14,9 @@ from test_adapters_contract import SPECS
 from torch import Tensor
 
 from trainer.adapters.base import ADAPTERS, AdapterSpec
+from trainer.adapters.dylora import DyloraOptions
 from trainer.adapters.file import read_lora, write_lora
+from trainer.adapters.timesteps import TimestepOptions
 
 Tensors = dict[str, Tensor]
 Merged = tuple[Tensor, Tensor | None]  # the weight, and what is added to the bias
@@ -92,8 +94,8 @@ def boft(w: Tensor, f: Tensors) -> Merged:
 
 
 READERS: dict[str, Callable[[Tensor, Tensors], Merged]] = {
-    "lierla": lora, "c3lier": lora, "loha": loha, "lokr": lokr, "eh": lokr, "ia3": ia3, "glora": glora, "full": full,
-    "norm": norm, "oft": oft, "boft": boft,
+    "lierla": lora, "c3lier": lora, "dylora": lora, "loha": loha, "lokr": lokr, "eh": lokr, "ia3": ia3,
+    "glora": glora, "full": full, "norm": norm, "oft": oft, "boft": boft,
 }  # fmt: skip
 
 
@@ -118,9 +120,10 @@ def trained(spec: AdapterSpec, strength: float = 1.0):
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             optimizer.zero_grad()
-            for adapter in net:
-                y = adapter.module(input_of(adapter.module))
-                (y - torch.randn(y.shape, generator=generator)).square().mean().backward()
+            with net.drawing(1, step, (0, 1, 2)), net.at_timesteps(torch.tensor([10, 500, 990])):
+                for adapter in net:
+                    y = adapter.module(input_of(adapter.module))
+                    (y - torch.randn(y.shape, generator=generator)).square().mean().backward()
             optimizer.step()
     return net.eval()
 
@@ -148,7 +151,10 @@ def test_what_a_reader_merges_is_what_was_trained(name: str, strength: float, tm
     assert changed > 0.01, "three steps have moved it"
 
 
-OTHER = {"network_factor": 2, "network_groups": 2, "network_dora_axis": "output"}
+OTHER = {
+    "network_timestep_rank": 1, "network_unit": 1, "network_factor": 2, "network_groups": 2,
+    "network_dora_axis": "output",
+}  # fmt: skip
 
 
 def other_values() -> list[tuple[str, str, AdapterSpec, AdapterSpec]]:
@@ -157,9 +163,10 @@ def other_values() -> list[tuple[str, str, AdapterSpec, AdapterSpec]]:
     for name, kind in ADAPTERS.items():
         if name not in READERS:
             continue
-        small = dataclasses.replace(SPECS[name], rank=10 if name == "boft" else 1, conv_rank=0)
+        rank = {"boft": 10, "lierla": 4, "c3lier": 4, "dylora": 4}.get(name, 1)
+        small = dataclasses.replace(SPECS[name], rank=rank, conv_rank=0)
         if kind.ranked:
-            found += [(name, "network_rank", small, dataclasses.replace(small, rank=2))]
+            found += [(name, "network_rank", small, dataclasses.replace(small, rank=2 * rank))]
             found += [(name, "network_alpha", small, dataclasses.replace(small, alpha=11.0))]
         for section in kind.sections:
             for option in dataclasses.fields(section):
@@ -179,3 +186,45 @@ def test_every_option_changes_the_file(name: str, option: str, before: AdapterSp
     assert set(one) != set(two) or any(
         tensor.shape != two[key].shape or not torch.equal(tensor, two[key]) for key, tensor in one.items()
     )
+
+
+def test_a_dylora_cut_to_fewer_ranks_is_what_was_trained_at_them() -> None:
+    """Cut to b ranks with alpha·b/rank; b is drawn anew for each step and is the same in all layers."""
+    spec = AdapterSpec("dylora", rank=8, alpha=3.0, options={DyloraOptions: DyloraOptions(network_unit=2)})
+    net = trained(spec)
+    file, seen = net.export(torch.float32), set()
+    for step in range(20):
+        with net.attached(), net.drawing(0, step, (0, 1, 2)):
+            (active,) = {len(adapter.pair()[0]) for adapter in net}
+            seen.add(active)
+            adapter = next(iter(net))
+            x = input_of(adapter.module)
+            y = adapter.module(x)
+        down, up = (file[f"{adapter.key}.lora_{side}.weight"] for side in ("down", "up"))
+        cut = {"lora_down.weight": down[:active], "lora_up.weight": up[:, :active], "alpha": 3.0 * active / 8}
+        weight, _ = lora(adapter.module.weight, cut)
+        torch.testing.assert_close(y, with_weight(adapter.module, x, weight), rtol=1e-4, atol=1e-5)
+    assert seen == {2, 4, 6, 8}
+
+
+@pytest.mark.parametrize("name", ["lierla", "c3lier tucker"])
+def test_fewer_ranks_at_noisier_timesteps(name: str) -> None:
+    """T-LoRA with 2 to 6 ranks: 6 at t = 0, ⌊4·250/1000⌋ = 1 more than 2 at t = 750, 2 at t = 999; outside of training
+    and in the text encoder all of them."""
+    spec = dataclasses.replace(SPECS[name], rank=6, conv_rank=6)
+    spec = dataclasses.replace(spec, options={**spec.options, TimestepOptions: TimestepOptions(2)})
+    net = trained(spec)
+    with net.attached():
+        for adapter in net:
+            x, bare = input_of(adapter.module), adapter.module.weight
+            ranks = (6, 3, 2) if adapter.part == "unet" else (6, 6, 6)
+            with net.drawing(0, 0, (0, 1, 2)), net.at_timesteps(torch.tensor([0, 750, 999])):
+                y = adapter.module(x)
+            down, up = adapter.pair()
+            for row, active in enumerate(ranks):
+                delta = up[:, :active] @ down[:active].flatten(1) * adapter.alpha / 6
+                want = with_weight(adapter.module, x[row : row + 1], bare + delta.view(bare.shape))
+                torch.testing.assert_close(y[row : row + 1], want, rtol=1e-4, atol=1e-5)
+            with net.at_timesteps(torch.tensor([0, 750, 999])):
+                want = with_weight(adapter.module, x, bare + adapter.delta())
+                torch.testing.assert_close(adapter.module(x), want, rtol=1e-4, atol=1e-5)

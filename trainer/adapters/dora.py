@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from ..maths.lowrank import scaled
 from ..params.field import param
-from .base import Adapter, AdapterSpec, LayerLike, Strength
+from .base import Adapter, AdapterSpec, LayerLike, LowRank, Strength
 
 MAGNITUDE = "dora_scale"
 AXES = ("input", "output")
@@ -115,6 +115,9 @@ class Decomposed(Adapter):
         weight = self.module.weight.float()
         return (weight + plain) * self._on_axis(self.gain()) - weight
 
+    def as_lora(self) -> LowRank | None:
+        return None if self.decomposed else super().as_lora()
+
     def tensors(self) -> dict[str, Tensor]:
         plain = super().tensors()
         if not self.decomposed:
@@ -124,6 +127,11 @@ class Decomposed(Adapter):
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
         if not self.decomposed:
+            if MAGNITUDE in tensors:
+                raise AdapterError(
+                    f"{self.key} in the file has {MAGNITUDE}, which belongs to DoRA. Switch use_dora on, or choose"
+                    " another file."
+                )
             return super().read(tensors, factor)
         lengths = tensors.get(MAGNITUDE)
         wanted = self._on_axis(self.magnitude).shape

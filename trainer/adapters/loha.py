@@ -83,6 +83,10 @@ class HadamardProduct(Direct):
             return ((w1a @ w1b) * (w2a @ w2b)).view(self.module.weight.shape)
         return _cored(cores[0], w1a, w1b) * _cored(cores[1], w2a, w2b)
 
+    def delta_norm(self) -> Tensor:
+        """‖ΔW‖, of which the factors take up a change."""
+        return self._product(*self._parts()).float().norm() * self.scale
+
     def delta(self) -> Tensor:
         w1a, w1b, w2a, w2b, *cores = (part.float() for part in self._parts())
         t1, t2 = cores or (None, None)

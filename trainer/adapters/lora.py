@@ -10,7 +10,11 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, scaled
-from ..params.network import DIFFERENCE_INITS
+from ..params.core import Network
+from ..params.field import ModeInfo
+from ..params.job import Job
+from ..params.network import DIFFERENCE_INITS, NetworkOptions
+from ..params.rules import Rule
 from .base import (
     ADAPTERS,
     RESNET_OWNERS,
@@ -23,17 +27,33 @@ from .base import (
     Strength,
     is_wide,
 )
+from .dora import MAGNITUDE, Decomposed, DoraOptions
+from .timesteps import RULES as TIMESTEP_RULES
+from .timesteps import TimestepOptions
+from .tucker import TuckerOptions
 
-DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
 SPELLINGS = {
     "lora_A.weight": DOWN, "lora_B.weight": UP, "lora.down.weight": DOWN, "lora.up.weight": UP,
     "lora_linear_layer.down.weight": DOWN, "lora_linear_layer.up.weight": UP,
 }
 
 
-@ADAPTERS.register("lierla", "lora")
+def cored(core: Tensor, down: Tensor) -> Tensor:
+    """Σ_b core[a, b, y, x]·down[b, i] as (a, i, y, x): the D of a Tucker form."""
+    return torch.einsum("abyx,bi->aiyx", core, down.flatten(1)).contiguous()
+
+
+def tucker_start(job: Job, mode: ModeInfo) -> str:
+    """A start that is given as two matrices, for kernels kept in three parts."""
+    init, kind = job[NetworkOptions].network_init, job[Network].network_type
+    if init == "default" or not job[TuckerOptions].network_tucker or ADAPTERS.canonical(kind) != "c3lier":
+        return ""
+    return f"cannot begin as network_init {init}; switch one of the two off."
+
+
 class Lora(Adapter):
-    """ΔW = (alpha/rank)·up·down, through a fused forward and backward."""
+    """ΔW = (alpha/rank)·up·down, through a fused forward and backward. What lierla, c3lier and others are made of."""
 
     file_tensors = (DOWN, UP, ALPHA)
     network_module = "networks.lora"
@@ -41,12 +61,14 @@ class Lora(Adapter):
     ups, downs = ("up",), ("down",)
     inits = frozenset({*DIFFERENCE_INITS, "instant"})
     counted = False
+    lowest = 0
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         fan_out, *rest = layer.module.weight.shape
         self.down = nn.Parameter(kaiming_down((self.rank, *rest), generator))
         self.up = nn.Parameter(torch.zeros(fan_out, self.rank))
+        self.lowest = spec[TimestepOptions].network_timestep_rank if layer.part == "unet" else 0
         self.counted = self.options.network_init in DIFFERENCE_INITS & self.inits
         if self.counted:
             self.register_buffer("down0", self.down.detach().clone())
@@ -62,8 +84,8 @@ class Lora(Adapter):
         return parameters["down"], parameters["up"]  # type: ignore[return-value]
 
     def _sides(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Pairs that ΔW/scale is the sum of, each of which draws its dropout alike."""
-        return ((self.down, self.up), (self.down0, -self.up0)) if self.counted else (self.pair(),)
+        """The pair of ΔW/scale, or the one it is less the one of the start; both draw their dropout alike."""
+        return ((self.down, self.up), (self.down0, self.up0)) if self.counted else (self.pair(),)
 
     @classmethod
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
@@ -76,6 +98,9 @@ class Lora(Adapter):
         if not self._plain:
             return self._on_top_of(self._base(x), x, scale)
         down, up = self.pair()
+        active = self.active_ranks()
+        if active is not None:
+            scale = active.repeat(1, len(down) // self.rank) * (scale[:, None] if isinstance(scale, Tensor) else scale)
         x = self.working_input(x)
         if self.kind == "linear":
             return low_rank_linear(x, module.weight, module.bias, down, up, scale)
@@ -88,13 +113,29 @@ class Lora(Adapter):
 
     def _on_top_of(self, base: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
         """base + ΔW·x, where the layer beneath computes in its own way (for instance with another adapter)."""
-        x = x.to(base.dtype)
-        update = sum(self._update(x, *side) for side in self._sides())
-        return base + scaled(update, scale)
+        return base + scaled(self._sum(x.to(base.dtype)), scale)
+
+    def active_ranks(self) -> Tensor | None:
+        """T-LoRA: (B, rank) of 0 and 1, in a training step and while the UNet predicts."""
+        return self.timesteps.mask(self.rank, self.lowest) if self.lowest and self.draws.on else None
+
+    def update(self, x: Tensor) -> Tensor:
+        """ΔW·x at strength 1, without bias."""
+        return self._sum(x) * self.scale
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """ΔW·x without the scale, with the dropout of this step."""
+        first, *rest = (self._update(x, *side) for side in self._sides())
+        return first - rest[0] if rest else first
 
     def _update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """U·D·x with the dropout of this step."""
         middle = self.dropped(self._operate(x, down.to(x.dtype)))
+        active = self.active_ranks()
+        if active is not None:
+            after = (1,) * (middle.ndim - 2)
+            shape = (len(active), *after, -1) if self.kind == "linear" else (len(active), -1, *after)
+            middle = middle * active.to(middle.dtype).view(shape)
         kept = self.kept_ranks(up.shape[1])
         up = (up if kept is None else up * kept.to(up)).to(x.dtype)
         if self.kind == "linear":
@@ -116,6 +157,29 @@ class Lora(Adapter):
         down, up = (factor.float().flatten(1) for factor in self.pair())
         square = ((up.T @ up) * (down @ down.T)).sum()  # ‖U·D‖² = tr(UᵀU·DDᵀ), without the product itself
         return square.clamp(min=0).sqrt() * self.scale
+
+    def square_norms(self, on_input: bool) -> Tensor:
+        """‖W + ΔW‖² − ‖W‖² for each input or output, from W·Dᵀ or Uᵀ·W and the small products of the factors alone."""
+        down, up = (factor.float().flatten(1) for factor in self.pair())
+        weight = self.module.weight.to(self._casts_to or self.module.weight.dtype).flatten(1)
+        if on_input:
+            other = 2 * (up.T.to(weight.dtype) @ weight).float() + self.scale * (up.T @ up) @ down
+            return self.scale * (down * other).sum(0).view(self.module.weight.shape[1], -1).sum(1)
+        other = 2 * (weight @ down.T.to(weight.dtype)).float() + self.scale * up @ (down @ down.T)
+        return self.scale * (up * other).sum(1)
+
+    def expanded(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """ΔW of file tensors, float32."""
+        down, up = tensors[DOWN].float(), tensors[UP].float().flatten(1)
+        if MID in tensors:
+            down = cored(tensors[MID].float(), down)
+        scale = float(tensors[ALPHA]) / len(up.T) if ALPHA in tensors else 1.0
+        return low_rank_delta(down, up, scale).view(self.module.weight.shape)
+
+    def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]:
+        """File tensors whose ΔW has its inputs or outputs multiplied by these numbers."""
+        name, shape = (DOWN, (1, -1)) if on_input else (UP, (-1, 1))
+        return {**tensors, name: tensors[name] * by.view(*shape, *(1,) * (tensors[name].ndim - 2))}
 
     def tensors(self) -> dict[str, Tensor]:
         down, up = (factor.detach() for factor in self.pair())
@@ -164,9 +228,64 @@ class Lora(Adapter):
         return {**tensors, DOWN: tensors[DOWN] * root, UP: tensors[UP] * math.copysign(root, factor)}
 
 
+class Convolved(Lora):
+    """LoRA that can keep convolution kernels in Tucker form: ΔW[o, i, y, x] = s·Σ up[o, a]·mid[a, b, y, x]·down[b, i].
+
+    That is the LoRA whose D is mid·down.
+    """
+
+    file_tensors = (DOWN, UP, MID, ALPHA)
+    factors = (("down",), ("mid",), ("up",))
+
+    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+        super().__init__(layer, spec, strength, generator)
+        self.tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
+        if self.tucker:
+            fan_in, *kernel = layer.module.weight.shape[1:]
+            self.down = nn.Parameter(kaiming_down((self.rank, fan_in, *(1 for _ in kernel)), generator))
+            self.mid = nn.Parameter(kaiming_down((self.rank, self.rank, *kernel), generator))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return (cored(self.mid, self.down), self.up) if self.tucker else super().pair()
+
+    def tensors(self) -> dict[str, Tensor]:
+        plain = super().tensors()
+        return {**plain, DOWN: self.down.detach(), MID: self.mid.detach()} if self.tucker else plain
+
+    def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+        found = self.named(tensors)
+        if self.tucker:
+            if MID not in found:
+                raise AdapterError(f"{self.key} in the file has no {MID}. Switch network_tucker off.")
+            core = self._shaped(MID, found.pop(MID), self.mid).float()
+            return {**super().read(found, factor), "mid": core}
+        if MID in found:  # a LoRA like any other, its core multiplied out
+            found[DOWN] = cored(found.pop(MID).float(), found[DOWN].float())
+        return super().read(found, factor)
+
+
+@ADAPTERS.register("lierla", "lora")
+class Lierla(Decomposed, Lora):
+    """LoRA on the linear layers and 1×1 convolutions of transformer blocks and text encoders."""
+
+    help = "Plain LoRA on the attention blocks: small, fast, read by everything. Rank 4 to 128."
+    needs = frozenset({"dora", "timestep_rank"})
+    sections = (DoraOptions, TimestepOptions)
+    rules = TIMESTEP_RULES
+    file_tensors = (DOWN, UP, ALPHA, MAGNITUDE)
+    exact = frozenset({ALPHA, MAGNITUDE})
+
+
 @ADAPTERS.register("c3lier", "locon")
-class Locon(Lora):
+class Locon(Decomposed, Convolved):
     """LoRA also on the convolutions, samplers and time projections of the UNet."""
+
+    help = "LoRA on the convolutions too (LoCon): also learns textures and style. Rank up to 64, alpha 1 or less."
+    needs = frozenset({"dora", "timestep_rank", "tucker"})
+    sections = (DoraOptions, TimestepOptions, TuckerOptions)
+    rules = (*TIMESTEP_RULES, Rule(("network_tucker", "network_init"), tucker_start))
+    file_tensors = (DOWN, UP, MID, ALPHA, MAGNITUDE)
+    exact = frozenset({ALPHA, MAGNITUDE})
 
     @classmethod
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:

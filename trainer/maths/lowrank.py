@@ -2,7 +2,7 @@
 
 y = W·x + b + s·U·(D·x) with D (r, in[, k, k]) "down" and U (out, r) "up" (LoRA, arXiv:2106.09685, eq. 3). W and b are
 frozen and may be stored in another precision than x: they are cast per call and the *stored* tensors are kept for the
-backward pass. s is a number, a tensor (B,) with one number per sample of the batch, or (B, r) with one per rank as well.
+backward pass. s is a number, a tensor (B,) with one number per sample of the batch, or (B, r) with one per rank too.
 
 Two ways to the same result are chosen by their cost (`merging_pays`): through the rank-r middle (few multiplications
 when the layer is wide), or through the summed weight W + s·U·D (when it is narrow and the batch has many rows).
