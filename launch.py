@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Atelier without a WebUI: makes its own Python environment beside this file, then runs the command line inside it.
 
-    python launch.py                 set up and show the commands
+    python launch.py                 set up and start the app: open the address that it prints
+    python launch.py --port 8000     the same on another port; --listen lets other machines reach it
     python launch.py demo            teach the shipped model a new word and measure the effect
     python launch.py train JOB.json  run a job (see: python launch.py train --help)
     python launch.py test [FILES]    run the checks and tests; --lock forge uses the package versions of WebUI Forge
@@ -267,7 +268,9 @@ def main(arguments, root=None, machine=None):
         environment = Environment(root, "newest", machine)
         environment.prepare()
         warn_about_cpu_torch(environment)
-        command = [environment.python, "-m", "trainer"] + (arguments or ["--help"])
+        if not arguments or arguments[0].startswith("-"):
+            arguments = ["app"] + arguments
+        command = [environment.python, "-m", "trainer"] + arguments
         return machine.become(command, inside(root, machine.environ))
     except Failure as failure:
         say(str(failure))

@@ -14,7 +14,7 @@ from trainer.jobs.entry import Entry
 from trainer.jobs.queue import Outcome, Queue
 from trainer.jobs.store import open_store
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 def environment() -> dict[str, str]:
@@ -90,12 +90,12 @@ def make(root: Path, worker: Gate | None = None) -> tuple[Queue, Gate]:
     return Queue(open_store(root / "queue"), gate), gate
 
 
-def until(true: Callable[[], object]) -> None:
-    """Wait until something holds; fails after ten seconds."""
-    end = time.monotonic() + PATIENCE
+def until(true: Callable[[], object], patience: float = PATIENCE, pause: float = 0.002) -> None:
+    """Wait until something holds, looking every `pause` seconds; fails after `patience` seconds."""
+    end = time.monotonic() + patience
     while not true():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
+        time.sleep(pause)
 
 
 def names(entries: tuple[Entry, ...]) -> list[str]:

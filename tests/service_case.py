@@ -94,7 +94,7 @@ class Case:
     client: Client
 
     def close(self) -> None:
-        self.queue.close(10)
+        self.queue.close(60)
         self.client.close()
 
     def get(self, path: str, query: str = "", **headers: str) -> Any:

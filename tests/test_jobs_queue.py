@@ -25,7 +25,7 @@ def test_the_second_start_gets_its_place_and_one_runs_at_a_time(pair: tuple[Queu
     assert queue.get(first.id).state == "running" and names(queue.waiting()) == ["b", "c"]
     for name in ("a", "b", "c"):
         gate.let_go(name)
-    assert queue.wait(10)
+    assert queue.wait(60)
     assert names(tuple(gate.ran)) == ["a", "b", "c"] and gate.most_at_once == 1
     assert [entry.state for entry in queue.ended()] == ["done"] * 3
     assert queue.get(second.id).path.endswith("b.safetensors") and queue.get(second.id).step == 10
@@ -40,7 +40,7 @@ def test_adding_starts_nothing_and_start_goes_before_what_waits(pair: tuple[Queu
     queue.start(job("now"))
     for name in ("later", "last", "now"):
         gate.let_go(name)
-    assert queue.wait(10)
+    assert queue.wait(60)
     assert names(tuple(gate.ran)) == ["now", "later", "last"]
 
 
@@ -60,7 +60,7 @@ def test_a_name_is_taken_while_its_job_waits_or_runs(pair: tuple[Queue, Gate]) -
     assert names(queue.waiting()) != ["Same"]
     queue.add(job("same"))  # what is over no longer holds its name
     assert queue.stop(hold=True)
-    assert queue.wait(10)
+    assert queue.wait(60)
 
 
 def test_a_failure_is_told_and_the_next_job_runs(pair: tuple[Queue, Gate], capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_a_failure_is_told_and_the_next_job_runs(pair: tuple[Queue, Gate], capsy
     for name in "abcde":
         gate.let_go(name)
     queue.go()
-    assert queue.wait(10)
+    assert queue.wait(60)
     ended = [queue.get(entry.id) for entry in entries]
     assert [entry.state for entry in ended] == ["failed"] * 4 + ["done"]
     assert [entry.error for entry in ended[:3]] == [
@@ -96,12 +96,12 @@ def test_stop_goes_on_with_the_next_and_hold_does_not(pair: tuple[Queue, Gate]) 
     until(lambda: queue.position(b.id) == 0 and len(gate.ran) == 2)
     assert queue.get(a.id).state == "stopped" and queue.get(a.id).path == ""
     queue.stop(save=True, hold=True)
-    assert queue.wait(10)
+    assert queue.wait(60)
     assert queue.get(b.id).state == "saved_early" and queue.get(b.id).path.endswith("b.safetensors")
     assert queue.get(c.id).state == "waiting" and queue.position(c.id) == 1
     gate.let_go("c")
     queue.go()
-    assert queue.wait(10) and queue.get(c.id).state == "done"
+    assert queue.wait(60) and queue.get(c.id).state == "done"
 
 
 def test_hold_lets_the_running_job_end(pair: tuple[Queue, Gate]) -> None:
@@ -109,7 +109,7 @@ def test_hold_lets_the_running_job_end(pair: tuple[Queue, Gate]) -> None:
     a, b = queue.start(job("a")), queue.start(job("b"))
     queue.hold()
     gate.let_go("a")
-    assert queue.wait(10)
+    assert queue.wait(60)
     assert (queue.get(a.id).state, queue.get(b.id).state) == ("done", "waiting")
 
 
@@ -136,7 +136,7 @@ def test_reorder_delete_and_run_now(pair: tuple[Queue, Gate]) -> None:
     assert names(queue.waiting()) == ["c", "a"]
     for name in "acd":
         gate.let_go(name)
-    assert queue.wait(10) and names(tuple(gate.ran)) == ["d", "c", "a"]
+    assert queue.wait(60) and names(tuple(gate.ran)) == ["d", "c", "a"]
     queue.delete(a.id)
     assert names(queue.ended()) == ["c", "d"]
 
@@ -146,12 +146,12 @@ def test_a_stopped_job_goes_on_from_its_folder(pair: tuple[Queue, Gate]) -> None
     a = queue.start(job("a"))
     until(lambda: gate.ran)
     queue.stop()
-    assert queue.wait(10)
+    assert queue.wait(60)
     folder = queue.get(a.id).folder
     assert Path(folder).is_dir() and queue.resume_offer() == () and queue.can_resume(queue.get(a.id))
     gate.let_go("a")
     assert queue.resume(a.id).resume
-    assert queue.wait(10)
+    assert queue.wait(60)
     assert gate.ran[1].resume and gate.ran[1].folder == folder and queue.get(a.id).state == "done"
     with pytest.raises(QueueError, match="cannot go on"):
         queue.resume(a.id)
@@ -162,7 +162,7 @@ def test_a_job_without_a_state_or_whose_name_is_taken_cannot_go_on(pair: tuple[Q
     a = queue.start(job("a"))
     until(lambda: gate.ran)
     queue.stop()
-    assert queue.wait(10)
+    assert queue.wait(60)
     b = queue.add(job("A"))
     with pytest.raises(JobError, match="waits in the queue"):
         queue.resume(a.id)
@@ -189,7 +189,7 @@ def test_starts_from_many_threads_lose_and_double_nothing(pair: tuple[Queue, Gat
         thread.start()
     for thread in threads:
         thread.join()
-    until(lambda: queue.wait(10) and not queue.waiting() and queue.running() is None)
+    until(lambda: queue.wait(60) and not queue.waiting() and queue.running() is None)
     assert sorted(names(tuple(gate.ran))) == sorted(wanted) and gate.most_at_once == 1
 
 
@@ -211,7 +211,7 @@ def test_one_name_from_many_threads_runs_once(pair: tuple[Queue, Gate]) -> None:
         thread.join()
     assert len(refused) == 5
     gate.let_go("one")
-    assert queue.wait(10) and len(gate.ran) == 1
+    assert queue.wait(60) and len(gate.ran) == 1
 
 
 def test_only_the_latest_that_are_over_stay_listed(
@@ -233,7 +233,7 @@ def test_closing_ends_the_run_so_that_it_is_offered_again(tmp_path: Path) -> Non
     queue, gate = make(tmp_path)
     a, b = queue.start(job("a")), queue.start(job("b"))
     until(lambda: gate.ran)
-    assert queue.close(10)
+    assert queue.close(60)
     assert names(tuple(gate.ran)) == ["a"]
     with pytest.raises(QueueError, match="ending"):
         queue.go()

@@ -49,7 +49,7 @@ def test_a_killed_process_leaves_a_queue_that_goes_on(tmp_path: Path) -> None:
     gate.let_go("running")
     gate.let_go("waiting")
     queue.resume(queue.resume_offer()[0].id)
-    assert queue.wait(10)
+    assert queue.wait(60)
     assert [(entry.name, entry.resume) for entry in gate.ran] == [("running", True), ("waiting", False)]
     queue.close()
 
@@ -143,7 +143,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(store_module, "write_json", full)
     gate.let_go("a")
-    assert queue.wait(10) and queue.get(a.id).state == "done"
+    assert queue.wait(60) and queue.get(a.id).state == "done"
     assert any("No space left" in problem for problem in queue.problems)
     queue.close()
 

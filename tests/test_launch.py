@@ -94,7 +94,9 @@ def test_the_second_start_only_runs(root: Path) -> None:
     launch.main(["demo"], str(root), FakeMachine())
     machine = FakeMachine()
     launch.main([], str(root), machine)
-    assert machine.commands == [[str(root / ".venv/bin/python"), "-m", "trainer", "--help"]]
+    launch.main(["--port", "8000", "--listen"], str(root), machine)
+    started = [str(root / ".venv/bin/python"), "-m", "trainer", "app"]
+    assert machine.commands == [started, [*started, "--port", "8000", "--listen"]]
 
 
 def test_windows_paths_and_quotes(root: Path) -> None:

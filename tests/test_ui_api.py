@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,13 @@ def test_presets_and_settings(case: Case) -> None:
     assert case.get("settings/2026-11-21/a.json").json["settings"]["network_rank"] == 2
 
 
+def test_settings_are_kept_in_a_file(case: Case) -> None:
+    names = [case.post("settings/save", {"settings": settings("mine", network_rank=3)}).json["name"] for _ in "ab"]
+    assert len(set(names)) == 2 and all(name.split("/")[1].split("-")[1].startswith("mine") for name in names)
+    assert case.get(f"settings/{names[1]}").json["settings"]["network_rank"] == 3
+    assert case.post("settings/save", {"settings": settings("../x")}).status == 422
+
+
 def test_settings_from_a_dropped_file(case: Case) -> None:
     text = json.dumps({"mode": "LoRA", "network_rank": "32", "image_size(height, width)": "768,512", "newer": 1})
     read = case.post("settings/read", {"text": text})
@@ -189,6 +197,15 @@ def test_models_and_folder(case: Case) -> None:
     assert found.json == {"pictures": 12, "buckets": {"64x64": 12}, "mean": None, "where": "place"}
     missing = case.post("folder", {"settings": {"mode": "LoRA", "lora_data_directory": str(pictures / "no")}})
     assert missing.status == 422 and "no such folder" in missing.json["error"]
+
+
+def test_every_route_is_documented() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for one in ENTRANCES:
+        path = re.sub(r"\{(\w+)[^}]*\}", lambda found: found.group(1).upper(), one.path)
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{one.method} {path}` |")]
+        body = set(re.findall(r"`(\w+)`", row.split("|")[2]))
+        assert body == set(one.body), f"{one.method} {path}: the page says {body}, the route takes {one.body}"
 
 
 def test_a_defect_is_told_without_its_inside(case: Case, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer", description="Train LoRA-type adapters for Stable Diffusion.")
     parser.set_defaults(verbose=False, takes_flags=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    app = commands.add_parser("app", help="the tab as a page of its own, on this machine")
+    app.add_argument("--port", type=_port, default=0, help="port to listen on; the first free one from 7860 on if left")
+    app.add_argument("--listen", action="store_true", help="let other machines reach it too")
+    app.add_argument("--data-root", type=Path, default=None, help="with --listen: the folder training data may lie in")
+    app.add_argument("--auth", default="", metavar="NAME:PASSWORD", help="ask for a password (or ATELIER_AUTH)")
+    app.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="name it is reached by (proxy)")
+    _add_places(app)
+    app.set_defaults(run=_app)
 
     train = commands.add_parser(
         "train", help="run a job, or resume one", epilog="Every parameter is a flag too: --network-rank 8."
@@ -118,6 +128,24 @@ def _stop_on_interrupt() -> Any:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     return control
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535")
+    return port
+
+
+def _app(options: argparse.Namespace) -> int:
+    from .app import AppOptions, serve
+
+    root = None if options.data_root is None else options.data_root.expanduser().absolute()
+    if root is not None and not root.is_dir():
+        raise AtelierError(f"--data-root {root}: there is no such folder. Make it, or give another.")
+    login = options.auth or os.environ.get("ATELIER_AUTH", "")
+    names = tuple(options.allow_host)
+    return serve(AppOptions(_places(options), options.port, options.listen, root, login, names))
 
 
 def _train(options: argparse.Namespace) -> int:

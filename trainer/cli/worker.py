@@ -1,8 +1,10 @@
-"""What the queue and the service need of the engine: a run from the job of an entry to its file, and looks at files."""
+"""What the queue and the service need of the engine: a run from the job of an entry to its file, looks at files, and
+pictures where the host draws none.
+"""
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,16 +14,18 @@ from ..engine import arguments
 from ..engine.catalogue import catalogue
 from ..engine.control import Control
 from ..engine.preflight import check_before_loading
+from ..engine.process import this_process
 from ..engine.run import JOB_FILE, Request, read_job, run
 from ..engine.state import STATE_FILE
 from ..errors import DataError, JobError, Problem
 from ..events import EventLog
 from ..jobs.entry import Entry
-from ..jobs.queue import Outcome
+from ..jobs.queue import Outcome, QueueError
 from ..params import core
 from ..params.codec import load
 from ..params.job import Job
 from ..places import Places
+from .draw import Easel, Wish
 
 MEGABYTE = 2**20
 
@@ -41,12 +45,17 @@ class Lender(Protocol):
     def refresh_loras(self) -> None:
         """Make a new LoRA known."""
 
+    def txt2img(self, prompt: str, negative: str, seed: int, size: tuple[int, int], steps: int, cfg: float) -> Any:
+        """A picture, or None when the host draws none."""
 
-@dataclass(frozen=True)
+
 class Bench:
-    """Carries out the jobs of the queue with the engine, in the host."""
+    """Carries out the jobs of the queue with the engine, in the host. Drawing and training take turns."""
 
-    host: Lender
+    def __init__(self, host: Lender) -> None:
+        self.host = host
+        self._turn = threading.Lock()
+        self._easel = Easel()
 
     # ---------------------------------------------------------------- for the queue
 
@@ -63,8 +72,10 @@ class Bench:
         folder = Path(entry.folder) if entry.resume else None
         job = read_job(folder) if folder is not None else self._job(entry, log)
         job = self.host.resolve(job)
-        with self.host.borrow(job, log) as model:
-            result = run(Request(job, self.host.places(), model=model, resume=folder), log, control)
+        with self._turn:
+            self._easel.clear()
+            with self.host.borrow(job, log) as model:
+                result = run(Request(job, self.host.places(), model=model, resume=folder), log, control)
         if result.path is not None:
             self.host.refresh_loras()
         return Outcome(result.reason, str(result.path or ""), str(result.folder or ""))
@@ -101,6 +112,44 @@ class Bench:
         batches = sum(-(-count // size) for count in arrangement.bucket_report().values())
         total, per_epoch = arguments.steps(job, batches)
         return {**found.summary(), **arrangement.summary(), "steps per epoch": per_epoch, "steps": total}
+
+    def pictures(
+        self,
+        *,
+        prompt: str,
+        negative: str = "",
+        seed: int = 0,
+        size: tuple[int, int] = (512, 512),
+        steps: int = 20,
+        cfg: float = 7.0,
+        lora: str = "",
+        strength: float = 1.0,
+        model: str = "",
+    ) -> Any:
+        """One PIL picture of a prompt, drawn by the host with its loaded model, or else by our own sampler with `model`
+        (a name; empty is the loaded one). `lora` is a name in the LoRA folder. Raises AtelierError.
+        """
+        worn = f"{prompt} <lora:{lora}:{strength:g}>" if lora and strength else prompt
+        drawn = self.host.txt2img(worn, negative, seed, size, steps, cfg)
+        if drawn is not None:
+            return drawn
+        job = load({"format": 1, "mode": "LoRA", "model": model}, catalogue(), complete=False).job
+        task = self.host.resolve(job)[core.Task]
+        wish = Wish(prompt, negative, seed, size, steps, cfg, self._lora(lora) if lora else None, strength)
+        if not self._turn.acquire(blocking=False):
+            raise QueueError("A training is running or a picture is being drawn. Draw when it has ended.")
+        try:
+            vae = Path(task.vae) if task.vae else None
+            return self._easel.draw(wish, Path(task.model), vae, this_process().device())
+        finally:
+            self._turn.release()
+
+    def _lora(self, name: str) -> Path:
+        folder = self.host.places().loras
+        found = [path for path in folder.rglob("*.safetensors") if path.stem == name]
+        if not found:
+            raise JobError([Problem("lora", name, "is not in the LoRA folder. Choose one of the list.")])
+        return found[0]
 
     def memory(self) -> Mapping[str, object]:
         """What this process holds of the GPU, or without one of the machine's memory, in MB."""

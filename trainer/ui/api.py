@@ -73,6 +73,7 @@ ENTRANCES: tuple[Entrance, ...] = (
     _post("presets/delete", lambda s, c: s.shelf.delete_preset(c.text("name")), "name"),
     _get("settings", lambda s, c: {"files": s.shelf.files()}),
     _get("settings/{name:path}", lambda s, c: s.shelf.file(c.path["name"])),
+    _post("settings/save", lambda s, c: s.shelf.save_file(c.settings()), "settings"),
     _post("settings/read", lambda s, c: s.shelf.read(c.text("text")), "text"),
     _get("models", lambda s, c: s.models()),
     _post("models/refresh", lambda s, c: s.models(refresh=True)),

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 
 from ..adapters.metadata import JOB_KEY
 from ..errors import AtelierError, JobError, Problem
 from ..jobs.live import Facts
 from ..params.codec import Loaded, load
-from ..params.files import LARGEST_FILE, read_json
+from ..params.core import Save, Task
+from ..params.files import LARGEST_FILE, read_json, write_json
 from ..params.presets import Presets
 from ..params.table import Catalogue
 from ..places import Places
@@ -67,6 +69,22 @@ class Shelf:
     def file(self, name: str) -> dict[str, object]:
         """`settings` and `warnings` of one of these. Raises JobError, NotServedError."""
         return _filled(load(read_json(served(self._places().json, name, JSON)), self._catalogue, complete=False))
+
+    def save_file(self, raw: Mapping[str, object]) -> dict[str, object]:
+        """Write settings, which may leave open what a run needs, to a file of their own; its `name` comes back. Raises
+        JobError, AtelierError.
+        """
+        job = load(raw, self._catalogue, complete=False).job
+        now, folder = datetime.now(), self._places().json
+        stem = f"{now:%Y-%m-%d}/{now:%H%M%S}-{job[Save].save_lora_name or job[Task].mode}"
+        number = 0
+        while (path := folder / f"{stem}{f'-{number}' if number else ''}.json").exists():
+            number += 1
+        try:
+            write_json(path, job.to_dict(full=True))
+        except OSError as fault:
+            raise AtelierError(f"The settings cannot be written to {folder}: {fault.strerror or fault}.") from fault
+        return {"name": path.relative_to(folder).as_posix()}
 
     def read(self, text: str) -> dict[str, object]:
         """`settings` and `warnings` of a text: a settings file, or the header of a LoRA of ours, whose metadata holds

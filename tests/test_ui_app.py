@@ -1,0 +1,265 @@
+"""The standalone app: its door, its port, and one real training from click to file through the routes."""
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+from asgi import Client
+from fastapi import FastAPI
+from queue_case import until
+from safetensors import safe_open
+
+from trainer.cli.app import EVERYWHERE, FIRST_PORT, LOOPBACK, AppOptions, bind, greeting
+from trainer.cli.main import main
+from trainer.cli.service import make_service
+from trainer.engine.preflight import resolve_model
+from trainer.errors import AtelierError
+from trainer.params import core
+from trainer.params.job import Job
+from trainer.places import BASE_PICTURES, Places
+from trainer.ui.api import add_routes
+from trainer.ui.guard import LOCAL_NAMES, Guard, host_name
+
+# ------------------------------------------------------------------------------------------------------ the door
+
+
+async def _hello(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:7860", 200),
+        ("localhost", 200),
+        ("LOCALHOST:80", 200),
+        ("[::1]:7860", 200),
+        ("my.machine:7860", 200),
+        ("attacker.example:7860", 403),
+        ("127.0.0.1.attacker.example", 403),
+        ("", 403),
+        ("[::1", 403),
+        ("192.168.0.5:7860", 403),
+    ],
+)
+def test_only_names_of_this_machine_are_answered(host: str, status: int) -> None:
+    app = Guard(_hello, {*LOCAL_NAMES, "My.Machine"})
+    assert Client(app, host).get("/anything").status == status
+
+
+def test_any_name_when_it_listens_for_others() -> None:
+    assert Client(Guard(_hello, None), "192.168.0.5:7860").get("/").content == b"hello"
+
+
+def test_a_password_stands_before_everything() -> None:
+    client = Client(Guard(_hello, None, "me:pässword: with colon"))
+
+    def ask(header: str) -> int:
+        return client.get("/", authorization=header).status
+
+    def basic(text: str) -> str:
+        return "Basic " + base64.b64encode(text.encode()).decode()
+
+    assert ask(basic("me:pässword: with colon")) == 200 == ask(basic("me:pässword: with colon").replace("B", "b", 1))
+    for wrong in ("", "Basic", "Basic !!!", "Bearer x", basic("me:"), basic("me:other"), basic("you:pässword")):
+        assert ask(wrong) == 401, wrong
+    refused = client.get("/")
+    assert refused.headers["www-authenticate"].startswith("Basic realm=")
+
+
+def test_a_websocket_is_refused_too() -> None:
+    import asyncio
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    scope = {"type": "websocket", "headers": [(b"Host", b"attacker.example")]}
+    asyncio.run(Guard(_hello, LOCAL_NAMES)(scope, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_what_is_no_request_passes() -> None:
+    import asyncio
+
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["type"])
+
+    asyncio.run(Guard(app, LOCAL_NAMES, "a:b")({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    assert seen == ["lifespan"] and host_name(" [::1]:80 ") == "[::1]"
+
+
+# ------------------------------------------------------------------------------------------------------ the port
+
+
+def test_it_listens_on_this_machine_alone() -> None:
+    with bind(LOOPBACK, 0) as found:
+        address, port = found.getsockname()
+        assert address == "127.0.0.1" and port >= FIRST_PORT
+        with contextlib.closing(socket.create_connection((address, port), 5)):
+            pass
+        with bind(LOOPBACK, 0) as second:
+            assert second.getsockname()[1] > port
+        with pytest.raises(AtelierError, match=rf"Port {port} cannot be used.*--port"):
+            bind(LOOPBACK, port)
+
+
+def test_what_is_printed_says_who_can_reach_it(tmp_path: Path) -> None:
+    places = Places.standalone(tmp_path)
+    assert greeting(8000, AppOptions(places)) == "Atelier runs at http://127.0.0.1:8000 (end it with Ctrl+C)"
+    told = greeting(8000, AppOptions(places, listen=True))
+    assert "every interface" in told and "--auth" in told and "--data-root" in told
+    told = greeting(8000, AppOptions(places, listen=True, login="a:b", data_root=tmp_path))
+    assert "--auth" not in told and "--data-root" not in told and EVERYWHERE == "0.0.0.0"
+
+
+def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--port", "0"], ["--port", "99999"], ["--port", "x"], ["--unknown"]):
+        with pytest.raises(SystemExit) as left:
+            main(["app", *words])
+        assert left.value.code == 2
+    assert main(["app", "--data-root", str(tmp_path / "missing")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ a real training
+
+
+class Home:
+    """A host with nothing but folders, which counts what is asked of it."""
+
+    name = "test"
+    listens_beyond_loopback = False
+    data_root = None
+
+    def __init__(self, root: Path) -> None:
+        self._places = Places.standalone(root / "models").under(root / "out")
+        self.asked: list[str] = []
+
+    def places(self) -> Places:
+        return self._places
+
+    def checkpoints(self) -> tuple[str, ...]:
+        return ("demo",)
+
+    def vaes(self) -> tuple[str, ...]:
+        return ()
+
+    text_encoders = vaes
+
+    def loaded_model(self) -> str | None:
+        return None
+
+    def refresh(self) -> None:
+        pass
+
+    def resolve(self, job: Job) -> Job:
+        return job.replace(model=str(resolve_model(job[core.Task].model, self._places.checkpoints)))
+
+    @contextlib.contextmanager
+    def borrow(self, job: Job, log: Any) -> Iterator[None]:
+        self.asked.append("borrow")
+        try:
+            yield None
+        finally:
+            self.asked.append("give back")
+
+    def refresh_loras(self) -> None:
+        self.asked.append("refresh")
+
+    def txt2img(self, *wish: Any) -> None:
+        return None
+
+    def authorised(self, request: Any) -> bool:
+        return True
+
+
+def job(name: str, **more: object) -> dict[str, object]:
+    return {
+        "mode": "LoRA", "model": "demo", "lora_data_directory": str(BASE_PICTURES), "save_lora_name": name,
+        "network_rank": 4, "network_targets": "unet", "network_element": "CrossAttention",
+        "image_size(height, width)": 64, "image_buckets_step": 64, "image_min_length": 64, "train_batch_size": 2,
+        "train_iterations": 4, "train_model_precision": "fp32", "train_seed": 1, "logging_save_csv": True,
+        "sample_prompts": "a flamingo circle", "sample_every": 2, "sample_steps": 1, "sample_cfg": 1, **more,
+    }  # fmt: skip
+
+
+def test_from_click_to_file(tmp_path: Path) -> None:
+    host = Home(tmp_path)
+    service = make_service(host)
+    app = FastAPI()
+    add_routes(app, service)
+    client = Client(app)
+
+    def post(path: str, body: object = None) -> Any:
+        return client.post(f"/atelier/v1/{path}", body)
+
+    def status(query: str = "") -> Any:
+        return client.get("/atelier/v1/status", query).json
+
+    looked = post("folder", {"settings": job("x")}).json
+    assert looked["pictures"] == 12 and looked["captions missing"] == 0 and looked["steps per epoch"] == 6
+    refused = post("start", {"settings": job("x", model="nothing", lora_data_directory=str(tmp_path / "none"))})
+    assert {problem["field"] for problem in refused.json["problems"]} == {"model", "lora_data_directory"}
+
+    assert post("start", {"settings": job("first")}).json["position"] == 0
+    assert post("start", {"settings": job("second", train_iterations=100_000, sample_every=0)}).json["position"] == 1
+    until(lambda: service.queue.ended(), 300, 0.05)
+    first = service.queue.ended()[0]
+    assert first.state == "done", first.error
+    assert first.path == str(host.places().loras / "first.safetensors") and (first.step, first.total) == (4, 4)
+    assert host.asked[:3] == ["borrow", "give back", "refresh"]
+    with safe_open(first.path, "pt") as file:
+        held = json.loads(file.metadata()["atelier_job"])
+    assert held["network_rank"] == 4 and str(tmp_path) not in json.dumps(held)
+    read = post("settings/read", {"text": json.dumps({"__metadata__": {"atelier_job": json.dumps(held)}})})
+    assert read.json["settings"]["train_iterations"] == 4
+    (log,) = [name for name in client.get("/atelier/v1/logs").json["logs"] if name.endswith("first.csv")]
+    assert client.get(f"/atelier/v1/logs/{log}").content.count(b"\n") >= 8 + 1 + 4
+    told = client.get("/atelier/v1/events").json["events"]
+    drawn = [event["paths"][0] for event in told if event["event"] == "sampled"]
+    picture = client.get(drawn[0])
+    assert len(drawn) == 2 and picture.status == 200 and picture.content[:4] == b"\x89PNG"
+
+    until(lambda: (run := status()["run"])["name"] == "second" and run["step"] >= 2, 300, 0.05)
+    told = status()
+    assert (told["run"]["name"], told["run"]["total"]) == ("second", 100_000) and told["memory"]["used_mb"] > 100
+    assert post("start", {"settings": job("first")}).json["problems"][0]["field"] == "save_lora_name", "file is there"
+    post("stop")
+    assert service.queue.wait(300)
+    second = service.queue.ended()[0]
+    assert second.state == "stopped" and second.path == "" and second.step >= 2
+    listed = client.get("/atelier/v1/queue").json["ended"][0]
+    assert listed["resumable"] and listed["folder"].endswith("-second")
+
+    assert post("queue/resume", {"id": second.id}).status == 200
+    until(lambda: service.queue.live.facts().step > second.step, 300, 0.05)  # type: ignore[union-attr]
+    assert any("Resuming after step" in line["text"] for line in status()["log"])
+    post("stop", {"save": True})
+    assert service.queue.wait(300)
+    saved = service.queue.ended()[0]
+    assert (saved.id, saved.state, saved.folder) == (second.id, "saved_early", second.folder)
+    assert Path(saved.path).is_file() and host.asked.count("borrow") == host.asked.count("give back") == 3
+
+    plain = service.backend.pictures(prompt="a red circle", size=(64, 64), steps=1, model="demo")
+    worn = service.backend.pictures(prompt="a red circle", size=(64, 64), steps=1, model="demo", lora="first")
+    away = service.backend.pictures(
+        prompt="a red circle", size=(64, 64), steps=1, model="demo", lora="first", strength=0.0
+    )
+    assert plain.size == (64, 64) and plain.tobytes() == away.tobytes() != worn.tobytes()
+    assert service.queue.close(60)

@@ -1,0 +1,136 @@
+"""Pictures of a prompt with our own sampler, with a LoRA file or without, for where there is no WebUI to draw them."""
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..adapters.file import read_lora
+from ..adapters.metadata import JOB_KEY
+from ..adapters.network import Network
+from ..engine.build import make_network
+from ..engine.catalogue import catalogue
+from ..engine.samples import SampleSettings, sample_latents, to_pil
+from ..errors import AdapterError, AtelierError, JobError
+from ..events import EventLog
+from ..maths import rng
+from ..models.base import Model
+from ..models.load import load_model
+from ..params.codec import load
+from ..params.job import Job
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One picture: `size` is (height, width) in pixels, `lora` a file (None: without), `strength` its factor."""
+
+    prompt: str
+    negative: str
+    seed: int
+    size: tuple[int, int]
+    steps: int
+    cfg: float
+    lora: Path | None = None
+    strength: float = 1.0
+
+
+class Easel:
+    """Draws with the model used last still in memory, so that a row of pictures loads it once."""
+
+    def __init__(self) -> None:
+        self._held: tuple[tuple[object, ...], Model] | None = None
+
+    def clear(self) -> None:
+        """Forget the model, before a training needs the memory."""
+        self._held = None
+
+    def draw(self, wish: Wish, model: Path, vae: Path | None, device: torch.device) -> Image.Image:
+        """The picture of a wish. Raises AtelierError for files that cannot be used."""
+        loaded = self._model(model, vae, device)
+        with _worn(loaded, wish):
+            settings = SampleSettings(size=wish.size, steps=wish.steps, cfg=wish.cfg, seed=wish.seed)
+            return _picture(loaded, wish, settings)
+
+    def _model(self, path: Path, vae: Path | None, device: torch.device) -> Model:
+        key = (path, path.stat().st_mtime_ns, vae, device)
+        if self._held is None or self._held[0] != key:
+            self._held = None
+            storage = torch.float16 if device.type == "cuda" else None
+            self._held = (key, load_model(path, vae_path=vae, storage=storage, device=device))
+        return self._held[1]
+
+
+@torch.no_grad()
+def _picture(model: Model, wish: Wish, settings: SampleSettings) -> Image.Image:
+    rows = model.encode_prompts([wish.prompt, wish.negative])
+    height, width = (edge // model.latent_factor for edge in wish.size)
+    noise = rng.normal((model.latent_channels, height, width), "sample", wish.seed, 0, [0]).to(model.device)
+    latents = sample_latents(model, rows[:1], rows[1:], noise, settings)
+    return to_pil(model.decode(latents).float().cpu()[0])
+
+
+@contextlib.contextmanager
+def _worn(model: Model, wish: Wish) -> Iterator[None]:
+    """The model with the LoRA of a wish attached."""
+    if wish.lora is None or not wish.strength:
+        yield
+        return
+    network = network_of(wish.lora, model)
+    network.to(model.device)
+    network.attach()
+    try:
+        with network.at_strength(wish.strength):
+            yield
+    finally:
+        network.eject()
+
+
+def network_of(path: Path, model: Model) -> Network:
+    """The adapter in a LoRA file, for `model`, not yet attached. Raises AdapterError when it does not fit it.
+
+    A file of ours says what it is; in others only plain LoRA is recognised, by its tensors.
+    """
+    tensors, metadata = read_lora(path)
+    jobs = [job for job in (_own_job(metadata), _plain_job(tensors)) if job is not None]
+    if not jobs:
+        raise AdapterError(f"{path.name} is not a kind of LoRA that can be drawn with here. Use a WebUI for it.")
+    faults: list[AtelierError] = []
+    for job in jobs:
+        try:
+            network = make_network(job.replace(network_resume=""), model, 0, EventLog())
+            network.load(tensors, baked=1.0)  # drawn as a WebUI draws it: the strength in the file stays in
+            return network
+        except AtelierError as fault:
+            faults.append(fault)
+    raise AdapterError(f"{path.name} cannot be drawn with: {faults[0]}") from faults[0]
+
+
+def _own_job(metadata: Mapping[str, str]) -> Job | None:
+    try:
+        return load(json.loads(metadata.get(JOB_KEY, "null")), catalogue(), complete=False).job
+    except (JobError, ValueError):
+        return None
+
+
+def _plain_job(tensors: Mapping[str, torch.Tensor]) -> Job | None:
+    """Settings of a plain LoRA of that rank on every layer; layers the file leaves out stay as they are."""
+    downs = [tensor for name, tensor in tensors.items() if name.endswith("lora_down.weight")]
+    ups = [name for name in tensors if name.endswith("lora_up.weight")]
+    others = [name for name in tensors if not name.endswith(("lora_down.weight", "lora_up.weight", ".alpha"))]
+    if not downs or len(downs) != len(ups) or others:
+        return None
+    wide = [len(down) for down in downs if down.dim() == 4 and down.shape[-1] > 1]
+    narrow = [len(down) for down in downs if down.dim() == 2 or down.shape[-1] == 1]
+    raw = {
+        "format": 1,
+        "mode": "LoRA",
+        "network_type": "c3lier" if wide else "lierla",
+        "network_rank": (narrow or wide)[0],
+        "network_conv_rank": wide[0] if wide else 0,
+    }
+    return load(raw, catalogue(), complete=False).job
