@@ -16,6 +16,7 @@ from service_case import Case, make, settings
 
 from trainer.errors import Problem
 from trainer.events import Note, Sampled, Saved
+from trainer.places import BASE_PICTURES
 from trainer.ui.api import ENTRANCES, add_routes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +147,9 @@ def test_presets_and_settings(case: Case) -> None:
     assert case.get("presets").json == {"shipped": ["LoRA"], "own": []}
     assert case.get("presets/LoRA").json["settings"]["network_rank"] == 16
     assert case.get("presets/none").status == 422
+    (case.root / "presets" / "demo.json").write_bytes((ROOT / "presets" / "demo.json").read_bytes())
+    demo = case.get("presets/demo").json["settings"]
+    assert (demo["model"], demo["lora_data_directory"]) == ("demo", str(BASE_PICTURES)) and demo["save_overwrite"]
     saved = case.post("presets/save", {"name": "mine", "settings": settings(network_rank=4)})
     assert saved.json["own"] == ["mine"]
     assert case.get("presets/mine").json["settings"]["network_rank"] == 4

@@ -20,13 +20,12 @@ from safetensors import safe_open
 from trainer.cli.app import EVERYWHERE, FIRST_PORT, LOOPBACK, AppOptions, bind, greeting
 from trainer.cli.main import main
 from trainer.cli.service import make_service
-from trainer.engine.preflight import resolve_model
 from trainer.errors import AtelierError
-from trainer.params import core
+from trainer.hosts.guard import LOCAL_NAMES, Guard, host_name
+from trainer.hosts.standalone import Standalone
 from trainer.params.job import Job
 from trainer.places import BASE_PICTURES, Places
 from trainer.ui.api import add_routes
-from trainer.ui.guard import LOCAL_NAMES, Guard, host_name
 
 # ------------------------------------------------------------------------------------------------------ the door
 
@@ -92,6 +91,20 @@ def test_a_websocket_is_refused_too() -> None:
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
+def test_the_routes_ask_for_the_password_themselves(tmp_path: Path) -> None:
+    """Also where the door is not in front of them."""
+    app = FastAPI()
+    places = Places.standalone(tmp_path / "models").under(tmp_path / "out")
+    service = make_service(Standalone(places, login="me:word"))
+    add_routes(app, service)
+    client = Client(app)
+    right = "Basic " + base64.b64encode(b"me:word").decode()
+    wrong = "Basic " + base64.b64encode(b"me:other").decode()
+    asked = [client.get("/atelier/v1/models", authorization=header).status for header in ("", wrong, right)]
+    assert asked == [401, 401, 200]
+    service.queue.close(60)
+
+
 def test_what_is_no_request_passes() -> None:
     import asyncio
 
@@ -140,53 +153,24 @@ def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 # ------------------------------------------------------------------------------------------------ a real training
 
 
-class Home:
-    """A host with nothing but folders, which counts what is asked of it."""
-
-    name = "test"
-    listens_beyond_loopback = False
-    data_root = None
+class Home(Standalone):
+    """The standalone host, which counts what is asked of it."""
 
     def __init__(self, root: Path) -> None:
-        self._places = Places.standalone(root / "models").under(root / "out")
+        super().__init__(Places.standalone(root / "models").under(root / "out"))
         self.asked: list[str] = []
-
-    def places(self) -> Places:
-        return self._places
-
-    def checkpoints(self) -> tuple[str, ...]:
-        return ("demo",)
-
-    def vaes(self) -> tuple[str, ...]:
-        return ()
-
-    text_encoders = vaes
-
-    def loaded_model(self) -> str | None:
-        return None
-
-    def refresh(self) -> None:
-        pass
-
-    def resolve(self, job: Job) -> Job:
-        return job.replace(model=str(resolve_model(job[core.Task].model, self._places.checkpoints)))
 
     @contextlib.contextmanager
     def borrow(self, job: Job, log: Any) -> Iterator[None]:
         self.asked.append("borrow")
-        try:
-            yield None
-        finally:
-            self.asked.append("give back")
+        with super().borrow(job, log) as model:
+            try:
+                yield model
+            finally:
+                self.asked.append("give back")
 
     def refresh_loras(self) -> None:
         self.asked.append("refresh")
-
-    def txt2img(self, *wish: Any) -> None:
-        return None
-
-    def authorised(self, request: Any) -> bool:
-        return True
 
 
 def job(name: str, **more: object) -> dict[str, object]:

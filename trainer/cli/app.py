@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AtelierError
+from ..hosts.guard import LOCAL_NAMES, Guard
 from ..places import Places
-from ..ui.guard import LOCAL_NAMES, Guard
 from ..ui.service import Service
 
 FIRST_PORT, PORTS = 7860, 100

@@ -44,6 +44,12 @@ def basic_credentials(header: str) -> str | None:
         return None
 
 
+def right_login(header: str, login: str) -> bool:
+    """Whether an Authorization header brings this `name:password`."""
+    given = basic_credentials(header)
+    return given is not None and _same(given, login)
+
+
 def _same(one: str, other: str) -> bool:
     return secrets.compare_digest(one.encode(), other.encode())
 

@@ -1,8 +1,8 @@
-"""Atelier without a WebUI: folders of our own, the demo model, and our own sampler."""
+"""Atelier without a WebUI: folders of our own and the demo model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,20 @@ from ..models.base import Model
 from ..params.core import Task
 from ..params.job import Job
 from ..places import Places
-from .access import gradio_lets_in, is_loopback
+from .access import is_loopback, right_login
 from .names import DEMO, MODEL_SUFFIXES, find, problems_to_error
-
-Draw = Callable[[str, str, int, tuple[int, int], int, float], Any]
 
 
 class Standalone:
-    """The host when there is none.
-
-    `draw` makes pictures for `txt2img` (its arguments, then the resolved model file); `address` is what the app listens
-    on.
-    """
+    """The host when there is none. `address` is what the app listens on, `login` its `name:password`, "" for none."""
 
     name = "Atelier"
     prompt_box = None
 
     def __init__(
-        self, places: Places, *, draw: Draw | None = None, address: str = "127.0.0.1", data_root: Path | None = None
+        self, places: Places, *, address: str = "127.0.0.1", data_root: Path | None = None, login: str = ""
     ) -> None:
-        self._places, self._draw = places, draw
+        self._places, self._login = places, login
         self.data_root = data_root
         self.listens_beyond_loopback = not is_loopback(address)
 
@@ -72,15 +66,15 @@ class Standalone:
         yield None
 
     def txt2img(self, prompt: str, negative: str, seed: int, size: tuple[int, int], steps: int, cfg: float) -> Any:
-        """A picture by our own sampler; None without one."""
-        return None if self._draw is None else self._draw(prompt, negative, seed, size, steps, cfg)
+        """None: there is no WebUI to draw it; who asks has a sampler of ours."""
+        return None
 
     def refresh_loras(self) -> None:
         """Nobody keeps a list."""
 
     def authorised(self, request: Any) -> bool:
-        """Whether gradio's login let the sender in, or there is none."""
-        return gradio_lets_in(request)
+        """Whether a request brings the password, where there is one."""
+        return not self._login or right_login(request.headers.get("authorization", ""), self._login)
 
 
 def _files(folder: Path, *, folders: bool = False) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from ..params.core import Save, Task
 from ..params.files import LARGEST_FILE, read_json, write_json
 from ..params.presets import Presets
 from ..params.table import Catalogue
-from ..places import Places
-from .fence import NotServedError, inside, served
+from ..places import BASE_PICTURES, Places
+from .fence import DEMO, NotServedError, inside, served
 
 MOST_LISTED = 200
 CSV, JSON = frozenset({".csv"}), frozenset({".json"})
@@ -42,8 +42,13 @@ class Shelf:
         return {"shipped": list(shelf.shipped()), "own": list(shelf.own())}
 
     def preset(self, name: str) -> dict[str, object]:
-        """`settings` (every value) and `warnings` of a preset. Raises JobError."""
-        return _filled(self._presets().load(name, self._catalogue))
+        """`settings` (every value) and `warnings` of a preset; the demo's brings its model and pictures. Raises
+        JobError.
+        """
+        raw = self._presets().read(name)
+        if name == DEMO and isinstance(raw, Mapping):
+            raw = {**raw, "model": DEMO, "lora_data_directory": str(BASE_PICTURES), "save_overwrite": True}
+        return _filled(load(raw, self._catalogue, complete=False))
 
     def save_preset(self, name: str, raw: Mapping[str, object]) -> dict[str, list[str]]:
         """Keep settings as the user's preset `name`; they may leave open what a run needs. The names come back. Raises

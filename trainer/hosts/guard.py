@@ -1,11 +1,10 @@
 """The door of the standalone app: the addresses it answers to and its password, in front of pages and routes alike."""
 from __future__ import annotations
 
-import base64
-import binascii
-import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
+
+from .access import right_login
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -47,18 +46,6 @@ def host_name(header: str) -> str:
     if header.startswith("["):
         return header[: header.find("]") + 1]
     return header.partition(":")[0]
-
-
-def right_login(header: str, login: str) -> bool:
-    """Whether an Authorization header brings this `name:password`."""
-    kind, _, coded = header.partition(" ")
-    if kind.lower() != "basic":
-        return False
-    try:
-        given = base64.b64decode(coded.strip(), validate=True)
-    except (binascii.Error, ValueError):
-        return False
-    return secrets.compare_digest(given, login.encode("utf-8"))
 
 
 async def _refuse(scope: Scope, send: Send, status: int, text: str) -> None:
