@@ -13,7 +13,7 @@ from ..errors import AdapterError
 from ..maths.lowrank import scaled
 from ..params.field import param
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
-from .direct import Direct
+from .direct import ALPHA, Direct
 from .where import ignores, in_transformer
 
 W1, W2, OLD = "lokr_w1", "lokr_w2", "linear.weight"
@@ -40,7 +40,7 @@ class Eh(Direct):
     sections = (EhOptions,)
     rules = ignores("eh", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")
     portable = True
-    file_tensors = (W1, W2)
+    file_tensors = (W1, W2, ALPHA)
     ranked = False
     factors = (("block_weight",),)
     named: ClassVar[Mapping[str, str]] = {"block_weight": W2}
@@ -59,13 +59,13 @@ class Eh(Direct):
         return all(size % groups == 0 for size in layer.module.weight.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {W1: torch.eye(self.groups), W2: self.block_weight.detach()}
+        return {W1: torch.eye(self.groups), W2: self.block_weight.detach(), ALPHA: torch.tensor(1.0)}
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
         if set(tensors) == {OLD}:
             return super().read({W2: tensors[OLD]}, factor)
         mixing = tensors.get(W1)
-        own = {name: tensor for name, tensor in tensors.items() if name not in (W1, "alpha")}
+        own = {name: tensor for name, tensor in tensors.items() if name not in (W1, ALPHA)}
         if mixing is None:
             return super().read(own, factor)
         scale = float(mixing.float().diagonal().mean()) if mixing.shape == (self.groups,) * 2 else 0.0
