@@ -33,10 +33,6 @@ from .timesteps import TimestepOptions
 from .tucker import TuckerOptions
 
 DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
-SPELLINGS = {
-    "lora_A.weight": DOWN, "lora_B.weight": UP, "lora.down.weight": DOWN, "lora.up.weight": UP,
-    "lora_linear_layer.down.weight": DOWN, "lora_linear_layer.up.weight": UP,
-}
 
 
 def cored(core: Tensor, down: Tensor) -> Tensor:
@@ -200,8 +196,8 @@ class Lora(Adapter):
         return {"down": self._shaped(DOWN, found[DOWN], self.down), "up": self._shaped(UP, found[UP], self.up)}
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a plain LoRA, whatever their spelling. Raises AdapterError when they are something else."""
-        found = {SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}
+        """The tensors of a plain LoRA. Raises AdapterError when they are something else."""
+        found = dict(tensors)
         strange = sorted(set(found) - set(self.file_tensors))
         lacking = [name for name in (DOWN, UP) if name not in found]
         if strange or lacking:

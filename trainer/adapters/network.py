@@ -16,6 +16,8 @@ from ..params.network import NetworkOptions, parse_blocks, shown_options
 from .base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
 from .choose import choose, spelled, split_name
 from .draws import Draws, Timesteps
+from .foreign import in_our_names
+from .recognise import described
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,11 @@ class Network(nn.Module):
                 f" has, for example, {example}; here: {next(iter(self.adapters))}). It was made for another kind of"
                 " base model, or network_blocks and network_targets exclude its layers."
             )
-        values = {key: self.adapters[key].read(own, 1.0 / baked) for key, own in found.items()}
+        try:
+            values = {key: self.adapters[key].read(own, 1.0 / baked) for key, own in found.items()}
+        except AdapterError as error:
+            seen = described((self.adapters[key].kind, self.adapters[key].block, own) for key, own in found.items())
+            raise AdapterError(f"{error} {seen}") from error
         for key, value in values.items():
             self.adapters[key].assign(value)
         return LoadReport(len(found), tuple(unmatched), tuple(key for key in self.adapters if key not in found))
@@ -220,7 +226,7 @@ class Network(nn.Module):
         table = spelled((adapter.key, (*adapter.also, *aliases.get(adapter.key, ()))) for adapter in self)
         found: dict[str, dict[str, Tensor]] = {}
         unmatched = []
-        for name, tensor in tensors.items():
+        for name, tensor in in_our_names(tensors, {}).items():
             split = split_name(name, table)
             if split is None:
                 unmatched.append(name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.file import read_lora
+from ..adapters.foreign import read_any
 from ..adapters.metadata import baked_strength
 from ..adapters.network import Network, build_network
 from ..data.cache import TensorCache
@@ -78,7 +78,7 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
             raise AdapterError(
                 f"network_resume = {path.name!r}: there is no such file. Give the path of a LoRA, or leave it empty."
             )
-        tensors, metadata = read_lora(path)
+        tensors, metadata = read_any(path)
         found = network.load(tensors, baked=baked_strength(metadata))
         log.note(f"Continuing from {path.name}: {found.matched} of {len(network)} modules found.")
         if found.unmatched:

@@ -14,7 +14,7 @@ PAD_EOS, PAD_ZERO = "eos", "zero"
 class TextRow:
     """One text encoder of a family.
 
-    `part`: te1 or te2. `kohya`: prefix of its LoRA keys. `prefixes`: where single files keep it, transformers' and
+    `part`: te1 or te2. `kohya`: prefix of its LoRA keys. `clip`: what ComfyUI and Forge call it. `prefixes`: where single files keep it, transformers' and
     OpenCLIP's spelling. `folder`: its folder in a diffusers model. `activation`: of its feed-forward layers. `pad`:
     what fills a short prompt, eos or zero. `least_skip`: the layer the UNet was trained on, counted from the end (1
     last, 2 penultimate). `final_norm`: the final LayerNorm is applied to that layer. `pooled`: its projected
@@ -24,6 +24,7 @@ class TextRow:
 
     part: str
     kohya: str
+    clip: str
     prefixes: tuple[str, ...]
     folder: str
     activation: str

@@ -10,6 +10,7 @@ from torch import nn
 from .base import Model
 from .keys import NameMap
 from .keys_unet import plan_of_diffusers, unet_names
+from .spellings import flat, text_spellings, unet_spellings
 from .text import TextEncoder
 
 _OWNERS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -41,7 +42,8 @@ class Layer:
 def layers_of(model: Model) -> tuple[Layer, ...]:
     """Every layer of a model that kohya's LoRA and LoCon know, and the UNet's normalisations: the UNet's, then the text
     encoders'."""
-    texts = [layer for encoder in model.text_encoders for layer in _text_layers(encoder)]
+    single = len(model.text_encoders) == 1
+    texts = [layer for encoder in model.text_encoders for layer in _text_layers(encoder, single)]
     return (*unet_layers(model.unet, model.family.key_style), *texts)
 
 
@@ -69,30 +71,19 @@ def _unet_layer(path: str, module: nn.Module, owner: str, names: NameMap, key_st
     sgm = names.to_ldm(path)
     if sgm is None:
         raise RuntimeError(f"the UNet module {path} has no LDM name")
-    spellings = {"diffusers": f"lora_unet_{_flat(path)}", "sgm": f"lora_unet_{_flat(sgm)}"}
-    key = spellings.pop(key_style)
-    also = (*spellings.values(), f"lycoris_{_flat(path)}", f"unet.{path}", f"diffusion_model.{sgm}")
+    key = f"lora_unet_{flat(sgm if key_style == 'sgm' else path)}"
+    also = tuple(name for name in unet_spellings(path, sgm) if name != key)
     attention = next((word for word in ("attn1", "attn2") if f".{word}." in path), "")
     return Layer(key, path, module, "unet", _block(sgm), _kind(module), owner, attention, also)
 
 
-def _text_layers(encoder: TextEncoder) -> Iterator[Layer]:
-    row = encoder.row
+def _text_layers(encoder: TextEncoder, single: bool) -> Iterator[Layer]:
     for path, module in encoder.transformer.named_modules():
         if isinstance(module, nn.Linear) and path.startswith("encoder.layers."):
-            full = f"text_model.{path}"
+            key, *also = text_spellings(encoder.row, path, single)
             owner = "CLIPAttention" if ".self_attn." in path else "CLIPMLP"
-            yield Layer(
-                f"{row.kohya}_{_flat(full)}",
-                full,
-                module,
-                row.part,
-                "BASE",
-                "linear",
-                owner,
-                "",
-                (f"{row.folder}.{full}",),
-            )
+            part = encoder.row.part
+            yield Layer(key, f"text_model.{path}", module, part, "BASE", "linear", owner, "", tuple(also))
 
 
 def _block(sgm: str) -> str:
@@ -107,7 +98,3 @@ def _kind(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         return "conv{}x{}".format(*module.kernel_size)
     return "linear" if isinstance(module, nn.Linear) else type(module).__name__.lower()
-
-
-def _flat(path: str) -> str:
-    return path.replace(".", "_")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..adapters.basis_file import DOWN, MARK, MEAN, UP, VERSION, plain_name
 from ..adapters.file import write_lora
-from ..adapters.lora import ALPHA, SPELLINGS
+from ..adapters.foreign import our_name
+from ..adapters.lora import ALPHA
 from ..adapters.lora import DOWN as LORA_DOWN
 from ..adapters.lora import UP as LORA_UP
 from ..errors import AdapterError
@@ -131,12 +132,12 @@ def _opened(path: Path, stack: ExitStack, left_out: dict[str, str]) -> _File | N
     found: dict[str, dict[str, str]] = {}
     strange: set[str] = set()
     for name in names:
-        ending = next((end for end in (*SPELLINGS, LORA_DOWN, LORA_UP, ALPHA) if name.endswith(f".{end}")), None)
+        own = our_name(name)
+        ending = next((end for end in (LORA_DOWN, LORA_UP, ALPHA) if own.endswith(f".{end}")), None)
         if ending is None:  # a dora_scale or lora_mid makes another ΔW of the layer than its factors alone
-            strange.update(plain_name(name[:place]) for place in range(len(name)) if name[place] == ".")
+            strange.update(plain_name(own[:place]) for place in range(len(own)) if own[place] == ".")
             continue
-        layer = plain_name(name.removesuffix(f".{ending}"))
-        found.setdefault(layer, {})[SPELLINGS.get(ending, ending)] = name
+        found.setdefault(plain_name(own.removesuffix(f".{ending}")), {})[ending] = name
     whole = {layer: parts for layer, parts in found.items() if LORA_DOWN in parts and LORA_UP in parts}
     layers = {layer: parts for layer, parts in whole.items() if layer not in strange}
     if not layers:

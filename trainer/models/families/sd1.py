@@ -16,6 +16,7 @@ SD1 = FAMILIES.register("sd1")(
             TextRow(
                 "te1",
                 "lora_te",
+                "clip_l",
                 ("cond_stage_model.transformer.", "cond_stage_model.model."),
                 "text_encoder",
                 "quick_gelu",

@@ -16,6 +16,7 @@ SD2 = FAMILIES.register("sd2")(
             TextRow(
                 "te1",
                 "lora_te",
+                "clip_h",
                 ("cond_stage_model.transformer.", "cond_stage_model.model."),
                 "text_encoder",
                 "gelu",

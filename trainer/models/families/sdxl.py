@@ -16,6 +16,7 @@ SDXL = FAMILIES.register("sdxl")(
             TextRow(
                 "te1",
                 "lora_te1",
+                "clip_l",
                 ("conditioner.embedders.0.transformer.",),
                 "text_encoder",
                 "quick_gelu",
@@ -26,6 +27,7 @@ SDXL = FAMILIES.register("sdxl")(
             TextRow(
                 "te2",
                 "lora_te2",
+                "clip_g",
                 ("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."),
                 "text_encoder_2",
                 "gelu",

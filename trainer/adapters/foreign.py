@@ -1,0 +1,161 @@
+"""Files of other programs in our names: tensor names of PEFT and diffusers, and alphas that stand elsewhere.
+
+Which layer a name means is `Layer.also`'s; here is what follows it. A file that is written as kohya and LyCORIS write
+comes through unchanged.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from .file import read_lora
+
+DIFFUSERS_KEY = "lora_adapter_metadata"
+"""Metadata key under which diffusers keeps PEFT's settings of each part, as JSON text."""
+
+PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_WRAPPED = re.compile(r"^(?:base_model\.model\.|diffusion_model\.base_model\.model\.)")
+
+# diffusers before PEFT kept LoRA in attention processors, and in the text encoder beside the projections.
+_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+_TEXT_ATTENTION = re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+
+_TAILS: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern + "$"), name) for pattern, name in (
+    (r"\.lora_A(?:\.[^.]+)?(?:\.weight)?", ".lora_down.weight"),
+    (r"\.lora_B(?:\.[^.]+)?(?:\.weight)?", ".lora_up.weight"),
+    (r"\.(?:lora|lora_linear_layer)\.down\.weight", ".lora_down.weight"),
+    (r"\.(?:lora|lora_linear_layer)\.up\.weight", ".lora_up.weight"),
+    (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", ".dora_scale"),
+    (r"\.lora_mid\.[^.]+\.weight", ".lora_mid.weight"),
+))
+
+
+def in_our_names(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a LoRA file under the names of kohya and LyCORIS, layers still as the file calls them.
+
+    `metadata` is the file's; `settings` what PEFT keeps in a file of its own. Where a LoRA has no alpha, it is made
+    from these; where they say nothing either, none is added (readers then take the rank: a scale of 1).
+    """
+    found = _ia3({our_name(name): tensor for name, tensor in tensors.items()})
+    for name in [name for name in found if name.endswith(".dora_scale") and name not in tensors]:
+        found[name] = _as_column(found[name], found.get(f"{name.removesuffix('dora_scale')}lora_down.weight"))
+    parts = _parts(metadata, settings)
+    if parts:
+        found.update(_alphas(found, parts))
+    return found
+
+
+def read_any(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_lora` for a file of any program: tensors under our names, with their alphas, and the file's metadata."""
+    tensors, metadata = read_lora(path)
+    return in_our_names(tensors, metadata, peft_settings(Path(path))), metadata
+
+
+def peft_settings(path: Path) -> dict[str, Any] | None:
+    """PEFT's settings beside one of its files, None where there are none. Raises AdapterError when unreadable."""
+    beside = path.with_name(PEFT_SETTINGS)
+    if path.name != PEFT_FILE or not beside.is_file():
+        return None
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{beside.name} beside {path.name} cannot be read ({error}). Get it again.") from error
+    return settings if isinstance(settings, dict) else None
+
+
+def our_name(name: str) -> str:
+    """A tensor's name with what follows the layer in our spelling; the layer stays as the file calls it."""
+    name = _WRAPPED.sub("", name)
+    for pattern, layer in ((_PROCESSOR, ".to_{0}"), (_TEXT_ATTENTION, ".self_attn.{0}_proj")):
+        old = pattern.search(name)
+        if old:
+            which, side = old.groups()
+            if which == "out" and pattern is _PROCESSOR:
+                which = "out.0"
+            return f"{name[:old.start()]}{layer.format(which)}.lora_{side}.weight"
+    for pattern, tail in _TAILS:
+        if pattern.search(name):
+            return pattern.sub(tail, name)
+    return name
+
+
+def _as_column(lengths: Tensor, down: Tensor | None) -> Tensor:
+    """PEFT's magnitudes, one for each output, in the shape of a weight with one input."""
+    return lengths.reshape(-1, *(1,) * ((2 if down is None else down.ndim) - 1))
+
+
+def _ia3(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's IA³ multiplies by l, kohya's by 1 + w; l is a column (out, 1), or a row (1, in) where it scales inputs."""
+    found = {}
+    for name, tensor in tensors.items():
+        head, dot, tail = name.rpartition(".ia3_l")
+        if not dot or tail:
+            found[name] = tensor
+            continue
+        found[f"{head}.weight"] = (tensor.float() - 1).flatten()
+        found[f"{head}.on_input"] = torch.tensor(int(tensor.shape[0] == 1))
+    return found
+
+
+def _parts(metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """PEFT's settings by the prefix of the layers they are for ("" = all)."""
+    if settings is not None:
+        return {"": settings}
+    try:
+        flat = json.loads(metadata.get(DIFFUSERS_KEY, "{}"))
+    except ValueError:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items() if isinstance(flat, dict) else ():
+        part, _, field = key.partition(".")
+        found.setdefault(f"{part}.", {})[field] = value
+    return dict(found)
+
+
+def _alphas(tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """An alpha for every LoRA that has none; PEFT's alpha / sqrt(r) becomes alpha·sqrt(r) / r."""
+    made = {}
+    for name, tensor in tensors.items():
+        head, tail = _layer_of(name)
+        if not tail or f"{head}.alpha" in tensors or f"{head}.alpha" in made:
+            continue
+        found = next(((prefix, given) for prefix, given in parts.items() if head.startswith(prefix)), None)
+        if found is None:
+            continue
+        prefix, settings = found
+        alpha = settings.get("lora_alpha", settings.get("alpha"))
+        alpha = _by_pattern(settings.get("alpha_pattern"), head.removeprefix(prefix), alpha)
+        if isinstance(alpha, (int, float)):
+            rank = tensor.shape[1] if tail == "lokr_w1_a" else tensor.shape[0]
+            rooted = math.sqrt(rank) if settings.get("use_rslora") else 1.0
+            made[f"{head}.alpha"] = torch.tensor(float(alpha) * rooted)
+    return made
+
+
+def _layer_of(name: str) -> tuple[str, str]:
+    """(layer, tensor) of the tensors that tell a rank; ("", "") for the others."""
+    for tail in ("lora_down.weight", "hada_w1_b", "lokr_w1_a", "lokr_w2_b"):
+        if name.endswith(f".{tail}"):
+            return name[: -len(tail) - 1], tail
+    return "", ""
+
+
+def _by_pattern(patterns: object, layer: str, otherwise: object) -> object:
+    """PEFT's `alpha_pattern`: the value of the first expression that is the layer's path or an end of it."""
+    if isinstance(patterns, Mapping):
+        for pattern, value in patterns.items():
+            with contextlib.suppress(re.error):
+                if re.match(rf"(.*\.)?({pattern})$", layer):
+                    return value
+    return otherwise
