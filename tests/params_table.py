@@ -6,18 +6,19 @@ from trainer.params import core
 from trainer.params.codec import Catalogue, ModeInfo
 from trainer.params.names import BLOCKS
 
+RUN = frozenset({"run", "steps"})
 MODES = {
-    "LoRA": ModeInfo("LoRA", "From a folder.", frozenset({"folder", "size", "trigger", "resume", "te_rate", "run"})),
-    "iLECO": ModeInfo("iLECO", "From prompts.", frozenset({"prompts", "size", "te_train", "run"})),
+    "LoRA": ModeInfo("LoRA", "From a folder.", RUN | {"folder", "size", "trigger", "resume", "te_rate"}),
+    "iLECO": ModeInfo("iLECO", "From prompts.", RUN | {"prompts", "size", "te_train"}),
     "Difference": ModeInfo(
         "Difference",
         "From two pictures, one after the other.",
-        frozenset({"prompts", "pictures", "folder", "trigger", "resume", "first_pass", "run"}),
-        second=frozenset({"second"}),
+        RUN | {"prompts", "pictures", "folder", "trigger", "resume", "first_pass"},
+        second=frozenset({"second", "steps"}),
     ),
-    "ADDifT": ModeInfo("ADDifT", "From two pictures.", frozenset({"prompts", "pictures", "trigger", "pair", "run"})),
+    "ADDifT": ModeInfo("ADDifT", "From two pictures.", RUN | {"prompts", "pictures", "trigger", "pair"}),
     "Multi-ADDifT": ModeInfo(
-        "Multi-ADDifT", "From pairs.", frozenset({"folder", "pair_name", "trigger", "size", "resume", "pair", "run"})
+        "Multi-ADDifT", "From pairs.", RUN | {"folder", "pair_name", "trigger", "size", "resume", "pair"}
     ),
 }
 

@@ -84,6 +84,12 @@ def adapter_spec(job: Job) -> AdapterSpec:
     )
 
 
+def solved_spec(job: Job, rank: int) -> AdapterSpec:
+    """The adapter of a mode without steps: a plain LoRA of its rank, on the layers the job leaves it."""
+    options = NetworkOptions(network_name_filter=job[NetworkOptions].network_name_filter)
+    return AdapterSpec(rank=rank, alpha=float(rank), options={NetworkOptions: options})
+
+
 def parts(job: Job, needs: Collection[str]) -> Collection[str]:
     """The parts of the model that are trained: unet, te1, te2.
 
@@ -106,6 +112,8 @@ def prompts(job: Job) -> PromptPairs:
 def steps(job: Job, batches_per_epoch: int | None) -> tuple[int, int]:
     """(optimizer steps in all, optimizer steps per epoch; 0 where there are no epochs)."""
     train = job[core.Train]
+    if not MODES.get(job[core.Task].mode).steps:
+        return 0, 0
     per_epoch = math.ceil(batches_per_epoch / train.train_gradient_accumulation) if batches_per_epoch else 0
     if train.train_epochs and per_epoch:
         return train.train_epochs * per_epoch, per_epoch
@@ -123,7 +131,7 @@ def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:
         total_steps=total,
         accumulation=train.train_gradient_accumulation,
         max_grad_norm=train.train_max_grad_norm,
-        state_every=train.train_state_every,
+        state_every=train.train_state_every if total else 0,
         sample_every=job[core.Sample].sample_every,
         save_steps=frozenset(due),
         batch_size=train.train_batch_size * processes,

@@ -61,18 +61,19 @@ def draw_seed(job: Job) -> int:
 def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
     """The adapter of a job, not yet attached; continued from `network_resume` when that is given."""
     wanted = job[core.Network]
+    mode = MODES.get(job[core.Task].mode)(job)
     network = build_network(
-        layers_of(model),
-        arguments.adapter_spec(job),
+        [layer for layer in layers_of(model) if mode.covers(layer)],
+        arguments.adapter_spec(job) if mode.steps else arguments.solved_spec(job, mode.rank(model)),
         blocks=wanted.network_blocks,
-        element=wanted.network_element,
-        parts=arguments.parts(job, MODES.get(job[core.Task].mode).needs),
+        element=wanted.network_element if mode.steps else None,
+        parts=arguments.parts(job, mode.needs) if mode.steps else ("unet",),
         generator=rng.generator("adapter", seed),
         tell=log.note,
     )
     dtype = arguments.precision(job[core.Train].train_lora_precision, "train_lora_precision")
     network.to(model.device, dtype)
-    if wanted.network_resume:
+    if wanted.network_resume and mode.steps:
         path = Path(wanted.network_resume)
         if not path.is_file():
             raise AdapterError(
@@ -136,6 +137,9 @@ def make_optimizer_and_scheduler(
 ) -> tuple[torch.optim.Optimizer, Any]:
     """The optimizer over the parts of the network, each with its rate, and the schedule of the rates."""
     train = job[core.Train]
+    if not total_steps:  # nothing will be stepped, whatever the job says of optimizers
+        idle = torch.optim.SGD(list(network.parameters()), lr=0.0)
+        return idle, torch.optim.lr_scheduler.LambdaLR(idle, lambda step: 1.0)
     rates = arguments.rates(job)
     groups = [
         {"name": group["name"], "params": group["params"], "lr": rates[group["part"]] * group["ratio"]}
@@ -166,7 +170,7 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resum
     network = make_network(job, model, seed, site.log)
     cache = TensorCache(site.places.cache if job[core.Images].data_cache == "disk" else None)
     source = SOURCES[mode.source](job, model, cache, seed, site, scanned)
-    stages = tuple(stage(job) for _, stage in STAGES.items() if stage.wanted(job))
+    stages = tuple(stage(job) for _, stage in STAGES.items() if mode.steps and stage.wanted(job))
     asked = (*source.prompts(), *mode.prompts(), *(prompt for stage in stages for prompt in stage.prompts()))
     text = make_text(job, model, network, asked, cache, site)
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)

@@ -89,21 +89,31 @@ WINDOW = 77
 """Positions of the text encoders of every family; small models have fewer and say so beside their weights."""
 
 
-def long_prompts(job: Job, places: Places, model: Model | None) -> dict[str, tuple[int, int]]:
-    """Prompts of a job's pairs and anchors that do not fit the text encoder's window → (their tokens, what fits).
+def long_prompts(job: Job, places: Places, model: Model | None) -> list[str]:
+    """Lines to warn with: prompts that do not fit the text encoder's window, which training reads in parts.
 
     `model` is the loaded model where there is one; else the vocabulary that its file will be read with is looked up.
+    Raises JobError for modes without steps, which take one window.
     """
+    mode = MODES.get(job[core.Task].mode)(job)
+    if mode.source != "prompts":
+        return []
     pairs = arguments.prompts(job)
-    asked = dict.fromkeys((*pairs.originals, *pairs.targets, *pairs.anchors))
     if model is None:
         path = resolve_model(job[core.Task].model, places.checkpoints)
-        tokenizer, window = tokenizer_beside(path, places.vocabularies), _window(path)
+        tokenizer, room = tokenizer_beside(path, places.vocabularies), _window(path) - 2
     else:
-        tokenizer, window = model.text_encoders[0].tokenizer, model.window
-    suspects = [prompt for prompt in asked if len(prompt.encode()) > window - 2]  # a token has at least one byte
-    counts = {prompt: len(tokenizer.encode(prompt)) for prompt in suspects} if tokenizer else {}
-    return {prompt: (count, window - 2) for prompt, count in counts.items() if count > window - 2}
+        tokenizer, room = model.text_encoders[0].tokenizer, model.window - 2
+    if tokenizer is None:
+        return []
+    asked = dict.fromkeys((*pairs.originals, *pairs.targets, *pairs.anchors, *mode.prompts()))
+    suspects = [prompt for prompt in asked if len(prompt.encode()) > room]  # a token has at least one byte
+    counts = {prompt: len(tokenizer.encode(prompt)) for prompt in suspects}
+    told = {prompt: f"{prompt[:40]!r}… has {count} tokens" for prompt, count in counts.items() if count > room}
+    if told and not mode.steps:
+        message = f"{next(iter(told.values()))}; mode {job[core.Task].mode} takes at most {room}. Shorten it."
+        raise JobError([Problem("original prompt", next(iter(told)), message)])
+    return [f"{line}; they are read in parts of {room}, as WebUIs do." for line in told.values()]
 
 
 def _window(path: Path) -> int:
@@ -149,6 +159,9 @@ def estimated_bytes(session: Session, cache: Path) -> int:
     The optimiser is taken to keep two values per parameter, as Adam does. Predictions are remembered in `cache`.
     """
     model, network = session.model, session.network
+    weights = module_bytes([model.unet, *model.text_encoders, *([model.vae] if model.vae is not None else [])])
+    if not session.limits.total_steps:
+        return weights + module_bytes([network])
     modules = [model.unet, *model.text_encoders]
     trainable = sum(flat.numel() * flat.element_size() for flat in session.flat.values)
     index = session.source.heaviest()
@@ -167,7 +180,6 @@ def estimated_bytes(session: Session, cache: Path) -> int:
         "latents": session.source.shape(index),
     }
     activations = remembered(cache, facts, lambda: step_bytes([*modules, network], loss))
-    weights = module_bytes([*modules, *([model.vae] if model.vae is not None else [])])
     return weights + state_bytes(trainable) + activations
 
 

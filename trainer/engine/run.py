@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +15,6 @@ from ..errors import AtelierError, TrainingError
 from ..events import EventLog, Finished, Opened, Preflight, Sampled, Saved
 from ..models.base import Model
 from ..models.load import load_model
-from ..modes.base import MODES
 from ..optim.optimizers import evaluating
 from ..params import core
 from ..params.codec import load
@@ -77,12 +77,14 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
     if not process.leads:
         log = EventLog()
     step = [0]
+    began = time.perf_counter()
     try:
         result = _run(request, process, log, control, step)
     except BaseException as error:
         text = str(error) if isinstance(error, AtelierError) else f"{type(error).__name__}: {error}"
         log.tell(Finished("failed", None, step[0], text))
         raise
+    log.note(f"The run took {time.perf_counter() - began:.1f} s.")
     log.tell(Finished(result.reason, str(result.path) if result.path else None, step[0]))
     return result
 
@@ -90,9 +92,8 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
 def _run(request: Request, process: Process, log: EventLog, control: Control, step: list[int]) -> Result:
     job, places = request.job, request.places
     scanned = check_before_loading(job, places, resumed=request.resume is not None)
-    if MODES.get(job[core.Task].mode).source == "prompts":
-        for prompt, (count, room) in long_prompts(job, places, request.model).items():
-            log.warn(f"{prompt[:40]!r}… has {count} tokens; they are read in parts of {room}, as WebUIs do.")
+    for line in long_prompts(job, places, request.model):
+        log.warn(line)
     job = job.replace(train_seed=draw_seed(job))
     folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
     saved = read_state(folder) if request.resume else None

@@ -109,6 +109,8 @@ class Preparation:
 class Mode:
     """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it
     declares itself, `rules` what must hold for them. `second`: the tags of its second pass, None when it has none.
+    `steps`: whether it trains by optimizer steps; one that does not writes its result in `prepare`, into an adapter of
+    its own `rank` on the layers it `covers`.
     """
 
     help: ClassVar[str] = ""
@@ -117,6 +119,7 @@ class Mode:
     rules: ClassVar[tuple[Rule, ...]] = ()
     second: ClassVar[frozenset[str] | None] = None
     source: ClassVar[str] = "pictures"
+    steps: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -128,6 +131,14 @@ class Mode:
     def anchors(self) -> tuple[str, ...]:
         """Prompts whose prediction must stay: every second row of the batches of a mode that learns from prompts."""
         return ()
+
+    def covers(self, layer: Any) -> bool:
+        """Whether its adapter may sit on this layer."""
+        return True
+
+    def rank(self, model: Any) -> int:
+        """The rank of the adapter of a mode without steps on this model."""
+        raise TypeError(f"{type(self).__name__} takes the rank of the job")
 
     def prepare(self, at: Preparation) -> None:
         """Runs once after the stages and before the first step."""

@@ -54,7 +54,7 @@ class ILeco(Mode):
     """Makes one prompt mean another."""
 
     help = "Makes one prompt mean another, without pictures. An empty target removes what the original prompt names."
-    needs = frozenset({"prompts", "size", "te_train", "ileco", "run"})
+    needs = frozenset({"prompts", "size", "te_train", "ileco", "instant", "run"})
     sections = (ILecoParams,)
     rules = (*RULES, of_the_seed("ileco_anchors", "anchors"), of_the_seed("ileco_bank", "a bank"))
     source = "prompts"

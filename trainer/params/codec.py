@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import JobError, Problem
-from .core import FORMAT
+from .core import FORMAT, Network
 from .field import ModeInfo
 from .files import read_json
 from .job import SECOND_PASS, TRAINTRAIN, Job
@@ -176,9 +176,12 @@ class _Reading:
         return section(**{parameter.attribute: values[parameter.attribute] for parameter in parameters_of(section)})
 
     def _check(self, job: Job, info: ModeInfo, wrong: set[str]) -> None:
-        """Apply the rules whose fields are all there and all right."""
+        """Apply the rules whose fields are all there and all right, and shown at all."""
+        tags = self.catalogue.tags(info, job[Network].network_type)
         for rule in (*CORE_RULES, *self.catalogue.rules):
             known = all(name in self.catalogue.by_name for name in rule.fields)
+            if known and info.name and not self.catalogue.by_name[rule.fields[0]].shown_in(tags):
+                continue
             if not known or wrong & set(rule.fields) or (rule.complete and not self.complete):
                 continue
             message = rule.check(job, info)

@@ -6,7 +6,8 @@ folder: learns from a folder of pictures · size: uses `image_size` · trigger: 
 prompts: original and target prompt · pictures: original and target picture · pair: compares two pictures ·
 pair_name: finds pairs by file name · resume: can start from an existing LoRA · te_rate: has an own rate for the text
 encoder · te_train: asks whether to train the text encoder · first_pass: has a first pass that can be kept ·
-second: has settings for a second pass · run: whatever concerns the run as a whole (every mode, but no second pass).
+second: has settings for a second pass · steps: trains by optimizer steps (given by the catalogue) · run: whatever
+concerns the run as a whole (every mode, but no second pass).
 """
 from __future__ import annotations
 
@@ -65,28 +66,30 @@ class Task:
 class Network:
     """The adapter: its type, its size, where it is attached."""
 
-    network_type: str = param("lierla", "Type of adapter; lierla is plain LoRA.", REQUIRED, advanced=False)
+    network_type: str = param(
+        "lierla", "Type of adapter; lierla is plain LoRA.", REQUIRED, needs="steps", advanced=False)
     network_rank: int = param(
-        16, "Size of the adapter: a higher rank can learn more and makes a larger file.", REQUIRED,
+        16, "Size of the adapter: a higher rank can learn more and makes a larger file.", REQUIRED, needs="steps",
         low=1, high=1024, advanced=False)
     network_alpha: float = param(
-        8.0, "Scale of the adapter: what it learns counts alpha / rank.", REQUIRED, low=2**-5, high=1024,
+        8.0, "Scale of the adapter: what it learns counts alpha / rank.", REQUIRED, needs="steps", low=2**-5, high=1024,
         advanced=False)
     network_blocks: tuple[str, ...] = param(
         BLOCKS, "Blocks of the model that are trained; BASE is the text encoder.", BLOCK,
         key="network_blocks(BASE = TextEncoder)", choices=BLOCKS, advanced=False)
     network_targets: str = param(
-        "both", "Which part is trained: the UNet, the text encoder or both.", OPTION,
+        "both", "Which part is trained: the UNet, the text encoder or both.", OPTION, needs="steps",
         choices=("both", "unet", "text_encoder"))
     network_resume: str = param("", "LoRA file to start from.", OPTION, needs="resume", holds="lora")
     network_strength: float = param(
         1.0, "Factor the finished LoRA is multiplied with when it is saved.", OPTION, low=-10, high=10)
     network_conv_rank: int = param(
-        0, "Rank of the 3x3 convolutions; 0 takes network_rank.", OPTION, low=0, high=1024)
+        0, "Rank of the 3x3 convolutions; 0 takes network_rank.", OPTION, needs="steps", low=0, high=1024)
     network_conv_alpha: float = param(
-        0.0, "Alpha of the 3x3 convolutions; 0 takes network_alpha.", OPTION, low=0, high=1024)
+        0.0, "Alpha of the 3x3 convolutions; 0 takes network_alpha.", OPTION, needs="steps", low=0, high=1024)
     network_element: str = param(
         "Full", "Layers of the UNet that are trained: all, only cross-attention (text) or only self-attention.", OPTION,
+        needs="steps",
         choices=ELEMENTS)
     network_train_text_encoder: bool = param(False, "Train the text encoder too.", OPTION, needs="te_train")
 
@@ -135,64 +138,76 @@ class Train:
     """How long, how fast and how exactly it is trained."""
 
     train_iterations: int = param(
-        1000, "Number of optimizer steps.", REQUIRED, low=0, high=10_000_000, unit="steps", advanced=False)
+        1000, "Number of optimizer steps.", REQUIRED,
+        needs="steps", low=0, high=10_000_000, unit="steps", advanced=False)
     train_epochs: int = param(
         0, "Rounds through all pictures; if above 0 it is used instead of train_iterations.", OPTION,
         needs="folder", low=0, high=1_000_000, unit="rounds")
     train_batch_size: int = param(
-        2, "Pictures per step; more need more memory.", REQUIRED, low=1, high=4096, advanced=False)
+        2, "Pictures per step; more need more memory.", REQUIRED, needs="steps", low=1, high=4096, advanced=False)
     train_gradient_accumulation: int = param(
-        1, "Batches added up before one optimizer step.", OPTION, low=1, high=4096, unit="batches")
+        1, "Batches added up before one optimizer step.", OPTION, needs="steps", low=1, high=4096, unit="batches")
     train_learning_rate: float = param(
-        1e-4, "Size of the changes per step; for most optimizers far below 1.", REQUIRED,
+        1e-4, "Size of the changes per step; for most optimizers far below 1.", REQUIRED, needs="steps",
         low=0, high=100, advanced=False)
     train_textencoder_learning_rate: float = param(
         0.0, "Learning rate of the text encoder; empty or 0 takes train_learning_rate.", OPTION,
         needs="te_rate", low=0, high=100)
     train_optimizer: str = param(
-        "AdamW", "Method that turns what was learned into changes of the LoRA.", REQUIRED,
+        "AdamW", "Method that turns what was learned into changes of the LoRA.", REQUIRED, needs="steps",
         choices=OPTIMIZERS, advanced=False)
     train_optimizer_settings: str = param(
-        "", "Extra settings of the optimizer, as in betas=(0.9,0.99);weight_decay=0.01.", REQUIRED)
+        "", "Extra settings of the optimizer, as in betas=(0.9,0.99);weight_decay=0.01.", REQUIRED, needs="steps")
     train_lr_scheduler: str = param(
-        "cosine", "How the learning rate changes during training.", REQUIRED, choices=SCHEDULERS, advanced=False)
+        "cosine", "How the learning rate changes during training.", REQUIRED,
+        needs="steps", choices=SCHEDULERS, advanced=False)
     train_lr_scheduler_settings: str = param(
-        "", "Extra settings of the schedule, as in eta_min=0.00001.", REQUIRED)
+        "", "Extra settings of the schedule, as in eta_min=0.00001.", REQUIRED, needs="steps")
     train_lr_step_rules: str = param(
-        "", "Factors of the piecewise_constant schedule and the steps they last to, as in 1:10,0.1:20,0.01.", OPTION)
+        "", "Factors of the piecewise_constant schedule and the steps they last to, as in 1:10,0.1:20,0.01.", OPTION,
+        needs="steps")
     train_lr_warmup_steps: int = param(
-        0, "Steps in which the learning rate rises to its full value.", OPTION, low=0, high=10_000_000, unit="steps")
+        0, "Steps in which the learning rate rises to its full value.", OPTION,
+        needs="steps", low=0, high=10_000_000, unit="steps")
     train_lr_scheduler_num_cycles: int = param(
-        1, "How often schedules with restarts start again.", OPTION, low=1, high=100_000)
-    train_lr_scheduler_power: float = param(1.0, "Exponent of the polynomial schedule.", OPTION, low=0, high=100)
+        1, "How often schedules with restarts start again.", OPTION, needs="steps", low=1, high=100_000)
+    train_lr_scheduler_power: float = param(
+        1.0, "Exponent of the polynomial schedule.", OPTION, needs="steps", low=0, high=100)
     train_max_grad_norm: float = param(
-        1.0, "Limit for the size of one change; 0 sets no limit.", OPTION, low=0, high=1_000_000)
+        1.0, "Limit for the size of one change; 0 sets no limit.", OPTION, needs="steps", low=0, high=1_000_000)
     train_seed: int = param(
-        -1, "Start number of all random draws; -1 draws one and writes it down.", OPTION, low=-1, high=2**63 - 1)
+        -1, "Start number of all random draws; -1 draws one and writes it down.", OPTION,
+        needs="steps", low=-1, high=2**63 - 1)
     train_min_timesteps: int = param(
-        0, "Least noise the training pictures get, as a timestep.", OPTION, low=0, high=999, unit="timesteps")
+        0, "Least noise the training pictures get, as a timestep.", OPTION,
+        needs="steps", low=0, high=999, unit="timesteps")
     train_max_timesteps: int = param(
-        1000, "Most noise the training pictures get, as a timestep (itself not included).", OPTION,
+        1000, "Most noise the training pictures get, as a timestep (itself not included).", OPTION, needs="steps",
         low=0, high=1000, unit="timesteps")
-    train_fixed_timsteps_in_batch: bool = param(False, "Use one timestep for all pictures of a batch.", OPTION)
-    train_loss_function: str = param("MSE", "How the distance to the right answer is measured.", OPTION, choices=LOSSES)
+    train_fixed_timsteps_in_batch: bool = param(
+        False, "Use one timestep for all pictures of a batch.", OPTION, needs="steps")
+    train_loss_function: str = param(
+        "MSE", "How the distance to the right answer is measured.", OPTION, needs="steps", choices=LOSSES)
     train_snr_gamma: float = param(
-        5.0, "Limit of the weight of slightly noisy pictures (min-SNR); 0 weights all alike.", OPTION, low=0, high=1000)
+        5.0, "Limit of the weight of slightly noisy pictures (min-SNR); 0 weights all alike.", OPTION,
+        needs="steps", low=0, high=1000)
     train_clip_skip: int = param(
         1, "Layer of the text encoder that is used, counted from its end: 1 is the last, 2 the one before.", OPTION,
         low=1, high=12, unit="layers")
     train_model_precision: str = param(
         "fp16", "Number format in which the base model is held; model leaves it as it is.", OPTION,
         choices=MODEL_PRECISIONS)
-    train_lora_precision: str = param("fp32", "Number format in which the LoRA is trained.", OPTION, choices=PRECISIONS)
+    train_lora_precision: str = param(
+        "fp32", "Number format in which the LoRA is trained.", OPTION, needs="steps", choices=PRECISIONS)
     train_VAE_precision: str = param(
         "fp32", "Number format of the VAE; model takes it as it is loaded.", OPTION, choices=VAE_PRECISIONS)
-    use_gradient_checkpointing: bool = param(False, "Need less memory and take more time.", REQUIRED)
+    use_gradient_checkpointing: bool = param(False, "Need less memory and take more time.", REQUIRED, needs="steps")
     model_v_pred: bool = param(False, "The base model is a v-prediction model.", OPTION)
     train_state_every: int = param(
         100, "Steps between two states from which a broken run goes on; 0 writes none.", OPTION,
         needs="run", low=0, high=10_000_000, unit="steps")
-    train_traintrain_compatible: bool = param(False, "Use TrainTrain's own rules where they differ from ours.", OPTION)
+    train_traintrain_compatible: bool = param(
+        False, "Use TrainTrain's own rules where they differ from ours.", OPTION, needs="steps")
 
 
 @dataclass(frozen=True)
@@ -218,7 +233,7 @@ class Save:
     save_lora_name: str = param(
         "", "File name of the LoRA, without ending; empty is untitled.", REQUIRED, needs="run", advanced=False)
     save_per_steps: int = param(
-        0, "Steps between two intermediate LoRA files; 0 writes none.", OPTION,
+        0, "Steps between two intermediate LoRA files; 0 writes none.", OPTION, needs="steps",
         low=0, high=10_000_000, unit="steps", advanced=False)
     save_per_epochs: int = param(
         0, "Rounds between two intermediate LoRA files; 0 writes none.", OPTION,
@@ -237,12 +252,13 @@ class Export:
 
     export_format: str = param(
         "auto", "Write a plain LoRA always (lora), never (native), or where a WebUI needs it and it is close (auto).",
-        OPTION, choices=("auto", "lora", "native"))
+        OPTION, needs="steps", choices=("auto", "lora", "native"))
     export_rank: int = param(
-        0, "Rank of the LoRA that other types are written as; 0 takes the rank trained with.", OPTION, low=0, high=1024)
+        0, "Rank of the LoRA that other types are written as; 0 takes the rank trained with.", OPTION,
+        needs="steps", low=0, high=1024)
     export_max_error: float = param(
         0.05, "Largest share of what was learned that a plain LoRA may miss before auto keeps the own form.", OPTION,
-        low=0, high=1)
+        needs="steps", low=0, high=1)
 
 
 @dataclass(frozen=True)

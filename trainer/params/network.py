@@ -34,7 +34,7 @@ class NetworkOptions:
         0.0, "Chance that a rank of a layer (or a row of types without one) is left out of a step.", GROUP,
         needs="dropout", low=0, high=0.95)
     network_module_dropout: float = param(
-        0.0, "Chance that the whole adapter of a layer is left out of a step.", GROUP, low=0, high=0.95)
+        0.0, "Chance that the whole adapter of a layer is left out of a step.", GROUP, needs="steps", low=0, high=0.95)
     network_max_norm: float = param(
         0.0, "Limit for the norm of what a layer has learned; beyond it, it is scaled back after the step. 0 sets"
         " none.", GROUP, needs="max_norm", low=0, high=1_000_000)
@@ -53,7 +53,8 @@ class NetworkOptions:
     network_block_alphas: str = param(
         "", "Alphas of single blocks, as in IN00=2;OUT*=4; the others have network_alpha.", GROUP, needs="alpha")
     network_block_lrs: str = param(
-        "", "Factors of the learning rate in single blocks, as in M00=0.5;OUT*=2; the others have 1.", GROUP)
+        "", "Factors of the learning rate in single blocks, as in M00=0.5;OUT*=2; the others have 1.", GROUP,
+        needs="steps")
     network_name_filter: str = param(
         "", "Patterns of layer names to train, as in *attn2*;!*to_out*: one must fit, none with ! may.", GROUP)
 

@@ -103,8 +103,13 @@ class Catalogue:
         object.__setattr__(self, "by_name", by_name)
 
     def tags(self, mode: ModeInfo, network_type: str, second: bool = False) -> frozenset[str]:
-        """The tags of the parameters that matter for a mode (or its second pass) with an adapter type."""
+        """The tags of the parameters that matter for a mode (or its second pass) with an adapter type.
+
+        Types and what every mode carries are about training by steps.
+        """
         needs = (mode.second or frozenset()) if second else mode.needs
+        if "steps" not in needs:
+            return needs
         return needs | self.types.get(network_type, frozenset()) | self.always
 
     def choices_of(self, parameter: Parameter) -> tuple[str, ...]:

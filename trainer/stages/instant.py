@@ -1,0 +1,51 @@
+"""The instant map as the start of a training: the adapter begins with the closed-form answer."""
+
+from __future__ import annotations
+
+import time
+
+from ..modes.base import Settings
+from ..modes.ileco import ILecoParams
+from ..modes.instant import InstantParams, install, preserved, solve
+from ..modes.prompts import prompt_pairs
+from ..params.core import Task
+from ..params.field import ModeInfo
+from ..params.job import Job
+from ..params.network import NetworkOptions
+from ..params.rules import Rule
+from .base import STAGES, Preparation, Stage
+
+
+def without_prompts(job: Job, mode: ModeInfo) -> str:
+    """An instant start in a mode that has no pairs of prompts."""
+    if job[NetworkOptions].network_init != "instant" or "instant" in mode.needs:
+        return ""
+    return f"needs an original and a target prompt to solve for; mode {job[Task].mode} has none. Choose another start."
+
+
+@STAGES.register("instant")
+class InstantStart(Stage):
+    """UCE or SPEED for the job's pairs, written into the adapter before the first step."""
+
+    help = "Starts from the closed-form answer of the prompt pairs."
+    rules = (Rule(("network_init", "mode"), without_prompts),)
+
+    @classmethod
+    def wanted(cls, settings: Settings) -> bool:
+        return settings[NetworkOptions].network_init == "instant"
+
+    def prompts(self) -> tuple[str, ...]:
+        """What is preserved: the own list, else iLECO's anchors, else the built-in one."""
+        anchors = tuple(line.strip() for line in self.settings[ILecoParams].ileco_anchors.splitlines() if line.strip())
+        if anchors and not self.settings[InstantParams].instant_preserve.strip():
+            return ("", *anchors)
+        return ("", *preserved(self.settings, prompt_pairs(self.settings)[0]))
+
+    def prepare(self, at: Preparation) -> None:
+        """Nothing when resumed: the adapter is restored."""
+        if at.resumed:
+            return
+        began = time.perf_counter()
+        edit = solve(self.settings, prompt_pairs(self.settings), self.prompts(), at.kit, at.model)
+        install(edit, at.network, at.tell)
+        at.tell(f"network_init instant: {len(edit.edited)} embeddings edited in {time.perf_counter() - began:.2f} s.")
