@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import JobError, Problem
-from .core import FORMAT, Network
+from .core import FORMAT
 from .field import ModeInfo
 from .files import read_json
 from .job import SECOND_PASS, TRAINTRAIN, Job
@@ -91,7 +91,7 @@ class _Reading:
             second=second,
             unused_second=unused,
         )
-        self._check(job, info, wrong)
+        self._check(job, info, wrong, self.catalogue.tags(info, str(values.get("network_type", ""))))
         if not traintrain and self.complete and info.name:
             self._tell_hidden(given, values, info)
         return job
@@ -175,9 +175,8 @@ class _Reading:
     def _section(self, section: type, values: Mapping[str, object]) -> object:
         return section(**{parameter.attribute: values[parameter.attribute] for parameter in parameters_of(section)})
 
-    def _check(self, job: Job, info: ModeInfo, wrong: set[str]) -> None:
+    def _check(self, job: Job, info: ModeInfo, wrong: set[str], tags: frozenset[str]) -> None:
         """Apply the rules whose fields are all there and all right, and shown at all."""
-        tags = self.catalogue.tags(info, job[Network].network_type)
         for rule in (*CORE_RULES, *self.catalogue.rules):
             known = all(name in self.catalogue.by_name for name in rule.fields)
             if known and info.name and not self.catalogue.by_name[rule.fields[0]].shown_in(tags):

@@ -46,8 +46,8 @@ def _row(catalogue: Catalogue, parameter: Parameter) -> str:
 
 
 def _modes(catalogue: Catalogue, parameter: Parameter) -> str:
-    if not parameter.spec.needs or parameter.spec.needs in catalogue.always:
-        return "all"
+    if parameter.spec.needs in catalogue.always:
+        return _shortened(catalogue, [mode.name for mode in catalogue.modes.values() if "steps" in mode.needs])
     types = [name for name, tags in catalogue.types.items() if parameter.spec.needs in tags]
     if types:
         return f"network_type {', '.join(types)}"
@@ -57,6 +57,16 @@ def _modes(catalogue: Catalogue, parameter: Parameter) -> str:
             modes.append(mode.name)
         elif mode.second is not None and parameter.shown_in(mode.second):
             modes.append(f"{mode.name} (2nd pass)")
+    return _shortened(catalogue, modes)
+
+
+def _shortened(catalogue: Catalogue, modes: list[str]) -> str:
+    """The modes by name, or `all`, or `all but` the one that is missing."""
+    missing = [name for name in catalogue.modes if name not in modes]
+    if not missing:
+        return "all"
+    if len(missing) == 1 and len(modes) > 1 and len(modes) + 1 == len(catalogue.modes):
+        return f"all but {missing[0]}"
     return ", ".join(modes) or "–"
 
 
