@@ -106,9 +106,9 @@ def test_agreement_counts_an_unreadable_attribute_as_a_miss():
     }
 
 
-def test_concept_scenes_hold_the_new_colour_and_unrelated_ones_never():
-    assert {scene.colour for scene in effect.concept_scenes(50)} == {world.HELD_OUT_COLOUR}
-    assert world.HELD_OUT_COLOUR not in {scene.colour for scene in effect.unrelated_scenes(200)}
+def test_concept_scenes_hold_the_new_shape_and_unrelated_ones_never():
+    assert {scene.shape for scene in effect.concept_scenes(50)} == {world.HELD_OUT_SHAPE}
+    assert world.HELD_OUT_SHAPE not in {scene.shape for scene in effect.unrelated_scenes(200)}
 
 
 def test_the_grid_has_a_place_for_every_picture():

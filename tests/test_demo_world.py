@@ -101,8 +101,8 @@ def test_shipped_concept_pictures() -> None:
     for path, reading in zip(paths, readings, strict=True):
         words = path.with_suffix(".txt").read_text(encoding="utf-8").replace(",", "").split()
         assert {getattr(reading, n) for n in world.ATTRIBUTES} <= set(words)
-    # Half of them show the new colour, the others each known one: the new word takes nothing from those.
-    assert [r.colour for r in readings] == [world.HELD_OUT_COLOUR] * 6 + list(world.COLOURS)
+    # Most show the new shape, the others what it must not become.
+    assert [r.shape for r in readings] == [world.HELD_OUT_SHAPE] * 7 + list(world.SHAPES)
 
 
 @shipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ UNRELATED_FALL = 0.05
 
 @dataclass(frozen=True)
 class Effect:
-    """How often prompts with the new word show its colour, and how often unrelated prompts show what they ask, before
+    """How often prompts with the new word show its shape, and how often unrelated prompts show what they ask, before
     and after.
     """
 
@@ -49,10 +50,10 @@ class Effect:
 
 
 def concept_scenes(count: int, seed: int = 7) -> list[world.Scene]:
-    """Random scenes in the held-out colour; the pictures a demo learns from are not among the things compared."""
+    """Random scenes of the held-out shape; the pictures a demo learns from are not among the things compared."""
     rng = np.random.default_rng(seed)
     base = world.draw_scenes(count, rng, "open")
-    return [world.Scene(scene.shape, world.HELD_OUT_COLOUR, scene.background, scene.size, scene.side) for scene in base]
+    return [dataclasses.replace(scene, shape=world.HELD_OUT_SHAPE) for scene in base]
 
 
 def unrelated_scenes(count: int, seed: int = 8) -> list[world.Scene]:
@@ -68,7 +69,7 @@ def measure_effect(model: Model, network: Network, asked: int = 50, unrelated: i
         with network.at_strength(strength):
             shown = ask(model, [world.caption(scene) for scene in concept], SETTINGS)
             kept = ask(model, [world.caption(scene) for scene in others], SETTINGS)
-        found[strength] = share(reading.colour == world.HELD_OUT_COLOUR for reading in shown), agreement(others, kept)
+        found[strength] = share(reading.shape == world.HELD_OUT_SHAPE for reading in shown), agreement(others, kept)
     return Effect(found[0.0][0], found[1.0][0], found[0.0][1], found[1.0][1])
 
 

@@ -75,14 +75,15 @@ def score(folder: Path, settings: dict, count: int = 300, seed: int = 50_000) ->
     print(f"prompt gap {base_unet.prompt_gap(unet, captions):.4f}; sampling {count} took {seconds:.1f} s")
 
 
-def concept_scenes(seed: int = 7) -> list[world.Scene]:
-    """Six scenes of the held-out colour (every shape, every background, both sizes and sides) and one of each other."""
+def concept_scenes(taught: int = 7, known: int = 5) -> list[world.Scene]:
+    """Scenes of the held-out shape over all colours, backgrounds, sizes and sides, and of shapes it must not become."""
     grounds, sizes, sides = list(world.BACKGROUNDS), list(world.SIZES), list(world.SIDES)
-    colours = [*[world.HELD_OUT_COLOUR] * 6, *world.COLOURS]
-    rest = np.random.default_rng(seed).permutation([*world.SHAPES, world.SHAPES[0]])
-    shapes = [*world.SHAPES, world.SHAPES[0], *map(str, rest)]
-    return [world.Scene(shape, colour, grounds[n % 3], sizes[n % 2], sides[n // 2 % 2])
-            for n, (shape, colour) in enumerate(zip(shapes, colours, strict=True))]
+    colours = list(world.COLOURS)
+    new = [world.Scene(world.HELD_OUT_SHAPE, colours[n % 6], grounds[(n + n // 6) % 3],
+                       sizes[n % 2 if n < 6 else (n + 1) % 2], sides[n // 2 % 2]) for n in range(taught)]
+    old = [world.Scene(world.SHAPES[n % 5], colours[(2 * n + 1) % 6], grounds[n % 3], sizes[(n + 1) % 2],
+                       sides[n // 2 % 2]) for n in range(known)]
+    return [*new, *old]
 
 
 def arguments() -> argparse.Namespace:

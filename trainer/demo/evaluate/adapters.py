@@ -1,4 +1,4 @@
-"""Adapter types on the demonstration's task: a new colour word from twelve pictures, at five learning rates each."""
+"""Adapter types on the demonstration's task: a new shape from twelve pictures, at five learning rates each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..effect import SETTINGS, concept_scenes, unrelated_scenes
 from ..measure import Rate, agreement, ask, share
 from .scenario import Figures, Goal, Scenario, Suite, Trained
 
-GOAL = 0.8  # of the asked pictures show the new colour
+GOAL = 0.8  # of the asked pictures show the new shape
 CHECKS = (50, 100)  # steps at which an intermediate file is measured too
 ASKED, UNRELATED = 50, 100
 RATES = (0.3, 0.6, 1.0, 1.7, 3.0)  # times the shipped learning rate
@@ -36,7 +36,7 @@ def scenarios(folder: Path) -> tuple[Scenario, ...]:
 def _scenario(label: str, job: Mapping[str, object]) -> Scenario:
     shipped = float(str(job["train_learning_rate"]))
     return Scenario(
-        task="a new colour word from twelve pictures",
+        task="a new shape from twelve pictures",
         variant=label,
         job=job,
         measure=measure,
@@ -59,7 +59,7 @@ def measure(trained: Trained) -> Figures:
     return {
         "asked": asked,
         "worst fall": fall,
-        "unrelated colour": after["colour"],
+        "unrelated shape": after["shape"],
         "steps to goal": float(reached),
         "seconds to goal": trained.seconds * reached / max(trained.steps, 1),
         "parameters": float(sum(value.numel() for value in trained.network.parameters())),
@@ -68,9 +68,9 @@ def measure(trained: Trained) -> Figures:
 
 
 def asked_rate(trained: Trained) -> Rate:
-    """How often prompts with the new word show its colour."""
+    """How often prompts with the new word show its shape."""
     prompts = [world.caption(scene) for scene in concept_scenes(ASKED)]
-    return share(reading.colour == world.HELD_OUT_COLOUR for reading in ask(trained.model, prompts, SETTINGS))
+    return share(reading.shape == world.HELD_OUT_SHAPE for reading in ask(trained.model, prompts, SETTINGS))
 
 
 def steps_to_goal(trained: Trained, final: float) -> float:
