@@ -11,11 +11,20 @@ from pathlib import Path
 import numpy as np
 import tiny
 
+from trainer.data.cache import TensorCache
 from trainer.demo import world
+from trainer.engine.build import build
 from trainer.engine.catalogue import catalogue
+from trainer.engine.control import Control
 from trainer.engine.csvlog import read_losses
+from trainer.engine.passes import plan_passes
+from trainer.engine.preflight import check_before_loading
+from trainer.engine.process import Process
 from trainer.engine.run import Request, Result, run
+from trainer.engine.session import Session
+from trainer.engine.site import Site
 from trainer.events import Event, EventLog, Step
+from trainer.models.base import Model
 from trainer.params.codec import load
 from trainer.params.job import Job
 from trainer.places import Places
@@ -77,6 +86,13 @@ def make(root: Path, kind: str = "sd1") -> Case:
     return Case(root, model, pictures)
 
 
+def session(case: Case, job: Job, model: Model) -> Session:
+    """A session of a job with one pass, ready for its first step and with nothing written; eject its network."""
+    site = Site(case.places, Process(), EventLog(), case.root / "run", TensorCache(None))
+    (plan,) = plan_passes(job)
+    return build(plan, model, site, check_before_loading(job, case.places), resumed=False)
+
+
 class Trace:
     """A listener that keeps the events, with the losses at hand."""
 
@@ -95,6 +111,24 @@ def csv_losses(folder: Path) -> dict[int, float]:
     """The losses in the CSV log of a run folder, by step."""
     (path,) = folder.glob("*.csv")
     return dict(read_losses(path))
+
+
+def stopped_and_resumed(case: Case, name: str, **changes: object) -> tuple[dict[int, float], dict[int, float]]:
+    """(losses of a run stopped after step 5 and resumed, losses of the same run left alone), nine steps each."""
+    changes = {"train_iterations": 9, "train_state_every": 5, "save_overwrite": True, "data_cache": "memory", **changes}
+    whole, parts, control = Trace(), Trace(), Control()
+    case.run(whole, save_lora_name=f"{name}-whole", **changes)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 5:
+            control.stop()
+
+    stopped = case.run(parts, stop, control=control, save_lora_name=f"{name}-parts", **changes)
+    assert stopped.reason == "stopped" and max(parts.losses) == 5
+    result = case.run(parts, resume=stopped.folder, save_lora_name=f"{name}-parts", **changes)
+    assert result.reason == "done" and result.folder == stopped.folder
+    assert csv_losses(stopped.folder) == parts.losses
+    return parts.losses, whole.losses
 
 
 def environment() -> dict[str, str]:

@@ -25,28 +25,10 @@ def case(tmp_path_factory):
     return engine_case.make(tmp_path_factory.mktemp("case"))
 
 
-def stopped_and_resumed(case, name, **changes):
-    """(losses of a run stopped after step 5 and resumed, losses of the same run left alone)."""
-    changes = {"train_iterations": 9, "train_state_every": 5, "save_overwrite": True, "data_cache": "memory", **changes}
-    whole, parts, control = engine_case.Trace(), engine_case.Trace(), Control()
-    case.run(whole, save_lora_name=f"{name}-whole", **changes)
-
-    def stop(event):
-        if isinstance(event, Step) and event.step == 5:
-            control.stop()
-
-    stopped = case.run(parts, stop, control=control, save_lora_name=f"{name}-parts", **changes)
-    assert stopped.reason == "stopped" and max(parts.losses) == 5
-    result = case.run(parts, resume=stopped.folder, save_lora_name=f"{name}-parts", **changes)
-    assert result.reason == "done" and result.folder == stopped.folder
-    assert engine_case.csv_losses(stopped.folder) == parts.losses
-    return parts.losses, whole.losses
-
-
 @pytest.mark.parametrize("name", [name for name, traits in OPTIMIZERS.items() if not traits.needs_cuda])
 def test_every_optimizer_resumes_bit_for_bit(case, name):
     rate = 1.0 if OPTIMIZERS.get(name).wants_lr_one else 1e-3
-    resumed, whole = stopped_and_resumed(case, name, train_optimizer=name, train_learning_rate=rate)
+    resumed, whole = engine_case.stopped_and_resumed(case, name, train_optimizer=name, train_learning_rate=rate)
     assert resumed == whole
 
 
@@ -61,7 +43,7 @@ def test_every_optimizer_resumes_bit_for_bit(case, name):
 )
 def test_other_settings_resume_bit_for_bit(case, changes):
     name = "-".join(str(value)[:8] for value in changes.values()).replace("[", "").replace("'", "").replace(",", "")
-    resumed, whole = stopped_and_resumed(case, name, **changes)
+    resumed, whole = engine_case.stopped_and_resumed(case, name, **changes)
     assert resumed == whole
 
 

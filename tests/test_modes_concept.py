@@ -9,9 +9,7 @@ import engine_case
 import pytest
 import torch
 
-from trainer.engine.build import Site, build
 from trainer.engine.catalogue import catalogue
-from trainer.engine.process import this_process
 from trainer.engine.run import Request, run
 from trainer.engine.sources import PromptPairs
 from trainer.errors import JobError, TrainingError
@@ -49,7 +47,7 @@ def session(case, model):
 
     def make(**changes):
         job = case.job(**{**ILECO, **changes})
-        made = build(job, model, Site(case.places, this_process(), EventLog(), case.root / "run"))
+        made = engine_case.session(case, job, model)
         built.append(made)
         for adapter in made.network:  # an adapter that does something
             adapter.get_parameter("up").data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))

@@ -109,6 +109,10 @@ class EventLog:
         for listener in self._listeners:
             listener(event)
 
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Tell how far something is that happens before or between the steps."""
+        self.tell(Stage(name, done, total))
+
     def note(self, text: str) -> None:
         """Tell an info line."""
         self.tell(Note(text))

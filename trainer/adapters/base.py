@@ -164,12 +164,12 @@ class Adapter(nn.Module):
     ups: ClassVar[tuple[str, ...]] = ()
     downs: ClassVar[tuple[str, ...]] = ()
     droppable: ClassVar[bool] = True
+    per_sample: ClassVar[bool] = True
     inits: ClassVar[frozenset[str]] = frozenset()
 
     file_tensors: ClassVar[tuple[str, ...]] = ()
     portable: ClassVar[bool] = False
     network_module: ClassVar[str] = "lycoris.kohya"
-    per_sample: ClassVar[bool] = True
     exact: ClassVar[frozenset[str]] = frozenset({"alpha"})
     scalable: bool = True
 

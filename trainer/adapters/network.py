@@ -47,6 +47,11 @@ class Network(nn.Module):
     def __len__(self) -> int:
         return len(self.adapters)
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether all adapters take one strength per sample."""
+        return all(adapter.per_sample for adapter in self)
+
     # -- on and off ----------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .settings import ImageSettings
+from .settings import PIXELS_PER_LATENT, ImageSettings
 
 Size = tuple[int, int]
 
@@ -39,6 +39,11 @@ def shrink_buckets(settings: ImageSettings) -> tuple[Size, ...]:
     grid = _grid(settings)
     pairs = {(width, height) for width in grid for height in grid if width * height <= area}
     return _ordered({pair for pair in pairs - full if _ratio_allowed(pair, settings.max_ratio)})
+
+
+def own_bucket(size: Size) -> Size:
+    """The picture's own size, less what does not fill a latent."""
+    return (size[0] // PIXELS_PER_LATENT * PIXELS_PER_LATENT, size[1] // PIXELS_PER_LATENT * PIXELS_PER_LATENT)
 
 
 def nearest(size: Size, buckets: Sequence[Size], count: int = 1) -> tuple[Size, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import DataError
-from .buckets import Placement, Size, full_buckets, placements, shrink_buckets
+from .buckets import Placement, Size, full_buckets, own_bucket, placements, shrink_buckets
 from .cache import TensorCache, Tensors, fingerprint
 from .encode import EncodeImages, check_pictures, encode_pending
 from .plan import Plan
@@ -90,7 +90,7 @@ def arrange(pictures: Sequence[Picture], settings: ImageSettings) -> Arrangement
     items: list[Item] = []
     too_small: list[str] = []
     for picture in pictures:
-        placed = placements(picture.size, settings, full, shrink)
+        placed = placements(picture.size, settings, (own_bucket(picture.size),) if settings.own_size else full, shrink)
         items += [Item(picture, placement, picture.repeats * settings.multiply) for placement in placed]
         if not placed:
             too_small.append(picture.name)
@@ -138,6 +138,10 @@ class Dataset:
         return torch.stack(
             [entry["mask"] if "mask" in entry else torch.ones_like(entry["mean"][:1]) for entry in entries]
         )
+
+    def key(self, index: int) -> str:
+        """The fingerprint of an item's latents: of the picture's content and of how it fills its bucket."""
+        return self._keys[index]
 
     def captions(self, indices: Sequence[int]) -> tuple[str, ...]:
         """The captions, trigger word included."""

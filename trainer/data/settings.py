@@ -13,7 +13,10 @@ PIXELS_PER_LATENT = 8
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pictures are found, captioned and put in buckets. Lengths are in pixels, `size` is (height, width)."""
+    """How pictures are found, captioned and put in buckets. Lengths are in pixels, `size` is (height, width).
+
+    With `own_size` every picture is its own bucket, and `size` and what follows from it are not used.
+    """
 
     folder: Path
     trigger: str = ""
@@ -27,6 +30,7 @@ class ImageSettings:
     disable_upscale: bool = False
     multiply: int = 1
     skip_broken: bool = False
+    own_size: bool = False
 
     def problems(self) -> tuple[Problem, ...]:
         """Every value that cannot be used, under its JSON key; empty when all is well."""

@@ -10,6 +10,8 @@ import torch
 
 from ..adapters.base import ADAPTERS, AdapterSpec
 from ..adapters.export import ExportSettings
+from ..data.pairs import PairScan, find_pairs, single_pair
+from ..data.scan import with_trigger
 from ..data.settings import ImageSettings
 from ..errors import JobError, Problem
 from ..modes.base import MODES
@@ -57,6 +59,36 @@ def image_settings(job: Job) -> ImageSettings:
         multiply=images.image_num_multiply,
         skip_broken=images.data_skip_broken,
     )
+
+
+def pair_settings(job: Job) -> ImageSettings:
+    """How the pictures of pairs are cut: as those of a folder, or, where two files are given, left at their size."""
+    if "pictures" not in MODES.get(job[core.Task].mode).needs:
+        return image_settings(job)
+    return ImageSettings(folder=folder(job[core.Task].original_image).parent, own_size=True)
+
+
+def find_pair_data(job: Job) -> PairScan:
+    """The pair or pairs of a job, in the direction it asks for. Raises DataError naming what cannot be used."""
+    task, needs = job[core.Task], MODES.get(job[core.Task].mode).needs
+    if "pictures" in needs:
+        found = single_pair(folder(task.original_image), folder(task.target_image), pair_prompts(job))
+    else:
+        found = find_pairs(image_settings(job), job[core.Images].diff_target_name)
+    return found.reverted() if "pair" in needs and job[core.Pair].diff_revert_original_target else found
+
+
+def pair_prompts(job: Job) -> tuple[str, str]:
+    """Captions of original and target picture, behind the trigger word.
+
+    An empty target prompt is the original one. TrainTrain takes it as it is, and in Difference never looks at it.
+    """
+    task, images = job[core.Task], job[core.Images]
+    original, target = task.original_prompt.strip(), task.target_prompt.strip()
+    seed = job.traintrain or job[core.Train].train_traintrain_compatible
+    if (not seed and not target) or (seed and "first_pass" in MODES.get(task.mode).needs):
+        target = original
+    return with_trigger(images.lora_trigger_word, original), with_trigger(images.lora_trigger_word, target)
 
 
 def loss_settings(job: Job) -> LossSettings:
@@ -107,6 +139,14 @@ def prompts(job: Job) -> PromptPairs:
     """The pairs of prompts of a job, and the anchors its mode holds."""
     anchors = MODES.get(job[core.Task].mode)(job).anchors()
     return PromptPairs(*prompt_pairs(job), job[core.Images].image_size, anchors)
+
+
+def typed_prompts(job: Job) -> tuple[str, ...]:
+    """The prompts of a job that are not captions of a folder, anchors included."""
+    if MODES.get(job[core.Task].mode).source != "prompts":
+        return pair_prompts(job)
+    pairs = prompts(job)
+    return (*pairs.originals, *pairs.targets, *pairs.anchors)
 
 
 def steps(job: Job, batches_per_epoch: int | None) -> tuple[int, int]:

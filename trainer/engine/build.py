@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,41 +14,29 @@ import torch
 from ..adapters.foreign import read_any
 from ..adapters.metadata import baked_strength
 from ..adapters.network import Network, build_network
-from ..data.cache import TensorCache
 from ..data.dataset import build as build_dataset
 from ..data.scan import Scan
 from ..data.text import TextOutputs
 from ..errors import AdapterError
-from ..events import EventLog, Stage
+from ..events import EventLog
 from ..maths import rng
 from ..models.base import Model
 from ..models.layers import layers_of
-from ..modes.base import MODES, Preparation
+from ..modes.base import MODES, Pass, Preparation
 from ..optim.optimizers import advice, make_optimizer
 from ..optim.schedulers import make_scheduler
 from ..optim.settings import parse_settings
 from ..params import core
 from ..params.job import Job
-from ..places import Places
 from ..stages.base import STAGES
 from . import arguments
-from .devices import encoding, fingerprint, move, rest_text_encoders
+from .devices import encoding, fingerprint, rest_text_encoders, wake_text_encoders
 from .flat import FlatParameters
 from .kit import Kit, Text
-from .process import Process
+from .pairs import original_source, pair_source, target_source
 from .session import Session, Source
+from .site import Site
 from .sources import PictureSource, PromptSource
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a run happens: folders, processes, the log, the run's own folder, and whether it is asked to end."""
-
-    places: Places
-    process: Process
-    log: EventLog
-    folder: Path
-    stopping: Callable[[], bool] = lambda: False
 
 
 def draw_seed(job: Job) -> int:
@@ -73,8 +60,8 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
     )
     dtype = arguments.precision(job[core.Train].train_lora_precision, "train_lora_precision")
     network.to(model.device, dtype)
-    if wanted.network_resume and mode.steps:
-        path = Path(wanted.network_resume)
+    if wanted.network_resume and mode.steps and "resume" in mode.needs:
+        path = arguments.folder(wanted.network_resume)
         if not path.is_file():
             raise AdapterError(
                 f"network_resume = {path.name!r}: there is no such file. Give the path of a LoRA, or leave it empty."
@@ -90,44 +77,48 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
     return network
 
 
-def text_is_trained(network: Network) -> bool:
+def text_is_trained(*networks: Network) -> bool:
     """Whether any adapter sits in a text encoder."""
-    return any(part.startswith("te") for part in network.parts())
+    return any(part.startswith("te") for network in networks for part in network.parts())
 
 
-def picture_source(
-    job: Job, model: Model, cache: TensorCache, seed: int, site: Site, scanned: Scan | None
-) -> PictureSource:
+def picture_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan | None) -> PictureSource:
     """Encode the pictures that are not in the cache and plan the batches."""
     settings = arguments.image_settings(job)
     at_once = 1 if max(settings.size) > 256 else 16
     with site.process.leader_first(), encoding(model):
         dataset = build_dataset(
-            settings, model.encode_images, fingerprint(model.vae), cache, _stages(site.log), at_once, scanned
+            settings, model.encode_images, fingerprint(model.vae), site.cache, site.log.progress, at_once, scanned
         )
     return PictureSource(dataset, model, seed, job[core.Train].train_batch_size, site.process)
 
 
-def prompt_source(
-    job: Job, model: Model, cache: TensorCache, seed: int, site: Site, scanned: Scan | None
-) -> PromptSource:
+def prompt_source(job: Job, model: Model, seed: int, site: Site, found: None) -> PromptSource:
     """The pairs of prompts of a mode without pictures."""
     return PromptSource(arguments.prompts(job), model, job[core.Train].train_batch_size, site.process)
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"pictures": picture_source, "prompts": prompt_source}
+SOURCES: dict[str, Callable[..., Source]] = {
+    "pictures": picture_source,
+    "prompts": prompt_source,
+    "pair": pair_source,
+    "pairs": pair_source,
+    "original": original_source,
+    "target": target_source,
+}
 
 
-def make_text(job: Job, model: Model, network: Network, prompts: Sequence[str], cache: TensorCache, site: Site) -> Text:
-    """Where conditionings come from: prepared once, unless the text encoder is trained."""
+def make_text(
+    job: Job, model: Model, network: Network, beneath: Sequence[Network], prompts: Sequence[str], site: Site
+) -> Text:
+    """Where conditionings come from: prepared once, unless a text encoder has adapters."""
     clip_skip = job[core.Train].train_clip_skip
-    if text_is_trained(network):
-        for encoder in model.text_encoders:
-            move(encoder, model.device)
+    if text_is_trained(network, *beneath):
+        wake_text_encoders(model)
         return Text(model, clip_skip, None, network)
-    cached = TextOutputs(cache, _text_encoder(model, clip_skip), fingerprint(*model.text_encoders), clip_skip)
+    cached = TextOutputs(site.cache, _text_encoder(model, clip_skip), fingerprint(*model.text_encoders), clip_skip)
     with site.process.leader_first(), encoding(model):
-        cached.prepare(prompts, _stages(site.log))
+        cached.prepare(prompts, site.log.progress)
     rest_text_encoders(model)
     return Text(model, clip_skip, cached)
 
@@ -162,40 +153,64 @@ def make_optimizer_and_scheduler(
     return optimizer, scheduler
 
 
-def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resumed: bool = False) -> Session:
-    """A session ready to run its first step, the adapter attached. Ejecting it again is the caller's duty."""
-    seed = draw_seed(job)
+@dataclass(frozen=True)
+class PassPlan:
+    """One pass of a run: its settings, the job as it was given, its number from 0, and what the mode says of it.
+
+    `written`: its adapter becomes a LoRA file. `final`: that is the run's result.
+    """
+
+    job: Job
+    asked: Job
+    number: int
+    kind: Pass
+    written: bool = True
+    final: bool = True
+
+
+def build(
+    plan: PassPlan, model: Model, site: Site, found: Any, beneath: Sequence[Network] = (), resumed: bool | None = None
+) -> Session:
+    """A session ready to run its first step, the adapter attached. Ejecting it again is the caller's duty.
+
+    `found` is what was found of the data before the model was loaded; `beneath` are attached networks of earlier
+    passes. The stages prepare the adapter, knowing whether the run was `resumed`; with None they are left out (enough
+    to report on).
+    """
+    job, seed = plan.job, draw_seed(plan.job)
     train = job[core.Train]
     mode = MODES.get(job[core.Task].mode)(job)
     network = make_network(job, model, seed, site.log)
-    cache = TensorCache(site.places.cache if job[core.Images].data_cache == "disk" else None)
-    source = SOURCES[mode.source](job, model, cache, seed, site, scanned)
+    source = SOURCES[plan.kind.source](job, model, seed, site, found)
     stages = tuple(stage(job) for _, stage in STAGES.items() if mode.steps and stage.wanted(job))
     asked = (*source.prompts(), *mode.prompts(), *(prompt for stage in stages for prompt in stage.prompts()))
-    text = make_text(job, model, network, asked, cache, site)
+    text = make_text(job, model, network, beneath, asked, site)
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
     flat = FlatParameters(parameter for parameter in network.parameters() if parameter.requires_grad)
     optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
-    if train.use_gradient_checkpointing:
-        model.set_gradient_checkpointing(True, network.repeated)
+    model.set_gradient_checkpointing(train.use_gradient_checkpointing, network.repeated)
     kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
     try:
         at = Preparation(
-            network, model, kit, source.batch, site.log.note, seed, partial(mode.loss, kit), resumed, site.stopping
+            *(network, model, kit, source.batch, site.log.note, seed, partial(mode.loss, kit)),
+            resumed=bool(resumed),
+            stopping=site.stopping,
         )
-        for stage in stages:
-            stage.prepare(at)
-        if stages:
-            frozen = (p for p in network.parameters() if not p.requires_grad)
-            buffers = (b for b in network.buffers() if b.is_floating_point())
-            site.process.share([*flat.values, *frozen, *buffers])
-        mode.prepare(at)
+        if resumed is not None:
+            for stage in stages:
+                stage.prepare(at)
+            if stages:
+                frozen = (p for p in network.parameters() if not p.requires_grad)
+                buffers = (b for b in network.buffers() if b.is_floating_point())
+                site.process.share([*flat.values, *frozen, *buffers])
+            mode.prepare(at)
     except BaseException:
         network.eject()
         raise
     return Session(
         job=job,
+        asked=plan.asked,
         seed=seed,
         model=model,
         network=network,
@@ -211,11 +226,10 @@ def build(job: Job, model: Model, site: Site, scanned: Scan | None = None, resum
         process=site.process,
         folder=site.folder,
         started_at=time.time(),
+        number=plan.number,
+        suffix=plan.kind.suffix,
+        beneath=tuple(beneath),
     )
-
-
-def _stages(log: EventLog) -> Callable[[str, int, int], None]:
-    return lambda name, done, total: log.tell(Stage(name, done, total))
 
 
 def _text_encoder(model: Model, clip_skip: int) -> Callable[[str], dict[str, torch.Tensor]]:

@@ -48,6 +48,12 @@ def rest_text_encoders(model: Model) -> None:
         model.go_home(encoder)
 
 
+def wake_text_encoders(model: Model) -> None:
+    """Text encoders that are trained are on the device."""
+    for encoder in model.text_encoders:
+        move(encoder, model.device)
+
+
 def fingerprint(*modules: nn.Module | None) -> str:
     """Identifies weights, precision included, by names, shapes, sums and an even sample of each tensor's values."""
     digest = hashlib.sha256()

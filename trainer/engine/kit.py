@@ -41,6 +41,10 @@ class Text:
     ) -> None:
         self._model, self._clip_skip, self._cached, self._network = model, clip_skip, cached, network
 
+    def rows_each(self, prompts: Sequence[str]) -> int:
+        """How many rows of its batch a text encoder computes for each of these prompts."""
+        return 1 if self._cached is not None else max(map(self._model.chunk_count, prompts))
+
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """One row for each prompt, on the model's device."""
         if self._cached is None:
@@ -57,23 +61,55 @@ class Kit:
 
     def __init__(self, model: Model, network: Network, text: Text, seed: int, settings: LossSettings) -> None:
         self.model, self.network, self.schedule = model, network, model.schedule
-        self.text, self._seed, self._settings = text, seed, settings
+        self._text, self._seed, self._settings = text, seed, settings
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether one forward may have another strength for each sample."""
+        return self.network.per_sample
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of prompts, one row each: encoded at the current strength when the text encoder is
+        trained.
+        """
+        strength = self.network.strength.value
+        if not isinstance(strength, Tensor):
+            return self._text(prompts)
+        with self.network.at_strength(strength.repeat_interleave(self._text.rows_each(prompts))):
+            return self._text(prompts)
 
     def latents(self, batch: Batch) -> Tensor:
         """Latents drawn from the pictures' posterior, (B, C, H, W)."""
         return batch.mean + batch.std * self._normal("posterior", batch, batch.mean)
 
-    def noise(self, batch: Batch, fixed: bool = False) -> Tensor:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents of both pictures of the batch's pairs, (B, C, H, W) each.
+
+        Both are drawn with the same normal numbers: where the pictures agree, so do their latents.
+        """
+        if batch.target_mean is None or batch.target_std is None:
+            raise ValueError("this batch has no pairs; the mode's source must give them")
+        draw = self._normal("posterior", batch, batch.mean)
+        return batch.mean + batch.std * draw, batch.target_mean + batch.target_std * draw
+
+    def noise(self, batch: Batch, fixed: bool = False, purpose: str = "noise") -> Tensor:
         """Noise shaped like the batch's latents, (B, C, H, W): fresh in every step, or the same one when `fixed`."""
         if fixed:
             batch = dataclasses.replace(batch, index=0)
-        return self._normal("noise", batch, batch.mean)
+        return self._normal(purpose, batch, batch.mean)
 
-    def timesteps(self, batch: Batch) -> Tensor:
-        """Timesteps in the job's range, (B,) int64; all alike when the job fixes them in a batch."""
+    def timesteps(self, batch: Batch, strata: int = 1) -> Tensor:
+        """Timesteps in the job's range, (B,) int64; all alike when the job fixes them in a batch.
+
+        The range falls into `strata` equal parts; of as many consecutive samples each part gets one, in random order.
+        """
         settings = self._settings
         keys = [0] * len(batch.samples) if settings.fixed_timesteps else batch.samples
         uniforms = rng.uniform("timestep", self._seed, batch.index, keys)
+        if strata > 1:
+            step = 1 if settings.fixed_timesteps else batch.share
+            parts = rng.strata(strata, self._seed, [batch.index * step + key for key in keys])
+            uniforms = (parts + uniforms) / strata
         return losses.uniform_timesteps(uniforms, settings.low, settings.high).to(self.model.device)
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:

@@ -72,7 +72,7 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         loss=train.train_loss_function,
         mixed_precision=_PRECISION.get(model.compute, "no"),
         gradient_checkpointing=train.use_gradient_checkpointing,
-        job=job.to_dict(full=True),
+        job=session.asked.to_dict(full=True),
         **network,
         **source.facts(),
     )

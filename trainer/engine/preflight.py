@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..data.pairs import PairScan
 from ..data.scan import Scan, scan
 from ..errors import AdapterError, JobError, Problem
 from ..models.base import Model
@@ -52,37 +54,52 @@ def lora_path(job: Job, places: Places, suffix: str = "") -> Path:
     return places.loras / f"{job[core.Save].save_lora_name or 'untitled'}{suffix}.safetensors"
 
 
-def check_before_loading(job: Job, places: Places, *, resumed: bool = False) -> Scan | None:
-    """Refuse what can be refused without a model. Returns the scan of the pictures for modes that use them.
+Found = Scan | PairScan | None
+"""What is known of a run's data before a model is loaded."""
 
-    Raises JobError with all problems, DataError for the folder.
+
+def check_before_loading(
+    job: Job, places: Places, written: Collection[str] = ("",), *, resumed: bool = False
+) -> Found:
+    """Refuse what can be refused without a model. Returns what was found of the pictures for modes that use them.
+
+    `written`: the suffixes of the files the run will write. Raises JobError with all problems, DataError for pictures.
     """
     problems: list[Problem] = []
-    save, train = job[core.Save], job[core.Train]
-    target = lora_path(job, places)
-    if target.exists() and not save.save_overwrite and not resumed:
-        problems.append(
-            Problem(
-                "save_lora_name",
-                save.save_lora_name,
-                f"{target.name} exists already. Choose another name or switch on save_overwrite.",
-            )
-        )
-    for field in ("train_model_precision", "train_lora_precision", "train_VAE_precision"):
-        try:
-            arguments.precision(getattr(train, field), field)
-        except JobError as error:
-            problems.extend(error.problems)
-    resume = job[core.Network].network_resume
-    if resume and not Path(resume).is_file():
-        problems.append(
-            Problem("network_resume", resume, "there is no such file. Give the path of a LoRA or leave it empty.")
-        )
+    save = job[core.Save]
+    for target in (lora_path(job, places, suffix) for suffix in written):
+        if target.exists() and not save.save_overwrite and not resumed:
+            message = f"{target.name} exists already. Choose another name or switch on save_overwrite."
+            problems.append(Problem("save_lora_name", save.save_lora_name, message))
+    for one in (job, job.second):
+        for field in ("train_model_precision", "train_lora_precision", "train_VAE_precision") if one else ():
+            try:
+                arguments.precision(getattr((one or job)[core.Train], field), field)
+            except JobError as error:
+                problems.extend(error.problems)
+    problems += _absent_files(job)
     if problems:
         raise JobError(problems)
-    if MODES.get(job[core.Task].mode).source == "pictures":
-        return scan(arguments.image_settings(job))
-    return None
+    source = MODES.get(job[core.Task].mode).passes()[0].source
+    if source == "prompts":
+        return None
+    return scan(arguments.image_settings(job)) if source == "pictures" else arguments.find_pair_data(job)
+
+
+def _absent_files(job: Job) -> Iterator[Problem]:
+    """Files that the job names, that its mode uses, and that are not there."""
+    needs = MODES.get(job[core.Task].mode).needs
+    task, lora = job[core.Task], "there is no such file. Give the path of a LoRA or leave it empty."
+    picture = "there is no such file. Give the path of a picture."
+    named = (
+        ("network_resume", job[core.Network].network_resume, "resume", lora),
+        ("diff_load_1st_pass", job[core.Pair].diff_load_1st_pass, "first_pass", lora),
+        ("original image", task.original_image, "pictures", picture),
+        ("target image", task.target_image, "pictures", picture),
+    )
+    for field, given, tag, message in named:
+        if given and tag in needs and not arguments.folder(given).is_file():
+            yield Problem(field, given, message)
 
 
 WINDOW = 77
@@ -96,9 +113,8 @@ def long_prompts(job: Job, places: Places, model: Model | None) -> list[str]:
     Raises JobError for modes without steps, which take one window.
     """
     mode = MODES.get(job[core.Task].mode)(job)
-    if mode.source != "prompts":
+    if "prompts" not in mode.needs:
         return []
-    pairs = arguments.prompts(job)
     if model is None:
         path = resolve_model(job[core.Task].model, places.checkpoints)
         tokenizer, room = tokenizer_beside(path, places.vocabularies), _window(path) - 2
@@ -106,7 +122,7 @@ def long_prompts(job: Job, places: Places, model: Model | None) -> list[str]:
         tokenizer, room = model.text_encoders[0].tokenizer, model.window - 2
     if tokenizer is None:
         return []
-    asked = dict.fromkeys((*pairs.originals, *pairs.targets, *pairs.anchors, *mode.prompts()))
+    asked = dict.fromkeys((*arguments.typed_prompts(job), *mode.prompts()))
     suspects = [prompt for prompt in asked if len(prompt.encode()) > room]  # a token has at least one byte
     counts = {prompt: len(tokenizer.encode(prompt)) for prompt in suspects}
     told = {prompt: f"{prompt[:40]!r}… has {count} tokens" for prompt, count in counts.items() if count > room}
@@ -159,10 +175,11 @@ def estimated_bytes(session: Session, cache: Path) -> int:
     The optimiser is taken to keep two values per parameter, as Adam does. Predictions are remembered in `cache`.
     """
     model, network = session.model, session.network
-    weights = module_bytes([model.unet, *model.text_encoders, *([model.vae] if model.vae is not None else [])])
+    vae = [] if model.vae is None else [model.vae]
+    weights = module_bytes([model.unet, *model.text_encoders, *vae, *session.beneath])
     if not session.limits.total_steps:
         return weights + module_bytes([network])
-    modules = [model.unet, *model.text_encoders]
+    modules = [model.unet, *model.text_encoders, *session.beneath]
     trainable = sum(flat.numel() * flat.element_size() for flat in session.flat.values)
     index = session.source.heaviest()
 

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..data.cache import TensorCache
 from ..errors import AtelierError, TrainingError
 from ..events import EventLog, Finished, Opened, Preflight, Sampled, Saved
 from ..models.base import Model
@@ -21,7 +22,7 @@ from ..params.codec import load
 from ..params.job import Job
 from ..places import Places
 from . import arguments
-from .build import Site, build, draw_seed
+from .build import PassPlan, draw_seed
 from .catalogue import catalogue
 from .control import Control
 from .csvlog import CsvLog
@@ -29,11 +30,13 @@ from .devices import SpillWatch, encoding
 from .loop import Hooks, run_steps
 from .losses import LossRing
 from .output import write_network
-from .preflight import check_before_loading, long_prompts, lora_path, report, resolve_model
+from .passes import Passes, plan_passes
+from .preflight import check_before_loading, long_prompts, lora_path, resolve_model
 from .process import Process, this_process
 from .samples import sample, write_samples
 from .session import Session
-from .state import read_state, restore_state, write_state
+from .site import Site
+from .state import State, read_state, restore_state, write_state
 from .trackers import TRACKERS
 
 JOB_FILE = "job.json"
@@ -91,33 +94,61 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
 
 def _run(request: Request, process: Process, log: EventLog, control: Control, step: list[int]) -> Result:
     job, places = request.job, request.places
-    scanned = check_before_loading(job, places, resumed=request.resume is not None)
+    written = [plan.kind.suffix for plan in plan_passes(job) if plan.written]
+    found = check_before_loading(job, places, written, resumed=request.resume is not None)
     for line in long_prompts(job, places, request.model):
         log.warn(line)
-    job = job.replace(train_seed=draw_seed(job))
+    drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
     folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
     saved = read_state(folder) if request.resume else None
     model = request.model or _load(job, places, process, log)
-    site = Site(places, process, log, folder, lambda: control.stopping)
-    session = build(job, model, site, scanned, resumed=saved is not None)
+    cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
+    site = Site(places, process, log, folder, cache, lambda: control.stopping)
+    passes = Passes(plan_passes(job), model, site, found, drawn)
     try:
-        lines = report(session, lora_path(job, places), places.cache)
+        lines = passes.survey(resumed=saved is not None, dry=request.dry)
         log.tell(Preflight(lines))
         if request.dry:
             return Result("checked", None, None, lines)
-        ring = LossRing(model.device)
-        if saved:
-            restore_state(session, ring, *saved)
-            log.note(f"Resuming after step {session.step} of {session.limits.total_steps}.")
         if process.leads:
             _open_folder(job, places, folder)
             log.tell(Opened(str(folder)))
+        for plan in passes.plans:
+            reason, path = _run_pass(passes, plan, saved, control, step)
+            if reason != "done":
+                break
+        return Result(reason, path, folder, lines, step[0])
+    finally:
+        passes.close()
+
+
+def _run_pass(
+    passes: Passes, plan: PassPlan, saved: State | None, control: Control, step: list[int]
+) -> tuple[str, Path | None]:
+    """Carry out one pass, or take its result from where it is already. Returns (reason, LoRA file) as in `Result`."""
+    log, places = passes.site.log, passes.site.places
+    resumed_pass = int(saved[1].get("pass", 0)) if saved else -1
+    session = passes.begin(plan, resumed=plan.number <= resumed_pass)
+    step[0] = 0
+    ready = passes.fill(plan, session, resumed_pass)
+    if ready:
+        log.note(f"Pass {plan.number + 1} is there already, from {ready}.")
+        passes.settle(plan, session, trained=False)
+        return "done", _write(session, places, log) if plan.written and plan.number > resumed_pass else None
+    if len(passes.plans) > 1:
+        log.note(f"Pass {plan.number + 1} of {len(passes.plans)}: {session.limits.total_steps} steps.")
+    ring = LossRing(passes.model.device)
+    if saved and plan.number == resumed_pass:
+        restore_state(session, ring, *saved)
+        log.note(f"Resuming after step {session.step} of {session.limits.total_steps}.")
+    try:
         with _listeners(session, log):
-            reason, path = _train(session, places, ring, log, control)
-        return Result(reason, path, folder, lines, session.step)
+            reason, path = _train(session, plan, places, ring, log, control)
     finally:
         step[0] = session.step
-        session.network.eject()
+    if reason == "done":
+        passes.settle(plan, session, trained=True)
+    return reason, path
 
 
 def _load(job: Job, places: Places, process: Process, log: EventLog) -> Model:
@@ -153,10 +184,9 @@ def _open_folder(job: Job, places: Places, folder: Path) -> None:
 @contextlib.contextmanager
 def _listeners(session: Session, log: EventLog) -> Iterator[None]:
     """CSV and trackers of this run, for its duration."""
-    job = session.job
+    job, name = session.job, session.name
     opened: list[Any] = []
     settings = job.to_dict(full=True)
-    name = job[core.Save].save_lora_name or "untitled"
     if session.process.leads:
         opened.append(SpillWatch(session.model.device, log))
         if job[core.Log].logging_save_csv:
@@ -174,32 +204,34 @@ def _listeners(session: Session, log: EventLog) -> Iterator[None]:
             listener.close()
 
 
-def _train(
-    session: Session, places: Places, ring: LossRing, log: EventLog, control: Control
-) -> tuple[str, Path | None]:
-    leads = session.process.leads
-
-    def save(suffix: str, final: bool) -> Path:
-        if not leads:
-            return lora_path(session.job, places, suffix)
+def _write(session: Session, places: Places, log: EventLog, steps: str = "", final: bool = True) -> Path:
+    """Write the LoRA file of a session, with `steps` at the end of its name; returns where it is."""
+    path = lora_path(session.job, places, session.suffix + steps)
+    if session.process.leads:
         with evaluating(session.optimizer):
-            said = log.note if final else lambda line: None
-            path = write_network(session, lora_path(session.job, places, suffix), said)
+            path = write_network(session, path, log.note if final else lambda line: None)
         log.tell(Saved(str(path), session.step, final))
-        return path
+    return path
 
+
+def _train(
+    session: Session, plan: PassPlan, places: Places, ring: LossRing, log: EventLog, control: Control
+) -> tuple[str, Path | None]:
     def keep(ring: LossRing) -> None:
-        if leads:
+        if session.process.leads:
             write_state(session, ring)
 
-    hooks = Hooks(keep=keep, save=lambda: save(f"_{session.step}steps", False), sample=lambda: _sample(session, log))
-    run_steps(session, control, log, ring, hooks)
+    def save_now() -> None:
+        if plan.written:
+            _write(session, places, log, f"_{session.step}steps", final=False)
+
+    run_steps(session, control, log, ring, Hooks(keep=keep, save=save_now, sample=lambda: _sample(session, log)))
     if session.step < session.limits.total_steps:
         keep(ring)
         if not control.saving:
             return "stopped", None
-        return "saved_early", save("", True)
-    path = save("", True)
+        return "saved_early", _write(session, places, log)
+    path = _write(session, places, log, final=plan.final) if plan.written else None
     if session.limits.state_every:
         keep(ring)
     return "done", path
@@ -209,7 +241,11 @@ def _sample(session: Session, log: EventLog) -> None:
     prompts = [line for line in session.job[core.Sample].sample_prompts.splitlines() if line.strip()]
     if not prompts or not session.process.leads:
         return
-    with evaluating(session.optimizer), encoding(session.model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(session.optimizer))
+        stack.enter_context(encoding(session.model))
+        for network in session.beneath:  # whoever uses the file will not have them
+            stack.enter_context(network.at_strength(0.0))
         pictures = sample(session.model, prompts, arguments.sample_settings(session.job))
-    paths = write_samples(pictures, session.folder / "samples", f"{session.step:06d}")
+    paths = write_samples(pictures, session.folder / f"samples{session.suffix}", f"{session.step:06d}")
     log.tell(Sampled(session.step, tuple(map(str, paths))))

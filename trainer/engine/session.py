@@ -11,6 +11,7 @@ import torch
 from ..adapters.network import Network
 from ..models.base import Model
 from ..modes.base import Batch, Mode
+from ..params import core
 from ..params.job import Job
 from ..stages.base import Stage
 from .flat import FlatParameters
@@ -60,9 +61,15 @@ class Limits:
 
 @dataclass
 class Session:
-    """A training about to run or running. `step` counts finished optimizer steps."""
+    """A training about to run or running. `step` counts finished optimizer steps.
+
+    `job` has the settings of this pass of the mode, `asked` is the job as it was given. `number` counts passes from 0,
+    `suffix` is what the names of its file and log have more than the job's; `beneath` are the frozen adapters of
+    earlier passes.
+    """
 
     job: Job
+    asked: Job
     seed: int
     model: Model
     network: Network
@@ -78,4 +85,12 @@ class Session:
     process: Process
     folder: Path
     started_at: float
+    number: int = 0
+    suffix: str = ""
+    beneath: tuple[Network, ...] = ()
     step: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its file without ending, and of its log."""
+        return (self.job[core.Save].save_lora_name or "untitled") + self.suffix

@@ -22,6 +22,8 @@ from ..optim.state import flatten, restore, unflatten
 from .losses import LossRing
 from .session import Session
 
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors and facts of a state file."""
 STATE_FILE = "state.safetensors"
 FORMAT = 1
 
@@ -39,6 +41,7 @@ def write_state(session: Session, ring: LossRing) -> Path:
     facts = {
         "format": FORMAT,
         "step": session.step,
+        "pass": session.number,
         "seed": session.seed,
         "data": session.source.fingerprint(),
         "processes": session.process.count,
@@ -58,7 +61,7 @@ def write_state(session: Session, ring: LossRing) -> Path:
     return target
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_state(folder: Path) -> State:
     """(tensors, facts) of the state in a run folder. Raises TrainingError when there is none that can be trusted."""
     path = folder / STATE_FILE
     if not path.is_file():

@@ -24,6 +24,17 @@ def normal(shape: Sequence[int], purpose: str, seed: int, step: int, indices: Se
     return torch.stack([torch.randn(*shape, generator=generator(purpose, seed, step, index)) for index in indices])
 
 
+def strata(count: int, seed: int, places: Sequence[int]) -> Tensor:
+    """Which of `count` strata the samples at these places of a run fall into, int64: every stratum once in each block
+    of `count` consecutive places, in an order of the block's own.
+    """
+    orders = {
+        block: torch.randperm(count, generator=generator("strata", seed, block))
+        for block in {place // count for place in places}
+    }
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
 def uniform(purpose: str, seed: int, step: int, indices: Sequence[int]) -> Tensor:
     """Uniform numbers in [0, 1), shape (len(indices),), float64."""
     draws = [torch.rand((), generator=generator(purpose, seed, step, index), dtype=torch.float64) for index in indices]

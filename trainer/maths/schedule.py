@@ -61,6 +61,15 @@ class NoiseSchedule:
         a, s = self.signal(t_B, latents_BCHW)
         return a * noise_BCHW - s * latents_BCHW
 
+    def follow(self, predicted_BCHW: Tensor, shift_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """A prediction at x_t, carried over to the state x_t + √ᾱ·shift of clean latents moved by `shift`: there it
+        implies the same noise. ε stays; v becomes v − √(1−ᾱ)·shift.
+        """
+        if self.prediction == EPSILON:
+            return predicted_BCHW
+        _, s = self.signal(t_B, predicted_BCHW)
+        return predicted_BCHW - s * shift_BCHW
+
     def x0(self, predicted_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """The clean latents implied by a prediction at x_t. With ε-prediction ᾱ_t must not be 0."""
         a, s = self.signal(t_B, x_BCHW)

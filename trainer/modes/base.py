@@ -24,7 +24,8 @@ class Batch:
     posterior of the pictures, scaled, (B, C, H, W); zeros for modes without pictures. `time_ids` (B, 6) is SDXL's size
     conditioning in
     pixels.
-    `prompts` are the captions or original prompts, `targets` the target prompts of modes that have them.
+    `prompts` are the captions or original prompts, `targets` the target prompts of modes that have them. `target_mean`
+    and `target_std` are the posterior of the second picture of a pair; `mask` (B, 1, H, W) says where the two differ.
     """
 
     index: int
@@ -36,6 +37,8 @@ class Batch:
     time_ids: Tensor | None = None
     mask: Tensor | None = None
     targets: tuple[str, ...] = ()
+    target_mean: Tensor | None = None
+    target_std: Tensor | None = None
 
 
 class Kit(Protocol):
@@ -43,14 +46,23 @@ class Kit(Protocol):
 
     schedule: NoiseSchedule
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether one forward may have another strength for each sample."""
+
     def latents(self, batch: Batch) -> Tensor:
         """Latents drawn from the pictures' posterior, (B, C, H, W)."""
 
-    def noise(self, batch: Batch, fixed: bool = False) -> Tensor:
-        """Standard normal noise, one keyed stream per sample, (B, C, H, W); `fixed` gives the same in every step."""
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents of both pictures of the batch's pairs, (B, C, H, W) each, from the same draw of their posteriors."""
 
-    def timesteps(self, batch: Batch) -> Tensor:
-        """Timesteps in the job's range, (B,) int64."""
+    def noise(self, batch: Batch, fixed: bool = False, purpose: str = "noise") -> Tensor:
+        """Standard normal noise, one keyed stream per sample and purpose, (B, C, H, W); `fixed` gives the same in every
+        step.
+        """
+
+    def timesteps(self, batch: Batch, strata: int = 1) -> Tensor:
+        """Timesteps in the job's range, (B,) int64; of every `strata` consecutive samples one in each part of it."""
 
     def text(self, prompts: Sequence[str]) -> Any:
         """The conditioning of prompts, one row each: encoded at the current strength when the text encoder is
@@ -106,6 +118,17 @@ class Preparation:
     stopping: Callable[[], bool] = lambda: False
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One training of a mode that has several, one after the other, each on top of the frozen adapters of those before.
+
+    `source`: where its batches come from. `suffix`: what the names of its file and log have more than the job's.
+    """
+
+    source: str
+    suffix: str = ""
+
+
 class Mode:
     """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it
     declares itself, `rules` what must hold for them. `second`: the tags of its second pass, None when it has none.
@@ -123,6 +146,11 @@ class Mode:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    @classmethod
+    def passes(cls) -> tuple[Pass, ...]:
+        """Its trainings in order; the last one's adapter is the result."""
+        return (Pass(cls.source),)
 
     def prompts(self) -> tuple[str, ...]:
         """Prompts this mode asks for beside those of its batches."""

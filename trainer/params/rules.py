@@ -62,6 +62,22 @@ def data_folder(job: Job, mode: ModeInfo) -> str:
     return f"is empty; mode {job[Task].mode} learns from a folder of pictures, so write the folder they are in."
 
 
+def pictures(job: Job, mode: ModeInfo) -> str:
+    """A mode that compares two pictures without the first."""
+    return _picture(job[Task].original_image, job, mode)
+
+
+def target_picture(job: Job, mode: ModeInfo) -> str:
+    """The same without the second."""
+    return _picture(job[Task].target_image, job, mode)
+
+
+def _picture(given: str, job: Job, mode: ModeInfo) -> str:
+    if given.strip() or "pictures" not in mode.needs:
+        return ""
+    return f"is empty; mode {job[Task].mode} compares two pictures of one size, so give both files."
+
+
 def length(job: Job, mode: ModeInfo) -> str:
     """No steps at all."""
     train = job[Train]
@@ -121,6 +137,8 @@ CORE_RULES: tuple[Rule, ...] = (
     Rule(("network_blocks", "network_targets"), blocks),
     Rule(("save_lora_name",), save_name),
     Rule(("lora_data_directory", "mode"), data_folder, complete=True),
+    Rule(("original_image", "mode"), pictures, complete=True),
+    Rule(("target_image", "mode"), target_picture, complete=True),
     Rule(("train_iterations", "train_epochs"), length),
     Rule(("train_learning_rate",), learning_rate),
     Rule(("network_strength",), strength),

@@ -1,0 +1,212 @@
+"""The passes of a run, one after the other: which they are, with which settings, and what an earlier one leaves.
+
+Most modes have one. Where there are more, each trains an adapter of its own on top of the frozen ones of those before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..data.cache import fingerprint
+from ..errors import TrainingError
+from ..events import Event, EventLog, Stage
+from ..models.base import Model
+from ..modes.base import MODES
+from ..params import core
+from ..params.job import Job
+from ..params.table import Catalogue, Parameter
+from . import devices
+from .build import PassPlan, build
+from .catalogue import catalogue
+from .preflight import Found, lora_path, report
+from .session import Session
+from .site import Site
+
+_OF_THE_RUN = (core.Task, core.Images, core.Pair, core.Log, core.Sample)
+_NOT_LEARNED = ("train_state_every", "network_strength", "network_resume")
+
+
+def plan_passes(job: Job) -> tuple[PassPlan, ...]:
+    """The passes of a job in order."""
+    kind = MODES.get(job[core.Task].mode)
+    kinds = kind.passes()
+    pair, own = job[core.Pair], "first_pass" in kind.needs
+    if own and pair.diff_1st_pass_only:
+        kinds = kinds[:1]
+    plans = []
+    for number, one in enumerate(kinds):
+        final = number == len(kinds) - 1
+        settings = later_settings(job, number) if number else job
+        if not number and own and pair.diff_load_1st_pass:
+            settings = job.replace(network_resume=pair.diff_load_1st_pass)
+        plans.append(PassPlan(settings, job, number, one, written=final or pair.diff_save_1st_pass, final=final))
+    return tuple(plans)
+
+
+def later_settings(job: Job, number: int) -> Job:
+    """The settings of pass `number` > 0: the job's own, with those of its second pass where it has them.
+
+    What concerns the run as a whole stays. A later pass starts anew, and without a seed of its own with one derived
+    from the job's.
+    """
+    seed = (job[core.Train].train_seed + number) % 2**63
+    if job.second is None:
+        return job.replace(network_resume="", train_seed=seed)
+    given = {one.attribute: job.second.value(one.attribute) for one in _of_second_pass(job.second, catalogue())}
+    chosen = int(str(given["train_seed"]))
+    return job.replace(**{**given, "network_resume": "", "train_seed": chosen if chosen >= 0 else seed})
+
+
+def _of_second_pass(second: Job, table: Catalogue) -> list[Parameter]:
+    tags = table.tags(table.modes[second[core.Task].mode], second[core.Network].network_type, second=True)
+    return [one for one in table.parameters if one.section not in _OF_THE_RUN and one.shown_in(tags)]
+
+
+class Passes:
+    """The passes of one run, and the networks that earlier ones left attached."""
+
+    def __init__(self, plans: tuple[PassPlan, ...], model: Model, site: Site, found: Found, drawn: bool) -> None:
+        """`drawn`: the seed was drawn for this run, so that any other would have done as well."""
+        self.plans, self.model, self.site, self.found, self._drawn = plans, model, site, found, drawn
+        self._sessions: list[Session] = []
+        self._ready: Session | None = None
+
+    def survey(self, resumed: bool, dry: bool) -> dict[str, object]:
+        """What the run will do, told before its first step. A single pass stays built for `begin`."""
+        places = self.site.places
+        if len(self.plans) == 1:
+            self._ready = self._build(self.plans[0], resumed)
+            return report(self._ready, lora_path(self.plans[0].asked, places, self.plans[0].kind.suffix), places.cache)
+        site = self.site if dry else dataclasses.replace(self.site, log=EventLog(self._stages_only))
+        reports, sessions = [], []
+        try:
+            for plan in self.plans:
+                beneath = [session.network for session in sessions]
+                sessions.append(build(plan, self.model, site, self.found, beneath))
+                reports.append(report(sessions[-1], lora_path(plan.asked, places, plan.kind.suffix), places.cache))
+        finally:
+            for session in reversed(sessions):
+                session.network.eject()
+        later = {key: value for key, value in reports[1].items() if value != reports[0][key]}
+        return {**reports[0], "writes": reports[-1]["writes"], "second pass": later}
+
+    def _stages_only(self, event: Event) -> None:
+        if isinstance(event, Stage):
+            self.site.log.tell(event)
+
+    def _build(self, plan: PassPlan, resumed: bool) -> Session:
+        beneath = [session.network for session in self._sessions]
+        self._sessions.append(build(plan, self.model, self.site, self.found, beneath, resumed))
+        return self._sessions[-1]
+
+    def begin(self, plan: PassPlan, resumed: bool) -> Session:
+        """The session of a pass, on top of those that are settled."""
+        ready, self._ready = self._ready, None
+        return ready or self._build(plan, resumed)
+
+    def fill(self, plan: PassPlan, session: Session, resumed_pass: int) -> str:
+        """Put an earlier pass's result into its session where there is one; says where it came from, "" for nowhere.
+
+        `resumed_pass` is the pass at which the run goes on, −1 when it starts.
+        """
+        if plan.number < resumed_pass:
+            _assign(session, _read_result(session))
+            return "this run"
+        if plan.final or plan.number == resumed_pass:
+            return ""
+        if plan.number == 0 and plan.asked[core.Pair].diff_load_1st_pass:
+            return os.path.basename(plan.asked[core.Pair].diff_load_1st_pass)
+        known = self.site.cache.get(self._cache_key(session)) if self._may_be_cached(plan) else None
+        hit = torch.tensor(float(known is not None and _fits(session, known)), device=self.model.device)
+        session.process.sum([hit])
+        if known is None or int(hit) < session.process.count:  # all processes, or none
+            return ""
+        _assign(session, known)
+        return "an earlier run with the same picture and settings"
+
+    def settle(self, plan: PassPlan, session: Session, trained: bool) -> None:
+        """A pass is over: its network stays attached, frozen, and its result is kept for resuming and for other runs.
+
+        `trained`: it was trained just now.
+        """
+        if plan.final:
+            return
+        if session.process.leads:
+            _write_result(session)
+            if trained and self._may_be_cached(plan):
+                self.site.cache.put(self._cache_key(session), session.network.state_dict())
+        session.network.requires_grad_(False)
+        for parameter in session.network.parameters():
+            parameter.grad = None
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        while self._sessions:
+            self._sessions.pop().network.eject()
+        self.model.set_gradient_checkpointing(False)
+
+    @staticmethod
+    def _may_be_cached(plan: PassPlan) -> bool:
+        return not plan.job[core.Network].network_resume  # a file that is not known by its name
+
+    def _cache_key(self, session: Session) -> str:
+        """Identifies model, pictures, prompt and everything that is learned with; the seed only when it was chosen."""
+        settings: dict[str, Any] = {}
+        for section in session.job.sections:
+            if type(section) not in (*_OF_THE_RUN, core.Save):
+                settings |= dataclasses.asdict(section)  # type: ignore[call-overload]
+        left = {*_NOT_LEARNED, *(("train_seed",) if self._drawn else ())}
+        return fingerprint(
+            kind="pass",
+            number=session.number,
+            model=devices.fingerprint(self.model.unet, *self.model.text_encoders),
+            computed=str(self.model.compute),
+            data=session.source.fingerprint(),
+            settings={key: value for key, value in settings.items() if key not in left},
+        )
+
+
+def _fits(session: Session, tensors: Mapping[str, Tensor]) -> bool:
+    own = session.network.state_dict()
+    return own.keys() == tensors.keys() and all(own[key].shape == tensors[key].shape for key in own)
+
+
+def _assign(session: Session, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in session.network.state_dict(keep_vars=True).items():
+            value.copy_(tensors[key])
+
+
+def _result_name(session: Session) -> str:
+    return f"pass{session.number + 1}.safetensors"
+
+
+def _write_result(session: Session) -> None:
+    """Keep a finished pass in the run folder, exactly as it is."""
+    target = session.folder / _result_name(session)
+    beside = target.with_suffix(".tmp")
+    state = session.network.state_dict()
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, beside)
+    os.replace(beside, target)
+
+
+def _read_result(session: Session) -> dict[str, Tensor]:
+    path = session.folder / _result_name(session)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path.name}, the result of an earlier pass, cannot be read in {session.folder.name} ({error}). Start the"
+            " job anew."
+        ) from error
+    if not _fits(session, tensors):
+        raise TrainingError(f"{path.name} in {session.folder.name} is not of this job. Start the job anew.")
+    return tensors
