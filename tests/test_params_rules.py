@@ -43,9 +43,17 @@ def test_a_rule_waits_until_its_fields_are_right():
 def test_folder_modes_need_a_folder():
     for mode in ("LoRA", "Multi-ADDifT"):
         assert f"mode {mode} learns from a folder" in refused(mode=mode, lora_data_directory=" ")["lora_data_directory"]
+    pictures = {"original image": "a.png", "target image": "b.png"}
     for mode in ("iLECO", "Difference", "ADDifT"):
-        assert load({"mode": mode}, TABLE)
+        assert load({"mode": mode, **(pictures if mode != "iLECO" else {})}, TABLE)
     assert load({}, TABLE, complete=False)
+
+
+def test_modes_that_compare_two_pictures_need_both():
+    for mode in ("Difference", "ADDifT"):
+        assert refused(mode=mode).keys() == {"original image", "target image"}
+        assert "compares two pictures" in refused(mode=mode, original_image="a.png")["target image"]
+        assert load({"mode": mode}, TABLE, complete=False)
 
 
 def test_length():

@@ -103,7 +103,8 @@ def test_other_models_are_not_z_image(model):
 def difference(**second):
     inner = {key: value for key, value in traintrain_file().items() if key not in ("mode", "model", "vae", "te")}
     inner |= {"network_rank": "4", "network_alpha": "4", "train_learning_rate": "1e-4", "save_lora_name": ""} | second
-    return traintrain_file() | {"mode": "Difference", "use_2nd_pass_settings": True, "2nd pass": inner}
+    pictures = {"original image": "a.png", "target image": "b.png"}
+    return traintrain_file() | pictures | {"mode": "Difference", "use_2nd_pass_settings": True, "2nd pass": inner}
 
 
 def test_second_pass():
