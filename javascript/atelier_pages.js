@@ -178,14 +178,17 @@
     /** Draw one picture after the other into the grid; `wishes` are {label, prompt, strength}. */
     async function drawAll(wishes) {
         const { $, say } = Atelier;
-        const values = valuesOf("try", TRY);
+        const { strengths, ...values } = valuesOf("try", TRY);
         const grid = $("draw_grid");
         say($("draw_note"), showProblems("try", TRY));
         grid.replaceChildren();
         $("draw_save").hidden = true;
         for (const [index, wish] of wishes.entries()) {
             say($("draw_note"), "Drawing {n} of {all} …", { n: index + 1, all: wishes.length });
-            const body = { ...values, prompt: wish.prompt, strength: String(wish.strength), lora: wish.lora || "" };
+            const body = {
+                ...values, prompt: wish.prompt, strength: String(wish.strength), lora: wish.lora || "",
+                model: Atelier.form.value("model") || "",
+            };
             try {
                 const picture = await Atelier.ask("POST", "picture", body);
                 grid.append(figure(picture.data, wish.label));

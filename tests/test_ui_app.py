@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import socket
 from collections.abc import Iterator
@@ -240,10 +241,9 @@ def test_from_click_to_file(tmp_path: Path) -> None:
     assert (saved.id, saved.state, saved.folder) == (second.id, "saved_early", second.folder)
     assert Path(saved.path).is_file() and host.asked.count("borrow") == host.asked.count("give back") == 3
 
-    plain = service.backend.pictures(prompt="a red circle", size=(64, 64), steps=1, model="demo")
-    worn = service.backend.pictures(prompt="a red circle", size=(64, 64), steps=1, model="demo", lora="first")
-    away = service.backend.pictures(
-        prompt="a red circle", size=(64, 64), steps=1, model="demo", lora="first", strength=0.0
+    draw = functools.partial(
+        service.backend.pictures, prompt="a red circle", size=(64, 64), steps=1, model="demo"
     )
+    plain, worn, away = draw(), draw(lora="first.safetensors"), draw(lora="first", strength=0.0)
     assert plain.size == (64, 64) and plain.tobytes() == away.tobytes() != worn.tobytes()
     assert service.queue.close(60)

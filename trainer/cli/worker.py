@@ -71,7 +71,7 @@ class Bench:
         """One job of the queue: the host lends what it has, gets it back however the run ends, and sees the LoRA."""
         folder = Path(entry.folder) if entry.resume else None
         job = read_job(folder) if folder is not None else self._job(entry, log)
-        job = self.host.resolve(job)
+        job = self.host.resolve(self._with_loras(job))
         with self._turn:
             self._easel.clear()
             with self.host.borrow(job, log) as model:
@@ -86,6 +86,16 @@ class Bench:
             log.warn(line)
         return loaded.job
 
+    def _with_loras(self, job: Job) -> Job:
+        """The job with paths in place of names of the LoRA folder; what is no such name stays."""
+        found: dict[str, object] = {}
+        for parameter in catalogue().parameters:
+            name = str(job.value(parameter.attribute)) if parameter.spec.holds == "lora" else ""
+            path = self.host.places().loras / name
+            if name and not Path(name).is_file() and path.is_file():
+                found[parameter.attribute] = str(path)
+        return job.replace(**found)
+
     # ---------------------------------------------------------------- for the service
 
     def problems(self, job: Job) -> tuple[Problem, ...]:
@@ -96,7 +106,7 @@ class Bench:
         except JobError as error:
             found += error.problems
         try:
-            check_before_loading(job, self.host.places())
+            check_before_loading(self._with_loras(job), self.host.places())
         except JobError as error:
             found += error.problems
         except DataError as error:
@@ -129,7 +139,7 @@ class Bench:
         """One PIL picture of a prompt, drawn by the host with its loaded model, or else by our own sampler with `model`
         (a name; empty is the loaded one). `lora` is a name in the LoRA folder. Raises AtelierError.
         """
-        worn = f"{prompt} <lora:{lora}:{strength:g}>" if lora and strength else prompt
+        worn = f"{prompt} <lora:{Path(lora).stem}:{strength:g}>" if lora and strength else prompt
         drawn = self.host.txt2img(worn, negative, seed, size, steps, cfg)
         if drawn is not None:
             return drawn
@@ -146,10 +156,10 @@ class Bench:
 
     def _lora(self, name: str) -> Path:
         folder = self.host.places().loras
-        found = [path for path in folder.rglob("*.safetensors") if path.stem == name]
-        if not found:
-            raise JobError([Problem("lora", name, "is not in the LoRA folder. Choose one of the list.")])
-        return found[0]
+        for path in folder.rglob("*.safetensors"):
+            if path.relative_to(folder).as_posix() == name or path.stem == name:
+                return path
+        raise JobError([Problem("lora", name, "is not in the LoRA folder. Choose one of the list.")])
 
     def memory(self) -> Mapping[str, object]:
         """What this process holds of the GPU, or without one of the machine's memory, in MB."""

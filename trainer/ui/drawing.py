@@ -39,7 +39,7 @@ MOST_PREVIEWS = 12
 PREVIEW_EDGE = 256
 AUGMENT = ("source", "output", "copies", "angle", "scale", "side", "seed", "captions")
 RESIZE = ("source", "output", "resolutions", "divisible", "interpolation", "png", "associated")
-PICTURE = ("prompt", "negative", "seed", "steps", "cfg", "width", "height", "lora", "strength", "strengths")
+PICTURE = ("prompt", "negative", "seed", "steps", "cfg", "width", "height", "model", "lora", "strength")
 PLOT = ("logs", "dropped", "smoothing", "logarithmic", "rates")
 
 
@@ -168,7 +168,10 @@ def _written(paths: list[Path], target: Path) -> dict[str, object]:
 
 
 def picture(service: Service, call: Call) -> dict[str, object]:
-    """One picture of a prompt, with a LoRA at a strength or without, as a data address. Raises JobError."""
+    """One picture of a prompt, with a LoRA at a strength or without, as a data address. Raises JobError.
+
+    `model` is drawn with where there is no WebUI; a WebUI takes the one that is loaded.
+    """
     values: dict[str, float] = {}
     found = [
         *(_number(call, name, 0, 2**32 - 1, values) for name in ("seed",)),
@@ -184,6 +187,9 @@ def picture(service: Service, call: Call) -> dict[str, object]:
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise JobError(problems)
+    model = _typed(call, "model")
+    if model:
+        service.readable(model, "model", "model")
     drawn = service.pictures(
         prompt=_typed(call, "prompt"),
         negative=_typed(call, "negative"),
@@ -191,6 +197,7 @@ def picture(service: Service, call: Call) -> dict[str, object]:
         size=(int(values["height"]), int(values["width"])),
         steps=int(values["steps"]),
         cfg=values["cfg"],
+        model=model,
         lora=_typed(call, "lora"),
         strength=values["strength"],
     )

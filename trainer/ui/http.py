@@ -131,7 +131,9 @@ def _no_constant(name: str) -> float:
 def answer(value: object, status: int = 200) -> Response:
     """A JSON response, or the file of a path."""
     if isinstance(value, Path):
-        return FileResponse(value, headers={**HEADERS, "Cache-Control": "private, max-age=3600"})
+        # Pictures and the page's own files change their address with their content; logs grow.
+        grows = value.suffix.lower() in (".csv", ".json")
+        return FileResponse(value, headers=HEADERS if grows else {**HEADERS, "Cache-Control": "private, max-age=3600"})
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
     # Half of a surrogate pair, which a file name on Linux can hold, cannot be sent.
     return Response(text.encode("utf-8", "replace"), status, dict(HEADERS), "application/json")

@@ -76,8 +76,9 @@ class Backend(Protocol):
         """`device`, `used_mb` and `total_mb` (None where unknown) of what this process holds."""
 
     def pictures(self, **wish: Any) -> Any:
-        """A PIL image: `prompt`, `negative`, `seed`, `size` (height, width), `steps`, `cfg`, `lora` (a name of the LoRA
-        folder, "" for none), `strength`. Raises AtelierError, also while a training holds the model.
+        """A PIL image: `prompt`, `negative`, `seed`, `size` (height, width), `steps`, `cfg`, `model` (where no WebUI
+        draws), `lora` (a name of the LoRA folder, "" for none), `strength`. Raises AtelierError, also while a training
+        holds the model.
         """
 
 
@@ -289,7 +290,9 @@ class Service:
     # ---------------------------------------------------------------- folders
 
     def models(self, *, refresh: bool = False) -> dict[str, object]:
-        """What can be chosen: `checkpoints`, `vaes`, `text_encoders`, and the title of the `loaded` model or None."""
+        """What can be chosen: `checkpoints`, `vaes`, `text_encoders`, `loras`, and the title of the `loaded` model or
+        None.
+        """
         host = self.host
         if refresh:
             host.refresh()
@@ -297,6 +300,7 @@ class Service:
             "checkpoints": list(host.checkpoints()),
             "vaes": list(host.vaes()),
             "text_encoders": list(host.text_encoders()),
+            "loras": self.shelf.loras(),
             "loaded": host.loaded_model(),
         }
 

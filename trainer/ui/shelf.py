@@ -112,6 +112,11 @@ class Shelf:
         note = "A LoRA names folders and files without their path; give the data folder and the model again."
         return {**found, "warnings": [note, *_list(found["warnings"])]}
 
+    def loras(self) -> list[str]:
+        """Names of the LoRA files, with `/` between folders."""
+        folder = self._places().loras
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+
     # ---------------------------------------------------------------- logs
 
     def logs(self) -> list[str]:
