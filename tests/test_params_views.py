@@ -184,3 +184,13 @@ def test_reference_page_is_up_to_date():
     full = pytest.importorskip("trainer.engine.catalogue", exc_type=ImportError)
     page = Path(__file__).resolve().parent.parent / "docs" / "parameters.md"
     assert page.read_text(encoding="utf-8") == markdown(full.catalogue()), "run: python -m trainer docs"
+
+
+def test_parameters_that_name_files_say_so():
+    """Forms offer, and servers guard, what `holds` names; a path that does not say so would be read from anywhere."""
+    full = pytest.importorskip("trainer.engine.catalogue", exc_type=ImportError)
+    endings = ("_path", "_file", "directory", "folder", "image")
+    guarded = {"folder", "picture", "lora", "model", "vae", "te", "file"}
+    for parameter in full.catalogue().parameters:
+        if parameter.kind == "text" and parameter.attribute.endswith(endings):
+            assert parameter.spec.holds in guarded, f'{parameter.key} names a file: declare it with holds="file"'

@@ -278,16 +278,6 @@ def test_a_name_in_the_working_folder_does_not_shadow_the_model_folder(
     assert not fence.allows("a.safetensors", "model") and fence.allows("a", "model")
 
 
-def test_parameters_that_name_files_say_so(case: Case) -> None:
-    """The fence goes by `holds`; a parameter that is read as a path without it would not be fenced."""
-    from trainer.ui.fence import READS
-
-    parts = ("_path", "directory", "folder", "_file", "image")
-    for parameter in case.service.catalogue.parameters:
-        if parameter.kind == "text" and parameter.attribute.endswith(parts):
-            assert parameter.spec.holds in READS, f"{parameter.key} names a file: declare it with holds="
-
-
 def test_folders_open_only_where_nobody_else_can_ask(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Path] = []
     monkeypatch.setattr("trainer.ui.shelf._show", shown.append)

@@ -26,7 +26,7 @@ class UniversalParams:
 
     basis_path: str = param(
         "", "File of bases, made by the basis tool from a folder of LoRAs; empty uses the main directions of the"
-        " model's own weights.", "option", needs="universal")
+        " model's own weights.", "option", needs="universal", holds="file")
     network_basis_mean: bool = param(
         False, "Start at the mean of the LoRAs that the bases were made from, instead of at the bare model.", "option",
         needs="universal")
