@@ -44,6 +44,10 @@ def test_shipped_presets_load(name):
     if "folder" in table().modes[raw["mode"]].needs:  # the one thing such a preset cannot know
         with pytest.raises(JobError, match="lora_data_directory"):
             load(raw, table())
+    elif "pictures" in table().modes[raw["mode"]].needs:
+        with pytest.raises(JobError, match="original image"):
+            load(raw, table())
+        assert load({**raw, "original image": "a.png", "target image": "b.png"}, table()).warnings == ()
     elif "prompts" in table().modes[raw["mode"]].needs:
         with pytest.raises(JobError, match="original prompt"):
             load(raw, table())
