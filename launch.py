@@ -5,7 +5,8 @@
     python launch.py --port 8000     the same on another port; --listen lets other machines reach it
     python launch.py demo            teach the shipped model a new word and measure the effect
     python launch.py train JOB.json  run a job (see: python launch.py train --help)
-    python launch.py test [FILES]    run the checks and tests; --lock forge uses the package versions of WebUI Forge
+    python launch.py test [FILES]    run the checks and tests; --lock forge uses the package versions of WebUI Forge,
+                                     --lock a1111 those around the page of AUTOMATIC1111 (tests of the page alone)
 
 The first start installs pinned packages into .venv and needs the network; later starts do not.
 TORCH_COMMAND, as WebUI users know it, replaces the installation of torch: TORCH_COMMAND="pip install torch==2.13.0".
@@ -29,7 +30,14 @@ TORCH_COMMAND = "pip install torch==2.13.0"
 STAMP = "atelier.json"
 
 # Name of a set: folder of its environment, lock file of the app, lock files that its tests need on top.
-SETS = {"newest": (".venv", "newest.txt", ("test.txt",)), "forge": (".venv-forge", "forge.txt", ())}
+SETS = {
+    "newest": (".venv", "newest.txt", ("test.txt",)),
+    "forge": (".venv-forge", "forge.txt", ()),
+    "a1111": (".venv-a1111", "a1111.txt", ()),
+}
+# A set that has only what is around the page takes torch and everything else from the set that stands behind it.
+BEHIND = {"a1111": "newest"}
+PAGE_TESTS = ["tests/test_ui_api.py", "tests/test_ui_browser.py", "tests/test_ui_form.py", "tests/test_ui_plot.py"]
 # The newest packages no longer support the Python that most WebUIs bring.
 FOR_PYTHON_310 = {"newest.txt": "python310.txt"}
 # Packages of which only a data file is read; their own requirements would be hundreds of megabytes for nothing.
@@ -77,28 +85,33 @@ class Environment(object):
         self.machine = machine
         folder, self.app, self.extra = SETS[lock]
         self.folder = os.path.join(root, folder)
+        self.behind = Environment(root, BEHIND[lock], machine) if lock in BEHIND else None
         scripts = ("Scripts", "python.exe") if machine.windows else ("bin", "python")
         self.python = os.path.join(self.folder, *scripts)
         self.stamp = os.path.join(self.folder, STAMP)
 
     def prepare(self, tests=False):
         """Make or complete the environment; does nothing when the stamp says that it is complete."""
+        if self.behind:
+            self.behind.prepare(tests)
         if not os.path.exists(self.python):
             self.create()
         wanted, found = self.wanted(tests), self.read_stamp()
         if all(found.get(name) == value for name, value in wanted.items()):
             return
-        if found.get("torch") != wanted["torch"]:
+        if found.get("torch") != wanted.get("torch"):
             self.install_torch(replace="torch" in found)
             found = self.write_stamp({"torch": wanted["torch"]})
         for name in self.locks(tests):
             if found.get(name) != wanted[name]:
                 self.install(name)
                 found = self.write_stamp(dict(found, **{name: wanted[name]}))
+        if self.behind:
+            self.stand_in_front()
 
     def wanted(self, tests):
         """What the stamp must say: the torch command and the hash of every lock file."""
-        wanted = {"torch": self.machine.environ.get("TORCH_COMMAND") or TORCH_COMMAND}
+        wanted = {} if self.behind else {"torch": self.machine.environ.get("TORCH_COMMAND") or TORCH_COMMAND}
         for name in self.locks(tests):
             with open(self.lock(name), "rb") as file:
                 wanted[name] = hashlib.sha256(file.read().replace(b"\r\n", b"\n")).hexdigest()
@@ -107,7 +120,7 @@ class Environment(object):
     def locks(self, tests):
         """The names of the lock files, in the order of installation."""
         app = FOR_PYTHON_310.get(self.app, self.app) if self.version() < (3, 11) else self.app
-        return (app, WITHOUT_REQUIREMENTS) + (self.extra if tests else ())
+        return (app,) + (() if self.behind else (WITHOUT_REQUIREMENTS,)) + (self.extra if tests else ())
 
     def version(self):
         """The Python of the environment, which need not be the one that runs this file."""
@@ -148,6 +161,17 @@ class Environment(object):
                 "Elsewhere install Python from python.org, or free some disk space, and start again." % self.folder
             )
 
+    def packages(self):
+        """The folders that packages are installed into."""
+        patterns = (("lib", "python*", "site-packages"), ("Lib", "site-packages"))
+        return [path for parts in patterns for path in glob.glob(os.path.join(glob.escape(self.folder), *parts))]
+
+    def stand_in_front(self):
+        """Let this environment find the packages of the one behind it, after its own."""
+        for path in self.packages():
+            with open(os.path.join(path, "behind.pth"), "w") as file:
+                file.write("\n".join(self.behind.packages()) + "\n")
+
     def install_torch(self, replace):
         """Install torch as TORCH_COMMAND says, before everything that needs it."""
         command = self.machine.environ.get("TORCH_COMMAND") or TORCH_COMMAND
@@ -182,9 +206,10 @@ class Environment(object):
 
     def torch_has_gpu_support(self):
         """Whether the installed torch was built for a GPU; None when that cannot be told. Does not import it."""
-        for pattern in (("lib", "python*", "site-packages"), ("Lib", "site-packages")):
-            for path in glob.glob(os.path.join(glob.escape(self.folder), *(pattern + ("torch", "version.py")))):
-                with open(path) as file:
+        for path in self.packages():
+            version = os.path.join(path, "torch", "version.py")
+            if os.path.exists(version):
+                with open(version) as file:
                     text = file.read()
                 return bool(re.search(r"^(cuda|hip|xpu)\b[^=\n]*=\s*['\"]", text, re.MULTILINE))
         return None
@@ -226,7 +251,8 @@ def test(environment, lock, arguments):
     chosen = ["-m", "not newest and not everywhere"] if lock != "newest" else []
     # As many tests at once as there are cores, each with one thread: what they compute is too small for several.
     workers = [] if arguments else ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal"]
-    checks.append(["pytest"] + chosen + workers + arguments)
+    files = PAGE_TESTS if lock in BEHIND and not arguments else []
+    checks.append(["pytest"] + chosen + workers + files + arguments)
     failed = 0
     for check in checks:
         say("running " + " ".join(check))

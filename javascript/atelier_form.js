@@ -222,6 +222,7 @@
 
     form.refreshLists = async (again) => {
         lists = await Atelier.ask(again ? "POST" : "GET", again ? "models/refresh" : "models");
+        form.promptBox = lists.prompt_box;
         form.fillLists();
         return lists;
     };

@@ -340,7 +340,7 @@
     };
 
     function promptBox() {
-        return document.querySelector("#txt2img_prompt textarea");
+        return Atelier.form.promptBox ? document.querySelector(Atelier.form.promptBox) : null;
     }
 
     function useInPrompt() {

@@ -185,10 +185,8 @@
         $("draw_save").hidden = true;
         for (const [index, wish] of wishes.entries()) {
             say($("draw_note"), "Drawing {n} of {all} …", { n: index + 1, all: wishes.length });
-            const body = {
-                ...values, prompt: wish.prompt, strength: String(wish.strength), lora: wish.lora || "",
-                model: Atelier.form.value("model") || "",
-            };
+            const { strengths, ...body } = { ...values, prompt: wish.prompt, lora: wish.lora || "" };
+            [body.strength, body.model] = [String(wish.strength), Atelier.form.value("model")];
             try {
                 const picture = await Atelier.ask("POST", "picture", body);
                 grid.append(figure(picture.data, wish.label));

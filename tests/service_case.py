@@ -26,6 +26,7 @@ class FakeHost:
     """A host with folders below one root."""
 
     name = "fake"
+    prompt_box = None
 
     def __init__(self, root: Path) -> None:
         places = Places.standalone(root / "models").under(root / "out")

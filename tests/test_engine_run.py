@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import engine_case
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from trainer.engine import loop
 from trainer.engine.control import Control
 from trainer.errors import AdapterError, AtelierError, DataError, JobError, TrainingError
-from trainer.events import Finished, Preflight, Saved, Step
+from trainer.events import Finished, Note, Preflight, Saved, Step
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,17 @@ def test_the_same_job_gives_the_same_losses_and_another_seed_others(case):
     first = losses("same1")
     assert losses("same2", data_cache="memory") == first
     assert losses("other", train_seed=4) != first
+
+
+def test_a_lora_to_go_on_from_is_found_by_its_name(case):
+    case.run(save_lora_name="first", train_iterations=2)
+    for name in ("first", "first.safetensors", str(case.places.loras / "first.safetensors")):
+        trace = engine_case.Trace()
+        case.run(trace, dry=True, save_lora_name="second", network_resume=name)
+        told = [event.text for event in trace.events if isinstance(event, Note)]
+        (line,) = (text for text in told if text.startswith("Continuing from first.safetensors"))
+        found, of = re.findall(r"\d+", line)
+        assert found == of and int(found) > 0
 
 
 def test_training_lowers_the_loss_of_what_it_sees(case):

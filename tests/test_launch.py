@@ -227,6 +227,30 @@ def test_the_forge_set_has_its_own_environment(root: Path, words: list[str]) -> 
     assert launch.main(["test", "--lock", "a1112"], str(root), FakeMachine()) == 1
 
 
+def test_the_a1111_set_stands_in_front_of_the_newest(root: Path) -> None:
+    machine = FakeMachine()
+    assert launch.main(["test", "--lock", "a1111"], str(root), machine) == 0
+    python = str(root / ".venv-a1111/bin/python")
+    assert machine.commands[-1][:3] == [python, "-m", "pytest"]
+    assert machine.commands[-1][-len(launch.PAGE_TESTS) :] == launch.PAGE_TESTS
+    assert all((ROOT / name).is_file() for name in launch.PAGE_TESTS)
+    installed = [command for command in machine.commands if "install" in command]
+    assert [command[0] == python for command in installed] == [False] * (len(installed) - 1) + [True]
+    assert installed[-1][-1].endswith("a1111.txt") and machine.said("newest.txt") and machine.said("test.txt")
+    again = FakeMachine()
+    assert launch.main(["test", "--lock=a1111", "tests/test_ui_plot.py"], str(root), again) == 0
+    page_only = ["-m", "not newest and not everywhere", "tests/test_ui_plot.py"]
+    assert again.commands == [[python, "-m", "pytest", *page_only]]
+
+
+def test_the_packages_behind_are_found(root: Path, tmp_path: Path) -> None:
+    for folder in (".venv", ".venv-a1111"):
+        (root / folder / "lib" / "python3.11" / "site-packages").mkdir(parents=True, exist_ok=True)
+    launch.Environment(str(root), "a1111", FakeMachine()).stand_in_front()
+    (pth,) = (root / ".venv-a1111").rglob("*.pth")
+    assert pth.read_text().splitlines() == [str(root / ".venv" / "lib" / "python3.11" / "site-packages")]
+
+
 def test_help_installs_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = FakeMachine()
     assert launch.main(["--help"], str(root), machine) == 0

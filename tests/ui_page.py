@@ -4,6 +4,7 @@ page alone, among the tabs of a WebUI or by itself. `python tests/ui_page.py POR
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -32,11 +33,13 @@ class PageHost:
     """A host with folders below one root."""
 
     name = "page"
+    prompt_box = "#txt2img_prompt textarea"
     listens_beyond_loopback = False
     data_root: Path | None = None
 
     def __init__(self, root: Path) -> None:
-        self._places = Places.standalone(root / "models").under(root / "out").replace(presets=ROOT / "presets")
+        self._places = Places.standalone(root / "models").under(root / "out").replace(presets=root / "presets")
+        shutil.copytree(ROOT / "presets", root / "presets", ignore=shutil.ignore_patterns("user"), dirs_exist_ok=True)
         for folder in (self._places.loras, self._places.logs, self._places.json):
             folder.mkdir(parents=True, exist_ok=True)
 

@@ -77,7 +77,7 @@ def check_before_loading(
                 arguments.precision(getattr((one or job)[core.Train], field), field)
             except JobError as error:
                 problems.extend(error.problems)
-    problems += _absent_files(job)
+    problems += _absent_files(with_lora_files(job, places.loras))
     if problems:
         raise JobError(problems)
     source = MODES.get(job[core.Task].mode).passes()[0].source
@@ -86,10 +86,26 @@ def check_before_loading(
     return scan(arguments.image_settings(job)) if source == "pictures" else arguments.find_pair_data(job)
 
 
+LORA_FILES = ("network_resume", "diff_load_1st_pass")
+
+
+def with_lora_files(job: Job, folder: Path) -> Job:
+    """The job with paths in place of the names of LoRAs below `folder`; what is not found stays as it is."""
+    named = {name: str(job.value(name)) for name in LORA_FILES}
+    found = {name: find_lora(text, folder) for name, text in named.items() if text}
+    return job.replace(**{name: str(path) for name, path in found.items() if path is not None})
+
+
+def find_lora(name: str, folder: Path) -> Path | None:
+    """The LoRA file that a text stands for: a path, or a name below `folder` with or without its ending."""
+    tries = (arguments.folder(name), folder / name, folder / f"{name}.safetensors")
+    return next((path for path in tries if path.is_file()), None)
+
+
 def _absent_files(job: Job) -> Iterator[Problem]:
     """Files that the job names, that its mode uses, and that are not there."""
     needs = MODES.get(job[core.Task].mode).needs
-    task, lora = job[core.Task], "there is no such file. Give the path of a LoRA or leave it empty."
+    task, lora = job[core.Task], "there is no such file. Give the name of a LoRA, its path, or leave it empty."
     picture = "there is no such file. Give the path of a picture."
     named = (
         ("network_resume", job[core.Network].network_resume, "resume", lora),

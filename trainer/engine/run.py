@@ -31,7 +31,7 @@ from .loop import Hooks, run_steps
 from .losses import LossRing
 from .output import write_network
 from .passes import Passes, plan_passes
-from .preflight import check_before_loading, long_prompts, lora_path, resolve_model
+from .preflight import check_before_loading, long_prompts, lora_path, resolve_model, with_lora_files
 from .process import Process, this_process
 from .samples import sample, write_samples
 from .session import Session
@@ -96,6 +96,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     job, places = request.job, request.places
     written = [plan.kind.suffix for plan in plan_passes(job) if plan.written]
     found = check_before_loading(job, places, written, resumed=request.resume is not None)
+    job = with_lora_files(job, places.loras)
     for line in long_prompts(job, places, request.model):
         log.warn(line)
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))

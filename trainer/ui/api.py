@@ -1,6 +1,8 @@
 """The routes under `/atelier/v1/`: one line each, as described in docs/api.md. The tab uses no others."""
 from __future__ import annotations
 
+import asyncio
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ from . import drawing
 from .http import Call, Handler, endpoint
 from .service import Service
 from .views import PREFIX
+
+HELD = 600.0
+"""Seconds a request for the end of a run is held at most; proxies cut longer ones."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,16 @@ def _status(service: Service, call: Call) -> object:
     return service.status(call.asked("revision", -1), call.asked("points", 0), call.asked("after", 0))
 
 
+async def _finished(service: Service, call: Call) -> object:
+    """Waits, without holding a thread, until a run is over or ten minutes have passed."""
+    identity, end = call.query.get("id", ""), time.monotonic() + HELD
+    while (running := service.queue.running()) is not None and running.id == identity:
+        if time.monotonic() > end:
+            return {"ended": False}
+        await asyncio.sleep(0.25)
+    return {"ended": True, **service.ending(identity)}
+
+
 def _log(service: Service, call: Call) -> object:
     return service.shelf.log(call.path["name"])
 
@@ -54,6 +69,7 @@ ENTRANCES: tuple[Entrance, ...] = (
     _get("schema", _schema),
     _get("status", _status),
     _get("events", lambda s, c: {"events": s.events(c.asked("after", 0))}),
+    _get("finished", _finished),
     _post("validate", lambda s, c: s.validate(c.settings(), files=c.flag("files")), "settings", "files"),
     _post("folder", lambda s, c: s.folder(c.settings()), "settings"),
     _post("start", lambda s, c: s.start(c.settings()), "settings"),

@@ -23,6 +23,7 @@ from ..tools.resize_pictures import ResizeSettings, name_at, parse_resize, resiz
 from .fence import NotServedError
 from .http import Call
 from .plot import MOST_LOGS, draw, load_log, parse_plot, read_log
+from .shelf import IMAGES
 
 if TYPE_CHECKING:
     from .service import Service
@@ -32,9 +33,6 @@ ASSETS: Mapping[str, Path] = {
     "style.css": ROOT / "style.css",
     "ja_JP.json": ROOT / "localizations" / "ja_JP.json",
 }
-IMAGES = "images"
-"""Folder below the logs for what the picture tools write, and for pictures that were dropped on the page."""
-
 MOST_PREVIEWS = 12
 PREVIEW_EDGE = 256
 AUGMENT = ("source", "output", "copies", "angle", "scale", "side", "seed", "captions")

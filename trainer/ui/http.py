@@ -3,6 +3,7 @@ which the oldest FastAPI that a WebUI brings and the newest understand alike.
 """
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -160,7 +161,9 @@ def refusal(error: AtelierError, catalogue: Catalogue) -> Response:
 
 
 def endpoint(handler: Handler, service: Any, log: Callable[[], None]) -> Callable[[Request], Any]:
-    """The function a router calls: checks first, then the handler in a thread of its own. `log` is told of a defect."""
+    """The function a router calls: checks first, then the handler, in a thread of its own unless it only waits (a
+    coroutine function). `log` is told of a defect.
+    """
 
     async def answered(request: Request) -> Response:
         try:
@@ -169,6 +172,8 @@ def endpoint(handler: Handler, service: Any, log: Callable[[], None]) -> Callabl
             if not same_origin(request.headers):
                 raise RequestError(403, "The request comes from another page.")
             call = await read_call(request)
+            if inspect.iscoroutinefunction(handler):
+                return answer(await handler(service, call))
             return answer(await run_in_threadpool(handler, service, call))
         except AtelierError as error:
             return refusal(error, service.catalogue)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ..errors import AtelierError, JobError, Problem
 from ..jobs.entry import Entry
-from ..jobs.queue import Queue
+from ..jobs.queue import Queue, QueueError
 from ..params import core
 from ..params.codec import Loaded, load
 from ..params.job import SECOND_PASS, Job
@@ -20,7 +20,7 @@ from ..params.table import Catalogue
 from ..params.widgets import widgets
 from ..places import Places
 from . import views
-from .fence import Fence
+from .fence import DEMO, Fence
 from .shelf import Shelf
 
 API_VERSION = 1
@@ -32,6 +32,10 @@ class Host(Protocol):
     @property
     def name(self) -> str:
         """a1111, forge, … or standalone."""
+
+    @property
+    def prompt_box(self) -> str | None:
+        """CSS selector of the box that takes a prompt; None where nothing is drawn but by us."""
 
     @property
     def listens_beyond_loopback(self) -> bool:
@@ -235,6 +239,14 @@ class Service:
         """What the runs told after sequence number `after`, oldest first."""
         return [views.event(event, self.host.places()) for event in self.queue.live.events(after)]
 
+    def ending(self, identity: str) -> dict[str, object]:
+        """How a run ended, in short: `id`, `name`, `state`, `error`, `lora`; nothing when it is not listed any more."""
+        try:
+            found = self._entry(self.queue.get(identity))
+        except QueueError:
+            return {}
+        return {name: found[name] for name in ("id", "name", "state", "error", "lora")}
+
     # ---------------------------------------------------------------- the queue
 
     def entries(self) -> dict[str, object]:
@@ -291,7 +303,7 @@ class Service:
 
     def models(self, *, refresh: bool = False) -> dict[str, object]:
         """What can be chosen: `checkpoints`, `vaes`, `text_encoders`, `loras`, and the title of the `loaded` model or
-        None.
+        None. `initial` is the preset the form begins with, `prompt_box` the selector of the host's prompt, or "".
         """
         host = self.host
         if refresh:
@@ -302,10 +314,12 @@ class Service:
             "text_encoders": list(host.text_encoders()),
             "loras": self.shelf.loras(),
             "loaded": host.loaded_model(),
+            "initial": DEMO if host.prompt_box is None else "",
+            "prompt_box": host.prompt_box or "",
         }
 
     def open_folder(self, which: str) -> str:
-        """Show one of our folders (loras, logs, json, presets, run) in the file manager of this machine. Raises
+        """Show one of our folders (loras, logs, json, presets, images, run) in the file manager of this machine. Raises
         AtelierError when the page may be on another one.
         """
         if self.host.listens_beyond_loopback:

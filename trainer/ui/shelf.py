@@ -23,6 +23,9 @@ from .fence import DEMO, NotServedError, inside, served
 
 MOST_LISTED = 200
 CSV, JSON = frozenset({".csv"}), frozenset({".json"})
+IMAGES = "images"
+"""Folder below the logs for what the picture tools write, and for pictures that were dropped on the page."""
+
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 OURS = frozenset({"queue", "cache"})
 """Folders among the logs that hold no runs."""
@@ -112,12 +115,11 @@ class Shelf:
         note = "A LoRA names folders and files without their path; give the data folder and the model again."
         return {**found, "warnings": [note, *_list(found["warnings"])]}
 
-    def loras(self) -> list[str]:
-        """Names of the LoRA files, with `/` between folders."""
-        folder = self._places().loras
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    # ---------------------------------------------------------------- LoRAs and logs
 
-    # ---------------------------------------------------------------- logs
+    def loras(self) -> list[str]:
+        """Names of the LoRA files, `/` between folders, the latest first."""
+        return _latest(self._places().loras, ".safetensors")
 
     def logs(self) -> list[str]:
         """Names of the CSV logs below the logs folder, the latest first."""
@@ -140,6 +142,7 @@ class Shelf:
         """Show a folder in the file manager; its name comes back. Raises AtelierError."""
         places = self._places()
         known = {"loras": places.loras, "logs": places.logs, "json": places.json, "presets": places.presets}
+        known["images"] = places.logs / IMAGES
         if which == "run":
             if facts is None or not facts.folder:
                 raise AtelierError("There is no run folder yet.")
