@@ -112,11 +112,12 @@
 
     // ------------------------------------------------------------ what is seen
 
+    /** The tags of a pass, or null when the mode has no such pass. */
     function tagsOf(second) {
-        const mode = info.modes[form.value("mode")];
-        if (!mode || (second && mode.second === null)) return null;
+        const passes = info[form.value("mode")];
+        const mine = passes && passes[second ? "second" : "first"];
         const kind = form.find("network_type", second) || form.find("network_type", false);
-        return new Set([...(second ? mode.second : mode.needs), ...info.always, ...(info.types[read(kind)] || [])]);
+        return mine ? new Set(mine[read(kind)] || []) : null;
     }
 
     /** Show what the mode and the adapter type use. */
@@ -135,7 +136,7 @@
         for (const box of document.querySelectorAll("#atelier_form details, #atelier_form > section")) {
             box.hidden = ![...box.querySelectorAll("[data-field]")].some((one) => !one.hidden);
         }
-        Atelier.say(Atelier.$("mode_note"), (info.modes[form.value("mode")] || { help: "" }).help);
+        Atelier.say(Atelier.$("mode_note"), (info[form.value("mode")] || { help: "" }).help);
         for (const button of document.querySelectorAll("#atelier_try [data-prompts]")) {
             button.hidden = !(tags[0] && tags[0].has("prompts"));
         }
@@ -409,7 +410,6 @@
 
     form.start = () => {
         info = JSON.parse(Atelier.root().dataset.info);
-        form.info = info;
         form.fields = [...document.querySelectorAll("#atelier_form [data-field]")].map(fieldOf);
         const box = Atelier.$("form");
         box.addEventListener("submit", (event) => event.preventDefault());

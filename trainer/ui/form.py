@@ -15,19 +15,18 @@ FEWEST_TO_FOLD = 2
 
 
 def tags(catalogue: Catalogue) -> dict[str, object]:
-    """What decides which fields are seen: mode → its help, its tags and those of its second pass (null without one);
-    adapter type → its tags; the tags of every mode."""
+    """What decides which fields are seen. Mode → its help, and by adapter type the tags of its first and its second
+    pass (None without one): a field is shown when its tag is among them, or when it has none.
+    """
     return {
-        "modes": {
-            name: {
-                "help": mode.help,
-                "needs": sorted(mode.needs),
-                "second": None if mode.second is None else sorted(mode.second),
-            }
-            for name, mode in catalogue.modes.items()
-        },
-        "types": {name: sorted(needs) for name, needs in catalogue.types.items()},
-        "always": sorted(catalogue.always),
+        name: {
+            "help": mode.help,
+            "first": {kind: sorted(catalogue.tags(mode, kind)) for kind in catalogue.types},
+            "second": None
+            if mode.second is None
+            else {kind: sorted(catalogue.tags(mode, kind, second=True)) for kind in catalogue.types},
+        }
+        for name, mode in catalogue.modes.items()
     }
 
 
