@@ -132,9 +132,11 @@ class Network(nn.Module):
         `ratio` is the factor of the part's learning rate: LoRA+ (2402.12354) for the up matrices, times the block's.
         """
         groups: dict[str, dict[str, Any]] = {}
+        seen: set[int] = set()  # types may share a parameter between layers
         for adapter in self:
             for name, parameter in adapter.named_parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
                     label, ratio = self._rate(adapter, name)
                     group = {"name": label, "part": adapter.part, "ratio": ratio, "params": []}
                     groups.setdefault(label, group)["params"].append(parameter)
@@ -220,9 +222,25 @@ class Network(nn.Module):
         except AdapterError as error:
             seen = described((self.adapters[key].kind, self.adapters[key].block, own) for key, own in found.items())
             raise AdapterError(f"{error} {seen}") from error
+        self._refuse_disagreement(values)
         for key, value in values.items():
             self.adapters[key].assign(value)
         return LoadReport(len(found), tuple(unmatched), tuple(key for key in self.adapters if key not in found))
+
+    def _refuse_disagreement(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Raise AdapterError where layers that share a tensor bring different ones."""
+        seen: dict[int, tuple[str, Tensor]] = {}
+        for key, own in values.items():
+            shared = dict(self.adapters[key].named_parameters())
+            for name, value in own.items():
+                if "." not in name or name not in shared:
+                    continue
+                first, before = seen.setdefault(id(shared[name]), (key, value))
+                if not torch.allclose(before, value, rtol=1e-3, atol=1e-6):
+                    raise AdapterError(
+                        f"{first} and {key} have different down matrices in the file, and network_type {self.spec.type}"
+                        " has one for both. Choose network_type lierla to go on with a LoRA of another kind."
+                    )
 
     def _sort(
         self, tensors: Mapping[str, Tensor], aliases: Mapping[str, Iterable[str]]

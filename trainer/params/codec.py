@@ -124,7 +124,22 @@ class _Reading:
             except BadValueError as bad:
                 wrong.add(parameter.attribute)
                 self._problem(parameter.key, given[parameter.attribute], str(bad))
+        self._imply(values, wrong)
         return values, wrong
+
+    def _imply(self, values: dict[str, object], wrong: set[str]) -> None:
+        """Carry out switches that are another spelling of a value. One that contradicts what is given is a problem."""
+        for switch in self.catalogue.parameters:
+            if switch.spec.implies is None or values[switch.attribute] is not True:
+                continue
+            name, value = switch.spec.implies
+            other = self.catalogue.by_name[name]
+            if values[name] not in (other.default, value):
+                wrong.add(switch.attribute)
+                message = f"means {other.key} {value}, but {other.key} is {values[name]}; set one of the two back."
+                self._problem(switch.key, True, message)
+            elif name not in wrong:
+                values[name] = value
 
     def _second(
         self, raw: object, values: Mapping[str, object], info: ModeInfo

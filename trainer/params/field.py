@@ -14,7 +14,8 @@ class Spec:
     all modes). `low`/`high`: inclusive bounds in `unit`. `multiple`: the value must be a multiple of it (0 = any).
     `choices`: allowed values (a catalogue may give them instead). `advanced`: folded away in the tab. `holds`: what a
     text stands for, so that a form can offer it and a server guard it: lines, or what a run reads or writes: folder,
-    picture, lora, model, vae, te, file ("" = plain text).
+    picture, lora, model, vae, te, file ("" = plain text). `implies`: for a switch that, when on, is another spelling
+    of (attribute, value).
     """
 
     help: str
@@ -28,6 +29,7 @@ class Spec:
     unit: str = ""
     advanced: bool = True
     holds: str = ""
+    implies: tuple[str, str] | None = None
 
 
 def param(default: Any, help: str, group: str, **spec: Any) -> Any:

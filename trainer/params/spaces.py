@@ -31,3 +31,20 @@ def two_ranks(job: Job, mode: ModeInfo) -> str:
 
 
 NULL_RULES = (Rule(("network_rank", "network_type"), two_ranks),)
+
+
+@dataclass(frozen=True)
+class ExpertParams:
+    """What the mixture of experts adds to the table."""
+
+    num_experts: int = param(
+        4, "Up matrices that are mixed in every layer.", "option", needs="experts", low=1, high=64)
+    network_routing: str = param(
+        "constant", "What mixes them: learned numbers (constant), or the input until that fades out towards the end of"
+        " the training (input; slower).", "option", needs="experts", choices=("constant", "input"))
+    network_routing_balance: float = param(
+        0.01, "How strongly routing by the input is kept from using few experts only.", "option", needs="experts",
+        low=0, high=100)
+    enable_effilora: bool = param(
+        False, "Train a mixture of experts; the same as network_type experts.", "option",
+        implies=("network_type", "experts"))
