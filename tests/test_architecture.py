@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "adapters": (ROW_2_BASE | DECLARING, TENSORS | {"lycoris.functional"}),
     "optim": (ROW_2_BASE, TENSORS | LIBRARIES | {"pytorch_optimizer", "bitsandbytes"}),
     "modes": ({"maths", "registry", *DECLARING}, {"torch"}),
-    "stages": ({"maths", "registry", "modes", *DECLARING}, {"torch"}),
+    "stages": ({"maths", "registry", "modes", "adapters.file", *DECLARING}, {"torch"}),
     "engine": (BELOW_ENGINE, TENSORS | {"PIL", "accelerate", "diffusers", "tensorboard", "wandb"}),
     "jobs": ({"params"}, set()),
     "demo": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL"}),

@@ -114,7 +114,7 @@ class Experts(Factored):
         rows = middle if linear else middle.flatten(2).transpose(1, 2)
         asked = x if linear else x.mean(dim=(2, 3))[:, None]
         gates = self._gates(asked).expand(*rows.shape[:-1], -1)
-        if self.draws.on:
+        if self.draws.on and type(rows) is Tensor:  # a fake tensor, in a prediction of memory, holds nothing
             kept = ((rows, KEPT_ROWS), (gates, KEPT_ROWS), (asked, KEPT_INPUTS))
             self.seen = Seen(*(_some_rows(tensor.detach().flatten(0, -2), most) for tensor, most in kept))
         wide = (gates[..., None] * rows[..., None, :]).flatten(-2)

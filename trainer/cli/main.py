@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import AtelierError
 from ..events import EventLog
 from ..places import ROOT, Places
-from .spaces import add_basis
+from .spaces import add_basis, add_curvature
 from .terminal import Terminal, json_lines
 
 
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     add_basis(commands)
+    add_curvature(commands, _add_places, _places)
 
     test = commands.add_parser("test", help="run the tests", add_help=False)
     test.set_defaults(run=_test)

@@ -3,9 +3,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ..places import Places
 
 
 def add_basis(commands: Any) -> None:
@@ -30,4 +34,38 @@ def _basis(options: argparse.Namespace) -> int:
         f"{report.path}: {report.layers} layers, {report.rank} directions each, from {report.loras} LoRAs. They hold"
         f" {report.explained:.0%} of what the LoRAs changed; random directions would hold {report.chance:.1%}."
     )
+    return 0
+
+
+def add_curvature(
+    commands: Any, add_places: Callable[[argparse.ArgumentParser], None], places: Callable[[argparse.Namespace], Places]
+) -> None:
+    """The command `curvature`; the flags of folders and what becomes of them are those of the other commands."""
+    found = commands.add_parser("curvature", help="measure what ordinary pictures depend on, for lalora_context_path")
+    found.add_argument("--model", required=True, help="base model: a file, a name in the model folder, or demo")
+    found.add_argument("--out", type=Path, required=True, help="file to write, ending in .safetensors")
+    found.add_argument("--pictures", default="", metavar="FOLDER", help="pictures to keep; else the model draws")
+    found.add_argument("--prompts", type=Path, metavar="FILE", help="prompts it draws, one per line")
+    found.add_argument("--states", type=int, default=64, help="states that are measured (64)")
+    found.add_argument("--labels", choices=("model", "data"), default="model", help="data: the pictures' own noise")
+    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the training")
+    found.add_argument("--json", action="store_true", help="the report as one JSON object")
+    add_places(found)
+    found.set_defaults(run=partial(_curvature, places))
+
+
+def _curvature(places: Callable[[argparse.Namespace], Places], options: argparse.Namespace) -> int:
+    from ..engine.catalogue import catalogue
+    from ..params.cli import apply_overrides
+    from ..tools.curvature import curvature_job, make_curvature
+
+    prompts = options.prompts.read_text(encoding="utf-8") if options.prompts else ""
+    settings = apply_overrides({"model": options.model}, options.set, catalogue())
+    job = curvature_job(settings, options.pictures, prompts)
+    tell = (lambda line: None) if options.json else print
+    report = make_curvature(job, places(options), options.out, options.states, options.labels == "data", tell)
+    if options.json:
+        print(json.dumps({**asdict(report), "path": str(report.path)}))
+        return 0
+    print(f"{report.path}: {report.layers} layers, {report.states} states, {report.seconds:.0f} s")
     return 0

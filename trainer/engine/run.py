@@ -102,7 +102,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
     folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
     saved = read_state(folder) if request.resume else None
-    model = request.model or _load(job, places, process, log)
+    model = request.model or load_base(job, places, process, log)
     cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
     site = Site(places, process, log, folder, cache, lambda: control.stopping)
     passes = Passes(plan_passes(job), model, site, found, drawn)
@@ -152,7 +152,8 @@ def _run_pass(
     return reason, path
 
 
-def _load(job: Job, places: Places, process: Process, log: EventLog) -> Model:
+def load_base(job: Job, places: Places, process: Process, log: EventLog) -> Model:
+    """The base model a job names, stored and computed as it says. Raises JobError when there is none."""
     task, train = job[core.Task], job[core.Train]
     path = resolve_model(task.model, places.checkpoints)
     vae = resolve_model(task.vae, places.vaes, "vae") if task.vae else None

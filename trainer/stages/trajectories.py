@@ -20,12 +20,13 @@ GENERIC = (
 
 @dataclass(frozen=True)
 class State:
-    """One state of a drawing: x_t (B, C, H, W), its timesteps (B,), the conditioning and SDXL's sizes."""
+    """One state of one picture: x_t (1, C, H, W), its timestep (1,), the prompt, SDXL's sizes, the right prediction."""
 
     x: Tensor
     t: Tensor
-    conditioning: Any
+    prompt: str
     time_ids: Tensor | None
+    target: Tensor | None = None
 
 
 def lines(text: str) -> tuple[str, ...]:
@@ -47,11 +48,12 @@ def trajectories(at: Preparation, prompts: Sequence[str], steps: int, purpose: s
     times = torch.linspace(len(schedule) - 1, len(schedule) / (2 * steps), steps).round().long().tolist()
     ids = None if first.time_ids is None else first.time_ids[:1]
     for index, prompt in enumerate(prompts):
-        conditioning = at.kit.text((prompt,))
+        with at.kit.strength(0.0):
+            conditioning = at.kit.text((prompt,))
         x = rng.normal(first.mean.shape[1:], purpose, at.seed, 0, (index,)).to(first.mean.device)
         for place, step in enumerate(times):
             t = torch.full((1,), step, dtype=torch.int64, device=x.device)
-            yield State(x, t, conditioning, ids)
+            yield State(x, t, prompt, ids)
             if place + 1 < len(times):
                 with at.kit.teacher():
                     predicted = at.kit.predict(x, t, conditioning, ids).float()
