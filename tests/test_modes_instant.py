@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.adapters.file import read_lora
-from trainer.engine.build import Site, build, make_network
+from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
-from trainer.engine.process import this_process
 from trainer.engine.run import Request, run
 from trainer.errors import AdapterError, JobError
 from trainer.events import EventLog, Note
@@ -216,7 +215,7 @@ def test_words_mean_what_they_were_told_and_the_rest_stays(case, model):
 def test_it_starts_a_training_and_nothing_is_lost(case, model):
     """With room for every embedding the adapter begins exactly where the instant file ends; the rest can learn."""
     job = load({**TRAINED, "network_rank": 16, "network_alpha": 4, "model": str(case.model)}, catalogue()).job
-    session = build(job, model, Site(case.places, this_process(), EventLog(), case.root / "run"))
+    session = engine_case.session(case, job, model)
     session.network.eject()
     layers = edited_layers(model)
     for key, adapter in session.network.adapters.items():

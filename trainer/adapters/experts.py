@@ -100,14 +100,14 @@ class Experts(Factored):
         if not self.routed:
             return super().adapted(x, strength)
         base = self._base(x)
-        return base + self._update(x.to(base.dtype), self.scale * strength)
+        return base + self._routed(x.to(base.dtype), self.scale * strength)
 
     def thinned(self, x: Tensor, strength: float | Tensor) -> Tensor:
         if not self.routed:
             return super().thinned(x, strength)
         return self.adapted(x, strength)
 
-    def _update(self, x: Tensor, scale: float | Tensor) -> Tensor:
+    def _routed(self, x: Tensor, scale: float | Tensor) -> Tensor:
         """scale·Σ_e g_e(x)·B_e·A·x, the experts side by side in one product."""
         middle = self.dropped(self._operate(x, self.common.down.to(x.dtype)))
         linear = self.kind == "linear"

@@ -40,7 +40,7 @@ def written_network(job: Job, model: Model, path: Path, log: EventLog) -> Networ
 
 
 def plain_network(model: Model, tensors: Mapping[str, Tensor]) -> Network:
-    """Plain LoRAs of the file's ranks on the layers that a file names, empty. Raises AdapterError when it names none."""
+    """Plain LoRAs of the file's ranks on the layers that it names, empty. Raises AdapterError when it names none."""
     layers = {layer.key: layer for layer in layers_of(model)}
     table = spelled((layer.key, layer.also) for layer in layers.values())
     ranks = {}

@@ -4,11 +4,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..adapters.file import write_lora
+from ..data.cache import TensorCache
 from ..engine.build import Site, build
 from ..engine.catalogue import catalogue
+from ..engine.passes import plan_passes
+from ..engine.preflight import check_before_loading
 from ..engine.process import this_process
 from ..engine.run import load_base
 from ..engine.session import Session
@@ -61,12 +65,16 @@ def make_curvature(
     started = time.perf_counter()
     log = EventLog(lambda event: tell(event.text) if isinstance(event, Note) else None)
     process = this_process()
-    session = build(job, model or load_base(job, places, process, log), Site(places, process, log, places.logs))
+    found_data = check_before_loading(job, places, ())
+    site = Site(places, process, log, places.logs, TensorCache(None))
+    plan = plan_passes(job)[0]
+    session = build(plan, model or load_base(job, places, process, log), site, found_data)
     try:
         pictured = session.mode.source == "pictures"
         if by_data and not pictured:
             raise AdapterError("Labels from data need pictures: give a folder of them, or take the model's labels.")
-        at = Preparation(session.network, session.model, session.kit, session.source.batch, tell, session.seed)
+        loss = partial(session.mode.loss, session.kit)
+        at = Preparation(session.network, session.model, session.kit, session.source.batch, tell, session.seed, loss)
         states = _pictures(session, count) if pictured else _drawings(at, session, count)
         found = measure(at, states, {adapter.key: adapter.module for adapter in session.network}, by_data)
     finally:
