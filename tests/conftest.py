@@ -9,6 +9,9 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
+# Minutes in a browser: run by its name, `python launch.py test tests/test_ui_browser.py`.
+collect_ignore = ["test_ui_browser.py"]
+
 # Files that test what no package version changes: once is enough for all sets of versions.
 EVERYWHERE = {
     "test_adapters_lowrank", "test_architecture", "test_data_buckets", "test_data_cache", "test_data_dataset",

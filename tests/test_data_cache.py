@@ -226,3 +226,58 @@ def test_file_names_tell_nothing(tmp_path: Path) -> None:
     for name in os.listdir(tmp_path):
         assert len(name) == 64 + len(".safetensors") and "secret" not in name
         assert set(load_file(tmp_path / name)) == {"context", "pooled"}
+
+
+def aged(folder: Path, ages: dict[str, float]) -> dict[str, Path]:
+    """Entries of about 300 bytes each by name, used so many days ago."""
+    cache, paths = TensorCache(folder), {}
+    for name, days in ages.items():
+        key = fingerprint(name=name)
+        cache.put(key, entry())
+        paths[name] = file_of(folder, key)
+        os.utime(paths[name], (time.time() - days * 24 * 3600,) * 2)
+    return paths
+
+
+def test_entries_nobody_used_for_months_go(tmp_path: Path) -> None:
+    paths = aged(tmp_path, {"old": 61, "kept": 59, "new": 0})
+    other = tmp_path / "memory.json"
+    other.write_text("{}", encoding="utf-8")
+    os.utime(other, (0, 0))
+    TensorCache(tmp_path)
+    assert [name for name, path in paths.items() if path.exists()] == ["kept", "new"] and other.exists()
+
+
+def test_above_the_limit_the_entries_used_longest_ago_go_and_never_those_of_today(tmp_path: Path) -> None:
+    paths = aged(tmp_path, {"a": 9, "b": 5, "c": 7, "d": 0.9, "e": 0})
+    size = paths["a"].stat().st_size
+    assert TensorCache(tmp_path, keep_bytes=5 * size).get(fingerprint(name="a")) is not None, "nothing too much"
+    TensorCache(tmp_path, keep_bytes=4 * size)
+    assert [name for name, path in paths.items() if path.exists()] == ["a", "b", "d", "e"], "reading a used it"
+    TensorCache(tmp_path, keep_bytes=1)
+    assert [name for name, path in paths.items() if path.exists()] == ["a", "d", "e"]
+
+
+def test_a_small_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = aged(tmp_path, {"a": 3, "b": 2})
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 0}))
+    TensorCache(tmp_path)
+    assert [name for name, path in paths.items() if path.exists()] == ["b"]
+
+
+def test_several_runs_may_clear_at_once(tmp_path: Path) -> None:
+    aged(tmp_path, {str(number): 100 for number in range(60)})
+    failed: list[BaseException] = []
+
+    def clear() -> None:
+        try:
+            TensorCache(tmp_path)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=clear) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and not list(tmp_path.glob("*.safetensors"))

@@ -6,6 +6,7 @@ import json
 import engine_case
 import pytest
 import torch
+from test_models_texts import encoder_file
 
 from trainer.adapters.file import read_lora
 from trainer.engine.catalogue import catalogue
@@ -146,3 +147,20 @@ def test_what_cannot_be_is_refused_at_its_field(case, changes, message) -> None:
 def test_optimizers_with_one_step_size_refuse_other_rates(case, model) -> None:
     with pytest.raises(JobError, match="one step size for everything"):
         carry_out(case, model, "p", train_optimizer="Prodigy", train_learning_rate=1, loraplus_lr_ratio=4)
+
+
+def test_a_text_encoder_file_is_used(case, tmp_path, plain) -> None:
+    """`te` of the job: by its path or by its name in the folder of text encoders."""
+    folder = case.places.text_encoders
+    folder.mkdir(parents=True)
+    other = encoder_file(folder / "other.safetensors", "sd1", 0, "hf")
+    same = encoder_file(tmp_path / "same.safetensors", "sd1", 0, "hf", seed=0)
+    only = {**SHORT, "train_iterations": 1}
+    found = {}
+    for name, te in (("same", f'"{same}"'), ("other", str(other)), ("named", "other")):
+        trace = engine_case.Trace()
+        case.run(trace, save_lora_name=f"te-{name}", te=te, **only)
+        found[name] = trace.losses[1]
+    assert found["same"] == plain[0][1] and found["other"] != plain[0][1] and found["named"] == found["other"]
+    with pytest.raises(JobError, match="te.*no such text encoder"):
+        case.run(save_lora_name="te-none", te="nothing", **only)

@@ -16,6 +16,8 @@ import tiny
 import torch
 from engine_case import environment
 from hosts_fakes import FAKES, LORA, Fake, checkpoint_file
+from safetensors.torch import load_file
+from test_models_texts import encoder_file
 from torch import Tensor
 
 from trainer.engine.catalogue import catalogue
@@ -393,6 +395,34 @@ def test_forge_tells_vaes_from_text_encoders(make, tmp_path) -> None:
     listed["clip_l.safetensors"] = str(tmp_path / "models" / "text_encoder" / "clip_l.safetensors")
     assert host.vaes() == ("fine.safetensors",)
     assert host.text_encoders() == ("clip_l.safetensors",)
+
+
+def test_forge_uses_its_text_encoders_and_those_of_the_job(make, tmp_path) -> None:
+    fake, host = make("forge")
+    folder, told = tmp_path / "models" / "text_encoder", Told()
+    mine, theirs = (encoder_file(_under(folder / f"{name}.safetensors"), "sd1", 0, "hf") for name in ("mine", "theirs"))
+    listed = fake.modules["modules_forge.main_entry"].module_list
+    listed.update({path.name: str(path) for path in (mine, theirs)})
+    fake.data.forge_loading_parameters["additional_modules"] = [str(theirs)]
+    fake.data.forge_hash = str(fake.data.forge_loading_parameters)
+    assert host.resolve(job()).to_dict()["te"] == str(theirs)
+    assert "te" not in host.resolve(job(model="other")).to_dict()
+    with pytest.raises(JobError, match="te"):
+        host.resolve(job(te="nothing.safetensors"))
+    wanted = host.resolve(job(te="mine.safetensors"))
+    assert wanted.to_dict()["te"] == str(mine)
+    texts = {}
+    for name, asked in (("mine", wanted), ("live", host.resolve(job()))):
+        with host.borrow(asked, told.log) as model:
+            assert model is not None, told.lines
+            texts[name] = model.text_encoders[0].transformer.embeddings.token_embedding.weight.clone()
+    assert not torch.equal(texts["mine"], texts["live"])
+    assert torch.equal(texts["mine"], load_file(mine)["text_model.embeddings.token_embedding.weight"])
+
+
+def _under(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 class Request:

@@ -22,11 +22,13 @@ class Places:
     logs: Path = ROOT / "logs"
     cache: Path = ROOT / "logs" / "cache"
     vocabularies: tuple[Path, ...] = ()
+    text_encoders: Path = ROOT / "models" / "text_encoder"
 
     @staticmethod
     def standalone(models: Path = ROOT / "models") -> Places:
         """The folders used when there is no WebUI, named like a WebUI's."""
-        return Places(loras=models / "Lora", checkpoints=models / "Stable-diffusion", vaes=models / "VAE")
+        folders = {"loras": "Lora", "checkpoints": "Stable-diffusion", "vaes": "VAE", "text_encoders": "text_encoder"}
+        return Places(**{kind: models / name for kind, name in folders.items()})
 
     def replace(self, **folders: Path) -> Places:
         """The same with other folders, by name."""

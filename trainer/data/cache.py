@@ -3,13 +3,18 @@
 An entry's key is a fingerprint of everything it was made from. Its file is named by the key, carries the key and a
 digest of its contents, and is written beside its place and moved there whole. Whatever does not check out counts as
 absent, so it is made again.
+
+The folder is kept small when it is opened: entries that nobody used for a long time go, and above a size the ones used
+longest ago. Whatever was used within a day may belong to a run beside this one and stays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -25,7 +30,10 @@ from ..errors import DataError
 
 Tensors = dict[str, torch.Tensor]
 CACHE_VERSION = 1
-_STALE_SECONDS = 24 * 3600.0
+KEEP_BYTES = 20 * 2**30
+_DAY = 24 * 3600.0
+_STALE_SECONDS = _DAY
+_FORGOTTEN_SECONDS = 60 * _DAY
 
 
 def fingerprint(**facts: object) -> str:
@@ -37,11 +45,12 @@ def fingerprint(**facts: object) -> str:
 class TensorCache:
     """Named float tensors by key, held in memory and, when a folder is given, kept on disk.
 
-    With a folder, at most `hold_bytes` stay in memory and the rest is read again when needed; without one, nothing
-    touches the disk and everything is held. Safe to use from several threads and processes.
+    With a folder, at most `hold_bytes` stay in memory and the rest is read again when needed; opening it removes old
+    entries above `keep_bytes` (see `_trim`). Without one, nothing touches the disk and everything is held. Safe to use
+    from several threads and processes.
     """
 
-    def __init__(self, folder: Path | None, hold_bytes: int = 2**30) -> None:
+    def __init__(self, folder: Path | None, hold_bytes: int = 2**30, keep_bytes: int = KEEP_BYTES) -> None:
         self._folder = folder
         self._hold_bytes = hold_bytes
         self._held: dict[str, Tensors] = {}
@@ -51,6 +60,7 @@ class TensorCache:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _remove_leftovers(folder)
+                _trim(folder, keep_bytes)
             except OSError as error:
                 raise _cannot_write(folder, error) from error
 
@@ -64,8 +74,11 @@ class TensorCache:
         held = self._held.get(key)
         if held is not None or self._folder is None:
             return held
-        tensors = _read(self._path(key), key)
+        path = self._path(key)
+        tensors = _read(path, key)
         if tensors is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # the time of last use, by which old entries are found
             self._hold(key, tensors)
         return tensors
 
@@ -133,6 +146,23 @@ def _remove_leftovers(folder: Path) -> None:
                 path.unlink()
         except OSError:
             continue  # another process was faster, or still has it open
+
+
+def _trim(folder: Path, keep_bytes: int) -> None:
+    """Deletes entries unused for two months, and above `keep_bytes` (or half of the room there is) the oldest ones."""
+    now, entries = time.time(), []
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            seen = path.stat()
+            entries.append((seen.st_mtime, seen.st_size, path))
+    total = sum(size for _, size, _ in entries)
+    limit = min(keep_bytes, (total + shutil.disk_usage(folder).free) // 2)
+    for used, size, path in sorted(entries):
+        if now - used < _DAY or (total <= limit and now - used < _FORGOTTEN_SECONDS):
+            break
+        with contextlib.suppress(OSError):  # another process was faster, or reads it this moment on Windows
+            path.unlink()
+        total -= size
 
 
 def _cannot_write(folder: Path, error: OSError) -> DataError:

@@ -42,6 +42,11 @@ def folder(text: str) -> Path:
     return Path(text.strip().strip('"')).expanduser()
 
 
+def text_files(job: Job) -> tuple[str, ...]:
+    """The text encoder files a job names."""
+    return tuple(name.strip().strip('"') for name in job[core.Task].te.replace("\n", ";").split(";") if name.strip())
+
+
 def image_settings(job: Job) -> ImageSettings:
     """How pictures are found and cut."""
     images = job[core.Images]

@@ -49,6 +49,23 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
     raise JobError([Problem(field, name, message)])
 
 
+def resolve_texts(job: Job, folder: Path) -> tuple[Path, ...]:
+    """The text encoder files a job names: paths, or names below `folder`. Raises JobError for those there are not."""
+    found, problems = [], []
+    for name in arguments.text_files(job):
+        given = Path(name).expanduser()
+        tries = (given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES))
+        path = next((path for path in tries if path.is_file()), None)
+        if path is None:
+            message = "there is no such text encoder file. Give its path, or leave it empty."
+            problems.append(Problem("te", name, message))
+        else:
+            found.append(path)
+    if problems:
+        raise JobError(problems)
+    return tuple(found)
+
+
 def lora_path(job: Job, places: Places, suffix: str = "") -> Path:
     """Where the LoRA (or, with a suffix, an intermediate one) of a job is written."""
     return places.loras / f"{job[core.Save].save_lora_name or 'untitled'}{suffix}.safetensors"

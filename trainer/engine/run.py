@@ -31,7 +31,14 @@ from .loop import Hooks, run_steps
 from .losses import LossRing
 from .output import write_network
 from .passes import Passes, plan_passes
-from .preflight import check_before_loading, long_prompts, lora_path, resolve_model, with_lora_files
+from .preflight import (
+    check_before_loading,
+    long_prompts,
+    lora_path,
+    resolve_model,
+    resolve_texts,
+    with_lora_files,
+)  # fmt: skip
 from .process import Process, this_process
 from .samples import sample, write_samples
 from .session import Session
@@ -161,6 +168,7 @@ def load_base(job: Job, places: Places, process: Process, log: EventLog) -> Mode
     model = load_model(
         path,
         vae_path=vae,
+        text_paths=resolve_texts(job, places.text_encoders),
         v_pred=train.model_v_pred,
         storage=arguments.precision(train.train_model_precision, "train_model_precision"),
         vae_storage=arguments.precision(train.train_VAE_precision, "train_VAE_precision"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.live import TEXT_PREFIXES, UNET, VAE, Live, NotAdoptable, is_vae
+from ..models.live import TEXT_PREFIXES, UNET, VAE, Live, NotAdoptable, is_clip, is_vae
 from .webui import WebUI
 
 _PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v_prediction": "v_prediction"}
@@ -78,6 +78,10 @@ class Forge(WebUI):
         """The VAE file among them."""
         return next((path for path in self._modules() if is_vae(path)), None)
 
+    def loaded_texts(self) -> tuple[Path, ...]:
+        """The text encoders among them."""
+        return tuple(path for path in self._modules() if is_clip(path))
+
     def _listed(self) -> dict[str, str]:
         """Name → path of all VAE and text encoder files Forge knows."""
         from modules_forge import main_entry
@@ -92,6 +96,9 @@ class Forge(WebUI):
     def text_encoders(self) -> tuple[str, ...]:
         """The text encoder files."""
         return tuple(sorted(name for name, path in self._listed().items() if "text_encoder" in Path(path).parent.name))
+
+    def _text_files(self) -> dict[str, str]:
+        return {name: path for name, path in self._listed().items() if name in self.text_encoders()}
 
     def refresh(self) -> None:
         """Make Forge look for new files."""

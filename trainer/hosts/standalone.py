@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..engine.arguments import text_files
 from ..events import EventLog
 from ..models.base import Model
 from ..params.core import Task
@@ -42,8 +43,8 @@ class Standalone:
         return _files(self._places.vaes)
 
     def text_encoders(self) -> tuple[str, ...]:
-        """None: models are files with everything in them here."""
-        return ()
+        """The files below the folder of text encoders."""
+        return _files(self._places.text_encoders)
 
     def refresh(self) -> None:
         """Nothing: the folders are read each time."""
@@ -57,8 +58,9 @@ class Standalone:
         task, problems = job[Task], []
         model = find(task.model or DEMO, "model", self._places.checkpoints, problems)
         vae = find(task.vae, "vae", self._places.vaes, problems) if task.vae else ""
+        texts = [find(name, "te", self._places.text_encoders, problems) for name in text_files(job)]
         problems_to_error(problems)
-        return job.replace(model=model, vae=vae)
+        return job.replace(model=model, vae=vae, te=";".join(texts))
 
     @contextmanager
     def borrow(self, job: Job, log: EventLog) -> Iterator[Model | None]:

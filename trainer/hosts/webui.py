@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..engine.arguments import precision
+from ..engine.arguments import precision, text_files
 from ..errors import AtelierError, Problem
 from ..events import EventLog
 from ..models.base import Model
@@ -95,6 +95,7 @@ class WebUI:
             loras=Path(self.option("lora_dir", models / "Lora")),
             checkpoints=Path(self.option("ckpt_dir", sd_models.model_path)),
             vaes=Path(self.option("vae_dir", models / "VAE")),
+            text_encoders=models / "text_encoder",
             vocabularies=self.vocabularies(),
         )
 
@@ -152,11 +153,23 @@ class WebUI:
             vae = find(task.vae, "vae", folders.vaes, problems, self._vae_files(sd_vae).get)
         elif (loaded := self.loaded_vae()) is not None:
             vae = str(loaded)
+        names = text_files(job)
+        texts = [find(name, "te", folders.text_encoders, problems, self._text_files().get) for name in names]
+        if not names and here is not None and model and _same_file(Path(model), here):
+            texts = [str(path) for path in self.loaded_texts()]
         problems_to_error(problems)
-        return job.replace(model=model, vae=vae)
+        return job.replace(model=model, vae=vae, te=";".join(texts))
 
     def _vae_files(self, sd_vae: Any) -> dict[str, str]:
         return dict(sd_vae.vae_dict)
+
+    def _text_files(self) -> dict[str, str]:
+        """Name → path of the text encoder files the WebUI knows."""
+        return {}
+
+    def loaded_texts(self) -> tuple[Path, ...]:
+        """The text encoder files that are in use beside the model's own; not every WebUI can do that."""
+        return ()
 
     # ---------------------------------------------------------------- lending
 
@@ -214,11 +227,14 @@ class WebUI:
         task, train = job[Task], job[Train]
         vae, loaded = Path(task.vae) if task.vae else None, self.loaded_vae()
         in_use = vae is None or (loaded is not None and _same_file(vae, loaded))
+        texts, theirs = [Path(name) for name in text_files(job)], self.loaded_texts()
+        new = [path for path in texts if not any(_same_file(path, other) for other in theirs)]
         return adopt(
             live,
             v_pred=train.model_v_pred,
             storage=precision(train.train_model_precision, "train_model_precision"),
             vae_path=None if in_use else vae,
+            text_paths=new,
             vae_storage=precision(train.train_VAE_precision, "train_VAE_precision"),
             vocabularies=self.vocabularies(),
         )

@@ -23,6 +23,7 @@ from .detect import TEXT_PREFIXES, UNET, VAE
 from .load import replace_vae
 from .single import read_tensors, source_of
 from .source import Source
+from .texts import replace_texts
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _COMPARED = 4096
@@ -54,6 +55,7 @@ def adopt(
     v_pred: bool = False,
     storage: torch.dtype | None = None,
     vae_path: Path | None = None,
+    text_paths: Sequence[Path] = (),
     vae_storage: torch.dtype | None = None,
     device: torch.device | str | None = None,
     vocabularies: Sequence[Path] = (),
@@ -71,6 +73,8 @@ def adopt(
     source.noise = _noise(live, names, metadata)
     if vae_path is not None:
         replace_vae(source, vae_path)
+    if text_paths:
+        replace_texts(source, text_paths)
     there = _device(source) if device is None else torch.device(device)
     model = assemble(
         source,
@@ -191,6 +195,17 @@ def is_vae(path: Path) -> bool:
         return "vae" in path.name.lower()  # an old pickled file: its name has to do
     bare = {name.removeprefix(VAE).removeprefix("vae.") for name in names}
     return "decoder.conv_in.weight" in bare and not any(name.startswith(UNET) for name in names)
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a file holds a CLIP text encoder and no whole model, by its tensor names."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            names = set(file.keys())
+    except (SafetensorError, OSError):
+        return False
+    tokens = ("embeddings.token_embedding.weight", "token_embedding.weight")
+    return any(name.endswith(tokens) for name in names) and not any(name.startswith(UNET) for name in names)
 
 
 def _device(source: Source) -> torch.device:

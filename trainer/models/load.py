@@ -13,12 +13,14 @@ from .base import Model
 from .folder import read_folder, read_vae_folder
 from .single import read_single, read_vae
 from .source import Source
+from .texts import replace_texts
 
 
 def load_model(
     path: str | Path,
     *,
     vae_path: str | Path | None = None,
+    text_paths: Sequence[Path] = (),
     v_pred: bool = False,
     storage: torch.dtype | None = None,
     vae_storage: torch.dtype | None = None,
@@ -27,7 +29,7 @@ def load_model(
 ) -> Model:
     """The base model at `path`: a `.safetensors` or `.ckpt` file, or a diffusers folder.
 
-    `vae_path` replaces its VAE (a file or a folder). `v_pred` forces v-prediction. `storage` and `vae_storage` None
+    `vae_path` replaces its VAE (a file or a folder), `text_paths` its text encoders (files). `v_pred` forces v-prediction. `storage` and `vae_storage` None
     keep the file's precision. `vocabularies` are places to look for CLIP's vocabulary before the installed packages.
     Raises ModelError that says what was recognised when the model cannot be used.
     """
@@ -37,6 +39,8 @@ def load_model(
     source = read_folder(path) if path.is_dir() else read_single(path)
     if vae_path is not None:
         replace_vae(source, Path(vae_path))
+    if text_paths:
+        replace_texts(source, text_paths)
     return assemble(
         source, v_pred=v_pred, storage=storage, vae_storage=vae_storage, device=device, vocabularies=vocabularies
     )

@@ -47,7 +47,8 @@ class Task:
         "", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False,
         holds="vae")
     te: str = param(
-        "", "Text encoder file, for models that come without one; empty takes the model's own.", TASK, holds="te")
+        "", "Text encoder file to use instead of the model's own; for SDXL also two (clip_l;clip_g). Empty takes the"
+        " model's own.", TASK, holds="te")
     original_prompt: str = param(
         "", "What the picture shows before the change.", PROMPTS, key="original prompt", needs="prompts",
         advanced=False, holds="lines")
