@@ -28,7 +28,7 @@ class Places:
     def standalone(models: Path = ROOT / "models") -> Places:
         """The folders used when there is no WebUI, named like a WebUI's."""
         folders = {"loras": "Lora", "checkpoints": "Stable-diffusion", "vaes": "VAE", "text_encoders": "text_encoder"}
-        return Places(**{kind: models / name for kind, name in folders.items()})
+        return Places(**{kind: models / name for kind, name in folders.items()})  # type: ignore[arg-type]
 
     def replace(self, **folders: Path) -> Places:
         """The same with other folders, by name."""
