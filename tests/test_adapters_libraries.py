@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.adapters.boft import butterfly_sizes
 from trainer.adapters.lokr import factor_pair
+from trainer.maths.rotation import butterfly, cayley_minus_identity
 
 UNREADABLE = ("ia3", "glora", "lokr tucker", "eh")
 READABLE = [name for name in OURS if name not in UNREADABLE]
@@ -116,3 +117,17 @@ def test_the_group_sizes_of_boft_are_lycoris() -> None:
         for limit in (2, 4, 8, 10, 12, 16, 64):
             theirs = power2factorization(size, limit)
             assert butterfly_sizes(size, limit) == (None if theirs[0] is None else theirs)
+
+
+def test_the_stages_of_boft_are_lycoris_and_their_gradients_right() -> None:
+    """Eight groups of twelve, so that four stages follow one another."""
+    from lycoris.functional.boft import diff_weight
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(4, 8, 12, 12, generator=generator) * 0.1
+    outputs = torch.randn(96, 5, generator=generator)
+    turned = butterfly(outputs, cayley_minus_identity(blocks))
+    torch.testing.assert_close(turned - outputs, diff_weight(outputs, blocks, None, backend="torch"))
+    shapes = ((8, 3), (3, 4, 2, 2))
+    small, turns = (torch.randn(*shape, generator=generator).double().requires_grad_() for shape in shapes)
+    assert torch.autograd.gradcheck(butterfly, (small, turns))

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from trainer.tools.bench import SIZES, bench, main
+from trainer.errors import AtelierError
+from trainer.tools.bench import SIZES, bench, bench_types, main
 
 pytestmark = pytest.mark.newest
 
@@ -29,6 +30,23 @@ def test_a_measurement_of_a_tiny_unet_is_complete_and_leaves_no_trace(capsys: py
     after = unet.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert all("forward" not in module.__dict__ for module in unet.modules())
+
+
+def test_types_are_measured_against_plain_lora() -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), cross_attention_dim=16, norm_num_groups=4, attention_head_dim=2, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    report = json.loads(json.dumps(bench_types(unet, ["lokr+network_factor=2+use_dora"], steps=2, rank=2)))["types"]
+    assert set(report) == {"lierla", "c3lier", "lokr+network_factor=2+use_dora"}
+    assert report["lierla"]["to_lierla"] == report["c3lier"]["to_c3lier"] == 1
+    assert all(fact["seconds"] > 0 and fact["trained"] > 0 for fact in report.values())
+    assert report["lokr+network_factor=2+use_dora"]["modules"] == report["c3lier"]["modules"]
+    assert all("forward" not in module.__dict__ for module in unet.modules())
+    with pytest.raises(AtelierError, match="lierla has no option network_factor"):
+        bench_types(unet, ["lierla+network_factor=2"])
 
 
 def test_the_sizes_have_the_layout_of_sd1() -> None:

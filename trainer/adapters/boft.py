@@ -39,8 +39,8 @@ class Boft(Rotation):
         size, count = sizes
         self.oft_blocks = nn.Parameter(torch.zeros((count - 1).bit_count() + 1, count, size, size))
 
-    def turned(self, y: Tensor) -> Tensor:
-        return butterfly(y, cayley_minus_identity(self.oft_blocks)) - y
+    def turned(self, outputs: Tensor) -> Tensor:
+        return butterfly(outputs, cayley_minus_identity(self.oft_blocks)) - outputs
 
     def delta(self) -> Tensor:
         weight = self.module.weight.float()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.lowrank import scaled
-from ..maths.rotation import cayley_minus_identity
+from ..maths.rotation import cayley_minus_identity, turn
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .direct import ALPHA, Direct
 from .library import EAGER, functional
@@ -34,8 +34,8 @@ class Rotation(Direct):
         """In these files alpha limits the rotation; 0 sets no limit."""
         return {ALPHA: 0.0}
 
-    def turned(self, y: Tensor) -> Tensor:
-        """(R − 1) on outputs (…, out), in float32 or better."""
+    def turned(self, outputs: Tensor) -> Tensor:
+        """(R − 1) on outputs (out, N)."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
@@ -47,9 +47,11 @@ class Rotation(Direct):
         else:
             x = x.to(y.dtype)
             product = self._operate(x, module.weight.to(x.dtype))
-        channels = product if self.kind == "linear" else product.movedim(1, -1)
-        update = self.turned(channels).to(y.dtype)
-        update = update if self.kind == "linear" else update.movedim(-1, 1)
+        if self.kind == "linear":
+            update = self.turned(product.reshape(-1, product.shape[-1]).t()).t().reshape(y.shape)
+        else:
+            first = product.transpose(0, 1)
+            update = self.turned(first.reshape(len(first), -1)).view(first.shape).transpose(0, 1)
         return y + scaled(update, strength)
 
 
@@ -65,11 +67,8 @@ class Oft(Rotation):
         size, count = factor_pair(layer.module.weight.shape[0], self.rank)
         self.oft_blocks = nn.Parameter(torch.zeros(count, size, size))
 
-    def turned(self, y: Tensor) -> Tensor:
-        count, size, _ = self.oft_blocks.shape
-        rotation = cayley_minus_identity(self.oft_blocks).to(y.dtype)
-        groups = y.reshape(-1, count, size).transpose(0, 1)
-        return torch.bmm(groups, rotation).transpose(0, 1).reshape(y.shape)
+    def turned(self, outputs: Tensor) -> Tensor:
+        return turn(outputs, cayley_minus_identity(self.oft_blocks).transpose(1, 2))
 
     def delta(self) -> Tensor:
         weight = self.module.weight.float()

@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time a training step against PEFT, LyCORIS and the bare UNet")
     bench.add_argument("--size", default="small", choices=("small", "sd15"))
     bench.add_argument("--steps", type=int, default=12)
+    bench.add_argument("--batch", type=int, default=None, help="samples per step (small: 8, sd15: 1)")
+    bench.add_argument("--latents", type=int, default=8, help="side of the square latents")
+    bench.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="wall, or CPU seconds of the process")
+    bench.add_argument("--types", default="", help="adapter types against plain LoRA, as in loha,lokr+use_dora")
     bench.set_defaults(run=_bench)
 
     evaluate = commands.add_parser("evaluate", help="measure modes or adapter types on the painted world")
@@ -198,7 +202,9 @@ def _bench(options: argparse.Namespace) -> int:
 
     from ..tools.bench import run
 
-    print(json.dumps(run(options.size, steps=options.steps), indent=2))
+    types = tuple(name for name in options.types.split(",") if name)
+    report = run(options.size, options.steps, options.batch, options.latents, options.clock, types)
+    print(json.dumps(report, indent=2))
     return 0
 
 

@@ -33,7 +33,7 @@ def kron_layer(
 
 
 class KronLinear(torch.autograd.Function):
-    """See `kron_layer`."""
+    """See `kron_layer`. The pieces come first in every middle, (m, rows, k), so that all products are large ones."""
 
     @staticmethod
     def forward(
@@ -44,39 +44,39 @@ class KronLinear(torch.autograd.Function):
         ctx.shape, ctx.scale = x.shape, scale
         inner = _inner(rows, w1, w2)
         factor = _scale_rows(inner, scale, x.shape[0])
-        (fan_l, _), fan_k = w1.shape, w2.shape[0]
+        update = (w1 @ inner.flatten(1)).view(-1, *inner.shape[1:]).transpose(0, 1)
         if weight is None:
-            y = torch.bmm(w1.expand(len(rows), -1, -1), inner).mul_(factor)
+            y = update.mul(factor).reshape(len(rows), -1)
         else:
             y = functional.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            y.view(-1, fan_l, fan_k).baddbmm_(w1.expand(len(rows), -1, -1), inner, alpha=factor)
-        return y.view(*x.shape[:-1], fan_l * fan_k)
+            y.view(update.shape).add_(update, alpha=factor)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, w1, w2 = ctx.saved_tensors
         need_x, _, _, need_1, need_2 = ctx.needs_input_grad[:5]
-        (fan_l, fan_m), (fan_k, fan_n), batch = w1.shape, w2.shape, ctx.shape[0]
-        flat = grad.reshape(-1, fan_l * fan_k)
-        outer = flat.view(-1, fan_l, fan_k)
+        flat = grad.reshape(len(rows), -1)
+        outer = flat.view(len(rows), len(w1), -1).transpose(0, 1).contiguous()
         grad_x = grad_1 = grad_2 = None
         if need_1:
             inner = _inner(rows, w1, w2)
-            factor = _scale_rows(inner, ctx.scale, batch)
-            grad_1 = outer.transpose(1, 2).reshape(-1, fan_l).t() @ inner.transpose(1, 2).reshape(-1, fan_m)
-            grad_1.mul_(factor)
+            factor = _scale_rows(inner, ctx.scale, ctx.shape[0])
+            grad_1 = (outer.flatten(1) @ inner.flatten(1).t()).mul_(factor)
         if need_x or need_2:
-            back = torch.bmm(w1.t().expand(len(flat), -1, -1), outer)
-            factor = _scale_rows(back, ctx.scale, batch)
-            back = back.view(-1, fan_k)
+            back = (w1.t() @ outer.flatten(1)).view(-1, *outer.shape[1:])
+            factor = _scale_rows(back, ctx.scale, ctx.shape[0])
             if need_2:
-                grad_2 = (back.t() @ rows.view(-1, fan_n)).mul_(factor)
+                pieces = rows.view(len(rows), len(back), -1).transpose(0, 1)
+                grad_2 = torch.bmm(back.transpose(1, 2), pieces).sum(0).mul_(factor)
             if need_x:
-                grad_x = (back @ w2).view(rows.shape)
-                grad_x = grad_x.mul_(factor) if weight is None else torch.addmm(
-                    grad_x, flat, weight.to(grad.dtype), beta=factor)
-                grad_x = grad_x.view(ctx.shape)
+                through = (back @ w2).transpose(0, 1)
+                if weight is None:
+                    grad_x = through.mul(factor).reshape(ctx.shape)
+                else:
+                    grad_x = flat @ weight.to(grad.dtype)
+                    grad_x = grad_x.view(through.shape).add_(through, alpha=factor).view(ctx.shape)
         return grad_x, None, None, grad_1, grad_2, None
 
 
@@ -91,7 +91,7 @@ class KronConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, w1, w2)
         ctx.scale, ctx.geometry = scale, geometry
         inner, size = _inner_conv(x, w1, w2, geometry)
-        factor = _scale_rows(inner, scale, len(x))
+        factor = _scale_rows(inner, scale, len(x), False)
         mixing = w1.expand(len(x), -1, -1)
         if weight is None:
             y = torch.bmm(mixing, inner).mul_(factor)
@@ -112,11 +112,11 @@ class KronConv(torch.autograd.Function):
         grad_x = grad_1 = grad_2 = None
         if need_1:
             inner, _ = _inner_conv(x, w1, w2, ctx.geometry)
-            factor = _scale_rows(inner, ctx.scale, batch)
+            factor = _scale_rows(inner, ctx.scale, batch, False)
             grad_1 = torch.bmm(outer, inner.transpose(1, 2)).sum(0).mul_(factor)
         if need_x or need_2:
             back = torch.bmm(w1.t().expand(batch, -1, -1), outer)
-            factor = _scale_rows(back, ctx.scale, batch)
+            factor = _scale_rows(back, ctx.scale, batch, False)
             back = back.mul_(factor).view(batch * fan_m, -1, *grad.shape[2:])
             pieces = x.view(batch * fan_m, -1, *x.shape[2:])
             grad_x, grad_2 = conv_backward(back, pieces, w2, ctx.geometry, (need_x, need_2))
@@ -129,8 +129,8 @@ class KronConv(torch.autograd.Function):
 
 
 def _inner(rows: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Σ_n w2[k, n]·x[m, n] as (rows, m, k)."""
-    return (rows.reshape(-1, w2.shape[1]) @ w2.t()).view(len(rows), w1.shape[1], w2.shape[0])
+    """Σ_n w2[k, n]·x[m, n] as (m, rows, k)."""
+    return rows.view(len(rows), w1.shape[1], -1).transpose(0, 1) @ w2.t()
 
 
 def _inner_conv(x: Tensor, w1: Tensor, w2: Tensor, geometry: Geometry) -> tuple[Tensor, torch.Size]:
@@ -139,12 +139,15 @@ def _inner_conv(x: Tensor, w1: Tensor, w2: Tensor, geometry: Geometry) -> tuple[
     return inner.reshape(len(x), w1.shape[1], -1), inner.shape[2:]
 
 
-def _scale_rows(middle: Tensor, scale: Scale, batch: int) -> float:
-    """Multiply a middle (rows, …) in place by a scale for each sample; returns the number that is still to be applied.
+def _scale_rows(middle: Tensor, scale: Scale, batch: int, by_rows: bool = True) -> float:
+    """Multiply a middle in place by a scale for each sample; returns the number that is still to be applied.
+
+    The middle is (pieces, rows, k) with the samples in the rows, or (B, pieces, k·h·w).
     """
     if not isinstance(scale, Tensor):
         return scale
     if scale.shape[0] != batch:
         raise ValueError(f"the strength has {scale.shape[0]} values for a batch of {batch}")
-    middle.view(batch, -1).mul_(scale.to(middle)[:, None])
+    by = scale.to(middle)
+    middle.mul_(by.repeat_interleave(middle.shape[1] // batch)[:, None] if by_rows else by.view(-1, 1, 1))
     return 1.0

@@ -1,8 +1,11 @@
 """Rotations from unconstrained blocks of numbers (OFT 2306.07280 eq. 3; BOFT 2311.06243 eq. 5)."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def cayley_minus_identity(blocks: Tensor) -> Tensor:
@@ -16,15 +19,51 @@ def cayley_minus_identity(blocks: Tensor) -> Tensor:
     return 2 * skew @ inverse
 
 
-def butterfly(y: Tensor, turns: Tensor) -> Tensor:
-    """Rotations minus the identity, `turns` (m, n, b, b), one stage after the other on outputs y (…, n·b).
+def turn(outputs: Tensor, turns: Tensor) -> Tensor:
+    """Each block of rows of `outputs` (n·b, N) times its own matrix of `turns` (n, b, b)."""
+    pieces = outputs.unflatten(0, turns.shape[:2])
+    return torch.bmm(turns.to(outputs.dtype), pieces).flatten(0, 1)
 
-    Stage i regroups the outputs with stride 2ⁱ·b/2 before its n blocks act and puts them back afterwards.
+
+def butterfly(outputs: Tensor, turns: Tensor) -> Tensor:
+    """Rotations one after the other on `outputs` (n·b, N), given as `turns` (m, n, b, b): rotation minus identity.
+
+    Stage i regroups the rows with stride 2ⁱ·b/2, lets its n blocks act and puts the rows back. For the backward pass
+    only the outputs before the first stage are kept; the stages are computed again.
     """
+    turned: Tensor = Butterfly.apply(outputs, turns)
+    return turned
+
+
+class Butterfly(torch.autograd.Function):
+    """See `butterfly`."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(outputs, turns)
+        return _stages(outputs, turns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:2]
+        with torch.enable_grad():
+            given = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+            turned = _stages(*given)
+        found = iter(torch.autograd.grad(turned, [t for t in given if t.requires_grad], grad))
+        return tuple(next(found) if need else None for need in needed)
+
+
+def _stages(rows: Tensor, turns: Tensor) -> Tensor:
+    """Putting the rows back and regrouping them for the next stage are one copy."""
     stages, count, size, _ = turns.shape
+    stride, width = size // 2, rows.shape[1]
+    pieces = rows.reshape(count, 2, stride, width).transpose(1, 2)  # (groups, stride, halves, N)
     for stage in range(stages):
-        stride = 2**stage * (size // 2)
-        grouped = y.unflatten(-1, (-1, 2, stride)).transpose(-1, -2).reshape(-1, count, size).transpose(0, 1)
-        turned = grouped + torch.bmm(grouped, turns[stage].transpose(-1, -2).to(y.dtype))
-        y = turned.transpose(0, 1).reshape(*y.shape[:-1], -1, stride, 2).transpose(-1, -2).reshape(y.shape)
-    return y
+        if stage:
+            stride *= 2
+            split = pieces.view(-1, 2, stride // 2, 2, width)  # (groups, which of two, old stride, old halves, N)
+            pieces = split.permute(0, 3, 2, 1, 4)
+        grouped = pieces.reshape(count, size, width)
+        pieces = torch.baddbmm(grouped, turns[stage].to(rows.dtype), grouped).view(-1, stride, 2, width)
+    return pieces.transpose(1, 2).reshape(rows.shape)

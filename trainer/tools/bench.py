@@ -1,4 +1,5 @@
-"""How long one training step takes: ours, the same step written plainly with PEFT and with LyCORIS, and the bare UNet.
+"""How long one training step takes: ours, the same step written plainly with PEFT and with LyCORIS, and the bare UNet;
+or ours with other types of adapter than plain LoRA.
 
 All contenders share one UNet's weights, the same layers, rank, data and process, and take turns, so that whatever else
 the machine does meets all of them. Times are medians; the ratios are medians of the ratios within one round.
@@ -7,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib.util
 import json
 import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters.base import AdapterSpec
+from ..adapters.base import ADAPTERS, AdapterSpec
 from ..adapters.network import Network, build_network
 from ..engine.flat import FlatParameters
+from ..errors import AtelierError
 from ..models.layers import BLOCKS, unet_layers
 from ..optim.optimizers import make_optimizer
+from ..params.table import parameters_of
 
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
     "small": ({"block_out_channels": (32, 64, 96, 96), "cross_attention_dim": 64, "norm_num_groups": 8}, 8),
@@ -56,15 +60,22 @@ class Contender:
 
 
 def run(
-    size: str = "small", steps: int = 20, batch: int | None = None, latents: int = 8, clock: str = "wall"
+    size: str = "small", steps: int = 20, batch: int | None = None, latents: int = 8, clock: str = "wall",
+    types: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure on a randomly filled UNet of SD1's layout. `size`: small (5.5 M parameters) or sd15 (860 M)."""
+    """Measure on a randomly filled UNet of SD1's layout. `size`: small (5.5 M parameters) or sd15 (860 M).
+
+    With `types`, those against plain LoRA (`bench_types`) instead of plain LoRA against other libraries.
+    """
     from diffusers import UNet2DConditionModel
 
     config, usual_batch = SIZES[size]
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**config)
-    return {"size": size, **bench(unet, steps=steps, batch=batch or usual_batch, latents=latents, clock=clock)}
+    batch = batch or usual_batch
+    if types:
+        return {"size": size, **bench_types(unet, types, steps=steps, batch=batch, latents=latents, clock=clock)}
+    return {"size": size, **bench(unet, steps=steps, batch=batch, latents=latents, clock=clock)}
 
 
 def bench(
@@ -102,6 +113,56 @@ def bench(
         "threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(data.x_BCHW.device),
         **_summary(rounds),
     }
+
+
+def bench_types(
+    model_unet: nn.Module, types: Sequence[str], steps: int = 20, batch: int = 1, latents: int = 8, rank: int = 16,
+    clock: str = "wall",
+) -> dict[str, Any]:
+    """Seconds per step of each type, and the ratios to plain LoRA on the attention layers (lierla) and on all (c3lier).
+
+    A type is a name, with options after a plus: lokr, loha+use_dora, lokr+network_factor=8+use_dora. As `bench`.
+    """
+    model_unet.requires_grad_(False).train()
+    data, contenders, facts = _data(model_unet, batch, latents), [], {}
+    with ExitStack() as attached:
+        for name in dict.fromkeys(("lierla", "c3lier", *types)):
+            unet, seed = _shared(model_unet), torch.Generator().manual_seed(0)
+            layers = list(unet_layers(unet, "diffusers"))
+            network = build_network(layers, _spec(name, rank), BLOCKS, "Full", ("unet",), seed)
+            network.to(next(model_unet.parameters()).device)
+            attached.enter_context(network.attached())
+            contenders.append(dataclasses.replace(_ours(unet, data, network), name=name))
+            facts[name] = {"modules": len(network), "trained": sum(p.numel() for p in network.parameters())}
+        rounds = _rounds(contenders, steps, clock)
+    whole = {name: [step for step, _ in taken] for name, taken in rounds.items()}
+    for name, fact in facts.items():
+        fact["seconds"] = statistics.median(whole[name])
+        for base in ("lierla", "c3lier"):
+            ratios = [a / b for a, b in zip(whole[name], whole[base], strict=True)]
+            fact[f"to_{base}"] = statistics.median(ratios)
+    return {
+        "parameters": sum(p.numel() for p in model_unet.parameters()), "rank": rank, "batch": batch,
+        "latents": latents, "steps": steps, "clock": clock, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "device": str(data.x_BCHW.device), "types": facts,
+    }
+
+
+def _spec(name: str, rank: int) -> AdapterSpec:
+    """The settings of a type written as lokr+network_factor=8+use_dora. Raises AtelierError for a name that is none."""
+    kind, *given = name.split("+")
+    wanted = dict(option.partition("=")[::2] for option in given)
+    options: dict[type, Any] = {}
+    for section in ADAPTERS.get(kind).sections:
+        values = {}
+        for p in parameters_of(section):
+            if p.attribute in wanted:
+                text = wanted.pop(p.attribute)
+                values[p.attribute] = True if p.kind == "bool" else type(p.default)(text)
+        options[section] = section(**values)
+    if wanted:
+        raise AtelierError(f"--types {name}: {kind} has no option {', '.join(wanted)}.")
+    return AdapterSpec(kind, rank=rank, alpha=ALPHA, options=options)
 
 
 def _data(unet: Any, batch: int, latents: int) -> Data:
@@ -251,8 +312,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latents", type=int, default=8, help="side of the square latents")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="wall, or CPU seconds of this process")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as torch decides)")
+    parser.add_argument("--types", default="", help="types against plain LoRA instead, as in loha,lokr+use_dora")
     given = parser.parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
-    print(json.dumps(run(given.size, given.steps, given.batch, given.latents, given.clock), indent=2))
+    types = tuple(name for name in given.types.split(",") if name)
+    print(json.dumps(run(given.size, given.steps, given.batch, given.latents, given.clock, types), indent=2))
     return 0

@@ -1,0 +1,41 @@
+"""Every shipped LoRA preset runs on a tiny model: its file is as large as it should be and moves every layer it names."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import engine_case
+import pytest
+import torch
+
+from trainer.adapters.base import ADAPTERS
+from trainer.adapters.file import read_lora
+from trainer.engine import preflight
+
+SHIPPED = Path(__file__).resolve().parent.parent / "presets"
+SMALL = {
+    "image_size(height, width)": 64, "image_min_length": 64, "image_buckets_step": 64, "train_iterations": 2,
+    "train_learning_rate": 0.01, "train_model_precision": "fp32", "save_precision": "fp32", "train_seed": 3,
+}  # fmt: skip
+ESTIMATED = ("LoRA_DoRA",)
+CONSTANT = ("alpha", "on_input", "lokr_w1")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> engine_case.Case:
+    return engine_case.make(tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("LoRA*.json")))
+def test_a_preset_of_a_type_runs(case: engine_case.Case, name: str, monkeypatch) -> None:
+    if name not in ESTIMATED:  # seconds each on fake tensors
+        monkeypatch.setattr(preflight, "estimated_bytes", lambda *inputs: 0)
+    preset = json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
+    result = case.run(**{**preset, **SMALL, "save_lora_name": name, "logging_save_csv": False})
+    tensors, metadata = read_lora(result.path)
+    kind = ADAPTERS.get(preset["network_type"])
+    assert {key.partition(".")[2] for key in tensors} <= set(kind.file_tensors)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    moved = {key.partition(".")[0] for key, t in tensors.items() if not key.endswith(CONSTANT) and t.abs().sum() > 0}
+    assert moved == {key.partition(".")[0] for key in tensors}
+    assert metadata["ss_network_module"] == kind.network_module
