@@ -1,4 +1,4 @@
-"""Every shipped LoRA preset runs on a tiny model: its file is as large as it should be and moves every layer it names."""
+"""Every shipped LoRA preset runs on a tiny model: its file has the type's tensors and moves every layer it names."""
 from __future__ import annotations
 
 import json
