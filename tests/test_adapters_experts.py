@@ -11,6 +11,7 @@ from torch import nn
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.export import export_network
 from trainer.engine.catalogue import catalogue
+from trainer.engine.memory import step_bytes
 from trainer.errors import AdapterError, JobError
 from trainer.maths.lowrank import low_rank_delta
 from trainer.params.codec import load
@@ -179,3 +180,15 @@ def test_enable_effilora_is_another_spelling() -> None:
     assert load(job.to_dict(), catalogue()).job == job
     with pytest.raises(JobError, match="enable_effilora = True: means network_type experts, but network_type is null"):
         load({**raw, "network_type": "null"}, catalogue())
+
+
+def test_a_prediction_of_memory_leaves_shared_parameters_as_they_are() -> None:
+    net = network(records(), spec())
+    twins = [adapter for adapter in net if "attn1" in adapter.key]
+    kept = [(p, p.clone()) for p in net.parameters()]
+    with net.attached():
+        used = step_bytes([net], lambda: sum(twin.module(torch.zeros(1, 4, 8)).sum() for twin in twins))
+    assert used > 0
+    for (p, before), now in zip(kept, net.parameters(), strict=True):
+        assert p is now and torch.equal(p, before)
+    assert all(type(adapter.common.down) is nn.Parameter for adapter in net)

@@ -87,7 +87,7 @@ def test_without_a_file_the_curvature_is_measured_and_a_resumed_run_goes_on_alik
 
     result = case.run(half, stop, control=control, save_lora_name="half", **own)
     rest = engine_case.Trace()
-    done = case.run(rest, resume=result.folder)
+    done = case.run(rest, resume=result.folder, save_lora_name="half", **own)
     assert done.reason == "done" and rest.losses
     assert {**half.losses, **rest.losses} == whole.losses
 

@@ -72,7 +72,8 @@ def step_bytes(modules: Iterable[nn.Module], loss: Callable[[], Tensor]) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         empty = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in named.items()}
         with LiveBytes() as counter:
-            value = torch.func.functional_call(step, empty)
+            # A module that several others hold would be swapped once for each, and get a fake tensor back at the end.
+            value = torch.func.functional_call(step, empty, tie_weights=False)
             if value.requires_grad:
                 value.backward()
     return counter.peak

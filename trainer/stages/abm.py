@@ -58,6 +58,7 @@ class AbmParams:
 class Abm(Stage):
     """Runs the first training and reports how many signs agree before and after."""
 
+    turn = 1  # it trains what other stages begin with
     help = "Starts the training from an adapter that keeps the signs of the gates of the untouched model."
     sections = (AbmParams,)
 

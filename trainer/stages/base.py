@@ -15,9 +15,10 @@ __all__ = ["STAGES", "Preparation", "Stage"]
 
 class Stage:
     """Base of all stages. `needs` are the tags of the parameters it adds to every form, `sections` the parameter
-    classes it declares, `rules` what must hold for them.
+    classes it declares, `rules` what must hold for them. Stages of a higher `turn` come after the others.
     """
 
+    turn: ClassVar[int] = 0
     help: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     sections: ClassVar[tuple[type, ...]] = ()
