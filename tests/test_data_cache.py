@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -186,8 +187,12 @@ class ChunkEncoder:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def __call__(self, prompt: str, chunks: int | None = None) -> dict[str, torch.Tensor]:
-        self.calls.append(prompt)
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        self.calls += prompts
+        return [self.row(prompt) for prompt in prompts]
+
+    @staticmethod
+    def row(prompt: str, chunks: int | None = None) -> dict[str, torch.Tensor]:
         count = chunks or max(1, -(-len(prompt) // 3))
         codes = torch.tensor([float(ord(letter)) for letter in prompt.ljust(3 * count)])
         return {"context": codes[None, :, None].expand(1, -1, 2), "pooled": codes[None, :1]}
@@ -199,7 +204,7 @@ def test_text_is_encoded_once(tmp_path: Path) -> None:
     texts = TextOutputs(TensorCache(tmp_path), encoder, "weights-a", clip_skip=2)
     assert texts.prepare(["ab", "cd", "ab"], lambda *told: heard.append(told)) == 3
     assert encoder.calls == ["", "ab", "cd"]
-    assert heard == [("encoding captions", done, 3) for done in range(4)]
+    assert heard == [("encoding captions", done, 3) for done in (0, 3)]
     again = TextOutputs(TensorCache(tmp_path), encoder, "weights-a", clip_skip=2)
     assert again.prepare(["cd", "ab"]) == 0
     assert torch.equal(again.outputs(["cd", "ab"])["context"][:, 0, 0], torch.tensor([99.0, 97.0]))
@@ -211,12 +216,13 @@ def test_text_is_encoded_once(tmp_path: Path) -> None:
 def test_texts_of_different_length_share_a_batch() -> None:
     encoder = ChunkEncoder()
     outputs = TextOutputs(TensorCache(None), encoder, "weights").outputs(["a", "abcdefg", ""])
-    expected = torch.cat([encoder(prompt, chunks=3)["context"] for prompt in ("a", "abcdefg", "")])
+    expected = torch.cat([encoder.row(prompt, chunks=3)["context"] for prompt in ("a", "abcdefg", "")])
     assert torch.equal(outputs["context"], expected) and outputs["pooled"].shape == (3, 1)
 
 
 def test_text_that_is_not_finite() -> None:
-    texts = TextOutputs(TensorCache(None), lambda prompt: {"context": torch.full((1, 3, 2), float("inf"))}, "weights")
+    row = {"context": torch.full((1, 3, 2), float("inf"))}
+    texts = TextOutputs(TensorCache(None), lambda prompts: [row] * len(prompts), "weights")
     with pytest.raises(DataError, match="not finite"):
         texts.prepare(["a"])
 

@@ -10,13 +10,15 @@ from ..errors import DataError
 from .cache import TensorCache, Tensors, fingerprint
 
 Progress = Callable[[str, int, int], None]
-EncodeText = Callable[[str], Mapping[str, torch.Tensor]]
+EncodeText = Callable[[Sequence[str]], Sequence[Mapping[str, torch.Tensor]]]
+AT_ONCE = 8
+"""Prompts that are encoded together: one prompt by itself mostly waits for the weights."""
 
 
 class TextOutputs:
     """What the text encoder makes of prompts, each encoded once and kept in the cache.
 
-    `encode` turns one prompt into named tensors with a leading batch axis of 1, for example `context_1LD` and
+    `encode` turns prompts into named tensors each, with a leading batch axis of 1, for example `context_1LD` and
     `pooled_1P`. `encoder` identifies the text encoder's weights and precision, `clip_skip` the layer that is read.
     """
 
@@ -31,10 +33,10 @@ class TextOutputs:
         Raises DataError when an output is not finite.
         """
         missing = [prompt for prompt in dict.fromkeys(("", *prompts)) if self._cache.get(self._key(prompt)) is None]
-        for done, prompt in enumerate(missing):
+        for done in range(0, len(missing), AT_ONCE):
             if progress:
                 progress("encoding captions", done, len(missing))
-            self._make(prompt)
+            self._make(missing[done : done + AT_ONCE])
         if progress and missing:
             progress("encoding captions", len(missing), len(missing))
         return len(missing)
@@ -66,17 +68,21 @@ class TextOutputs:
 
     def _row(self, prompt: str) -> Tensors:
         row = self._cache.get(self._key(prompt))
-        return self._make(prompt) if row is None else row
+        return self._make([prompt])[0] if row is None else row
 
-    def _make(self, prompt: str) -> Tensors:
+    def _make(self, prompts: Sequence[str]) -> list[Tensors]:
         with torch.no_grad():
-            made = {name: tensor.detach().float().cpu() for name, tensor in self._encode(prompt).items()}
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in made.values()):
-            raise DataError(
-                f"The text encoder's output for {prompt!r} is not finite. Set train_model_precision = fp32 or bf16."
-            )
-        self._cache.put(self._key(prompt), made)
-        return made
+            rows = self._encode(prompts)
+        whole = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            made = {name: tensor.detach().float().cpu() for name, tensor in row.items()}
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in made.values()):
+                raise DataError(
+                    f"The text encoder's output for {prompt!r} is not finite. Set train_model_precision = fp32 or bf16."
+                )
+            self._cache.put(self._key(prompt), made)
+            whole.append(made)
+        return whole
 
     def _key(self, prompt: str) -> str:
         return fingerprint(**self._facts, prompt=prompt)

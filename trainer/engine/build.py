@@ -233,10 +233,19 @@ def build(
     )
 
 
-def _text_encoder(model: Model, clip_skip: int) -> Callable[[str], dict[str, torch.Tensor]]:
-    def encode(prompt: str) -> dict[str, torch.Tensor]:
-        rows = model.encode_prompts([prompt], clip_skip)
-        named = {"context_1LD": rows.context_BLD}
-        return named if rows.pooled_BP is None else {**named, "pooled_1P": rows.pooled_BP}
+def _text_encoder(model: Model, clip_skip: int) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
+    """Encodes prompts together where they fill equally many windows, so that each gets what it would get alone."""
+
+    def encode(prompts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        sizes = [model.chunk_count(prompt) for prompt in prompts]
+        for size in set(sizes):
+            places = [place for place, its in enumerate(sizes) if its == size]
+            rows = model.encode_prompts([prompts[place] for place in places], clip_skip)
+            for row, place in enumerate(places):
+                found[place] = {"context_1LD": rows.context_BLD[row : row + 1].clone()}
+                if rows.pooled_BP is not None:
+                    found[place]["pooled_1P"] = rows.pooled_BP[row : row + 1].clone()
+        return [found[place] for place in range(len(prompts))]
 
     return encode
