@@ -19,9 +19,12 @@
 
     function fieldOf(element) {
         const id = "atelier_" + ("second" in element.dataset ? "second_" : "") + element.dataset.attribute;
+        const note = document.getElementById(id + "_note");
         return {
             element,
             id,
+            note,
+            notes: note && note.dataset.notes ? JSON.parse(note.dataset.notes) : null,
             input: document.getElementById(id),
             error: document.getElementById(id + "_error"),
             key: element.dataset.field,
@@ -144,6 +147,7 @@
     };
 
     function mark(field) {
+        if (field.notes) Atelier.say(field.note, field.notes[read(field)] || "");
         field.element.classList.toggle("atelier-changed", differs(field));
     }
 

@@ -24,6 +24,7 @@ def catalogue() -> Catalogue:
         aliases={"network_type": ADAPTERS.aliases()},
         types={name: kind.tags() for name, kind in types.items()},
         always=frozenset[str]().union(*(stage.needs for stage in stages.values())),
+        notes={"network_type": {name: kind.help for name, kind in types.items()}},
         rules=(*network.RULES, *dict.fromkeys(rule for owner in owners for rule in owner.rules)),
     )
 

@@ -23,6 +23,9 @@ def markdown(catalogue: Catalogue) -> str:
     if catalogue.modes:
         parts.append("## Modes\n\n| mode | what it does |\n|---|---|")
         parts.append("\n".join(f"| {mode.name} | {_cell(mode.help)} |" for mode in catalogue.modes.values()) + "\n")
+    for name, notes in catalogue.notes.items():
+        parts.append(f"## {name}\n\n| name | what it is |\n|---|---|")
+        parts.append("\n".join(f"| {choice} | {_cell(text)} |" for choice, text in notes.items()) + "\n")
     groups = dict.fromkeys((*GROUPS, *(parameter.spec.group for parameter in catalogue.parameters)))
     for group in groups:
         rows = [_row(catalogue, parameter) for parameter in catalogue.parameters if parameter.spec.group == group]

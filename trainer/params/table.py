@@ -72,8 +72,8 @@ class Catalogue:
 
     `choices`: key or attribute → names, for parameters whose names come from a registry. `aliases`: key or attribute →
     (other spelling → name). `types`: adapter type → the tags it carries. `always`: tags that every mode carries.
-    `rules`: what must hold beside the core rules. Raises ValueError when two parameters share a name, or a mode or
-    type carries a tag that no parameter has.
+    `rules`: what must hold beside the core rules. `notes`: attribute → name to choose → what it is. Raises ValueError
+    when two parameters share a name, or a mode or type carries a tag that no parameter has.
     """
 
     sections: tuple[type, ...]
@@ -83,6 +83,7 @@ class Catalogue:
     types: Mapping[str, frozenset[str]] = field(default_factory=dict)
     always: frozenset[str] = frozenset()
     rules: tuple[Rule, ...] = ()
+    notes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parameters: tuple[Parameter, ...] = field(init=False, repr=False)
     by_name: Mapping[str, Parameter] = field(init=False, repr=False)
 

@@ -1,7 +1,8 @@
 """The table as a form: plain descriptions, from which any user interface can build its widgets."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..errors import AtelierError
 from .core import GROUPS
@@ -18,7 +19,7 @@ class Widget:
 
     `key` is the JSON key, `attribute` its plain spelling (fit for an id). `whole` says that a number has no fraction,
     `multiple` that it must be a multiple (0 = any). `holds`: what a text stands for (see `Spec`). `visible` says
-    whether the mode shows it.
+    whether the mode shows it, `notes` what each of its choices is, where that is told.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Widget:
     multiple: int
     holds: str
     visible: bool
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def widgets(
@@ -82,4 +84,5 @@ def _widget(catalogue: Catalogue, parameter: Parameter, visible: bool) -> Widget
         multiple=spec.multiple,
         holds=spec.holds,
         visible=visible,
+        notes=catalogue.notes.get(parameter.attribute, {}),
     )

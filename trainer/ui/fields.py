@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -130,7 +131,9 @@ def _choice(widget: Widget, name: str) -> Child:
     default = default_text(widget)
     names = widget.choices if default in widget.choices else (default, *widget.choices)
     options = [element("option", choice, value=choice, selected=choice == default) for choice in names]
-    return [_label(widget, name), element("select", options, id=name, **_described(widget, name))]
+    note = element("p", class_="atelier-note", id=f"{name}_note", data_notes=json.dumps(dict(widget.notes)))
+    chosen = element("select", options, id=name, **_described(widget, name))
+    return [_label(widget, name), chosen, note if widget.notes else None]
 
 
 def _check(widget: Widget, name: str) -> Child:
