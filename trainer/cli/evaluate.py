@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,14 @@ def evaluate(name: str, folder: Path, *, quick: bool, as_json: bool, only: str, 
         print(f"No scenario of {name} holds {only!r}.")
         return 2
     log = EventLog() if as_json else EventLog(Terminal())
-    summaries = tell(Runner(folder, log).summaries(scenarios, quick), _printer(as_json))
+    runner = Runner(folder, log)
+    summaries = tell(runner.summaries(scenarios, quick), _printer(as_json))
+    for summary in summaries:
+        picture = runner.picture(summary)
+        if picture is not None and not as_json:
+            print(picture)
+        if picture is not None and write and summary.scenario.shown:
+            shutil.copyfile(picture, ROOT / "docs" / summary.scenario.shown)
     if write:
         page = ROOT / "docs" / f"{name}.md"
         insert(page, "results", markdown(summaries))

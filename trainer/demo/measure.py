@@ -102,13 +102,26 @@ def held_out_states(
 
 
 class Probe:
-    """Compares predictions of one adapted model with those of the untouched one on the given states."""
+    """Compares predictions of one adapted model with those of the untouched one on the given states.
 
-    def __init__(self, model: Model, network: Network, states: Sequence[State]) -> None:
+    `known` remembers the untouched model's predictions by prompt; several probes on the same states may share it.
+    """
+
+    def __init__(
+        self, model: Model, network: Network, states: Sequence[State], known: dict[str, list[Tensor]] | None = None
+    ) -> None:
         self._model, self._network, self._states = model, network, states
+        self._known: dict[str, list[Tensor]] = {} if known is None else known
+
+    def _predictions(self, prompt: str, strength: float) -> list[Tensor]:
+        if strength != 0:
+            return self._predicted(prompt, strength)
+        if prompt not in self._known:
+            self._known[prompt] = self._predicted(prompt, 0.0)
+        return self._known[prompt]
 
     @torch.no_grad()
-    def _predictions(self, prompt: str, strength: float) -> list[Tensor]:
+    def _predicted(self, prompt: str, strength: float) -> list[Tensor]:
         with self._network.at_strength(strength):
             condition: Conditioning = self._model.encode_prompts([prompt])
             out = []

@@ -18,6 +18,7 @@ from ...engine.run import Request, run
 from ...events import EventLog
 from ...models.load import load_model
 from ...params.codec import load
+from ...params.job import Job
 from ...places import BASE_MODEL, Places
 from ..measure import Rate
 from .scenario import Scenario, Trained
@@ -90,15 +91,15 @@ class Runner:
     def _whole(self, scenario: Scenario) -> Summary:
         sweep = tuple(self.result(scenario, rate, job) for rate, job in scenario.jobs(SEEDS[0], scenario.rates))
         best = max(sweep, key=lambda result: scenario.value(result.figures))
+        seeds = SEEDS[1:] if scenario.rates else ()
         others = tuple(
-            self.result(scenario, rate, job) for seed in SEEDS[1:] for rate, job in scenario.jobs(seed, (best.rate,))
+            self.result(scenario, rate, job) for seed in seeds for rate, job in scenario.jobs(seed, (best.rate,))
         )
         return Summary(scenario, sweep, (best, *others))
 
     def result(self, scenario: Scenario, rate: float, job: dict[str, object]) -> Result:
         """The figures of one job, measured now or remembered from the same job on the same base model."""
-        said = json.dumps([scenario.task, scenario.variant, job, self._base], sort_keys=True)
-        name = hashlib.sha256(said.encode()).hexdigest()[:16]
+        name = self._name(scenario, job)
         path = self._folder / "results" / f"{name}.json"
         if path.is_file():
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -116,18 +117,48 @@ class Runner:
         partial.replace(path)
         return result
 
-    def _measured(self, scenario: Scenario, raw: dict[str, object]) -> dict[str, float | Rate]:
-        job = load({"format": 1, "model": "demo", **raw}, catalogue()).job
+    def picture(self, summary: Summary) -> Path | None:
+        """The grid of a scenario's best result on the first seed, drawn unless it is there; None when it has none."""
+        scenario, best = summary.scenario, summary.best[0]
+        ((_, job),) = scenario.jobs(best.seed, (best.rate,) if best.rate else ())
+        name = self._name(scenario, job)
+        path = self._folder / "results" / f"{name}.png"
+        written = self._places().loras / f"{name}.safetensors"
+        if scenario.grid is None or (not path.is_file() and not written.is_file()):
+            return None
+        if not path.is_file():
+            network = written_network(self._job(job), self._base_model(), written, EventLog())
+            with network.attached():
+                sheet = scenario.grid(Trained(self._base_model(), network, written, path.parent, 0, 0.0))
+            sheet.quantize(64).save(path, optimize=True)
+        return path
+
+    def _name(self, scenario: Scenario, job: Mapping[str, object]) -> str:
+        said = json.dumps([scenario.task, scenario.variant, job, self._base], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    def _places(self) -> Places:
+        return Places.standalone().under(self._folder)
+
+    def _base_model(self) -> Any:
         if self._model is None:
             self._model = load_model(BASE_MODEL)
-        began = time.perf_counter()
-        ended = run(Request(job, Places.standalone().under(self._folder), model=self._model), EventLog())
-        seconds = time.perf_counter() - began
+        return self._model
+
+    @staticmethod
+    def _job(raw: Mapping[str, object]) -> Job:
+        return load({"format": 1, "model": "demo", **raw}, catalogue()).job
+
+    def _measured(self, scenario: Scenario, raw: dict[str, object]) -> dict[str, float | Rate]:
+        job, model = self._job(raw), self._base_model()
+        began = time.process_time()  # what one core would take, whatever else the machine does
+        ended = run(Request(job, self._places(), model=model), EventLog())
+        seconds = time.process_time() - began
         if ended.path is None or ended.folder is None:
             raise KeyboardInterrupt
-        network = written_network(job, self._model, ended.path, EventLog())
+        network = written_network(job, model, ended.path, EventLog())
         with network.attached():
-            trained = Trained(self._model, network, ended.path, ended.folder, ended.steps, seconds)
+            trained = Trained(model, network, ended.path, ended.folder, ended.steps, seconds)
             return {**scenario.measure(trained), "steps": float(ended.steps), "seconds": round(seconds, 2)}
 
 

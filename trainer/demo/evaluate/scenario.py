@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from ...adapters.network import Network
 from ...models.base import Model
 from ..measure import Rate
 
+SECOND = "2nd pass"  # where a settings file keeps those of the second pass
 Figures = Mapping[str, "float | Rate"]
 
 
@@ -43,8 +46,10 @@ class Scenario:
     """One line of the table.
 
     `task` is what is asked for and `variant` who does it; `job` are plain values as in a settings file, without seed.
-    `rates` are the learning rates of the sweep (empty: nothing is learned by steps); the job's own is what `--quick`
-    runs. `measure` reads the result, `value` says how good it is (larger is better) and so picks the rate.
+    `rates` are the learning rates of the sweep (empty: nothing is learned by steps, one result says all); the job's own
+    is what `--quick` runs. With `second` they are those of the job's second pass. `measure` reads the result, `value`
+    says how good it is (larger is better) and so picks the rate. `grid` draws pictures before and after; the best
+    result's go beside the results, and into the documentation when `shown` names a file there.
     """
 
     task: str
@@ -54,16 +59,25 @@ class Scenario:
     value: Callable[[Mapping[str, float]], float]
     rates: tuple[float, ...] = ()
     goals: tuple[Goal, ...] = ()
+    second: bool = False
+    grid: Callable[[Trained], Image.Image] | None = None
+    shown: str = ""
 
     @property
     def rate(self) -> float:
         """The shipped learning rate."""
-        return float(str(self.job.get("train_learning_rate", 0.0)))
+        return float(str(self._learned().get("train_learning_rate", 0.0)))
 
     def jobs(self, seed: int, rates: tuple[float, ...]) -> Iterator[tuple[float, dict[str, object]]]:
         """Pairs of learning rate and complete job for one seed."""
         for rate in rates or (self.rate,):
-            yield rate, {**self.job, **({"train_learning_rate": rate} if rate else {}), "train_seed": seed}
+            changed = {**self._learned(), "train_learning_rate": rate} if rate else {}
+            yield rate, {**self.job, **({SECOND: changed} if self.second else changed), "train_seed": seed}
+
+    def _learned(self) -> Mapping[str, object]:
+        """The settings that the rate belongs to."""
+        inner = self.job.get(SECOND)
+        return inner if self.second and isinstance(inner, Mapping) else self.job
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,18 @@
+"""All modes but LoRA on the painted world: what learns from words, and what learns from pairs of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import concepts, pairs
+from .before import Before
+from .scenario import Scenario, Suite
+
+
+def scenarios(folder: Path) -> tuple[Scenario, ...]:
+    """Every line of docs/modes.md; the pictures of the pairs are written below `folder`."""
+    before = Before()
+    return (*concepts.scenarios(before), *pairs.scenarios(folder / "pictures", before))
+
+
+SUITE = Suite("modes", scenarios)

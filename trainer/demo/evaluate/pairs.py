@@ -1,0 +1,262 @@
+"""Modes that learn from pairs of pictures, on the painted world: what turns black, what grows, and what stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ...adapters.file import read_lora
+from ...maths import rng
+from ...places import ROOT
+from .. import world
+from ..effect import comparison, grid
+from ..measure import Rate, pair_effect, share
+from .before import DRAWN, Before, around, drawn, kept, pool, step_of
+from .scenario import SECOND, Figures, Goal, Scenario, Trained
+
+GOAL, KEPT = 0.9, 0.95
+ASKED, CHECKED = 100, 30  # pictures of a result, and of a file saved on the way
+CHECKS = 4  # files on the way
+SUFFIX = "_after"
+TIMES = (600, 800, 950)  # at which the change of the implied picture is compared with the pair's difference
+PAIRS = (
+    ("circle", "red", "small", "left"), ("square", "green", "large", "right"), ("triangle", "blue", "small", "right"),
+    ("ring", "yellow", "large", "left"), ("cross", "purple", "large", "right"), ("circle", "cyan", "large", "left"),
+    ("square", "yellow", "small", "left"), ("triangle", "red", "large", "right"),
+)  # fmt: skip
+"""Shape, colour, size and side of the pictures that pairs are made of; a single pair is the first."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An attribute of the pictures that goes from one value to another, and the words that never mention it."""
+
+    name: str
+    attribute: str
+    old: str
+    new: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The attributes that prompts name: all others but the background's."""
+        return tuple(name for name in world.ATTRIBUTES if name not in (self.attribute, "background"))
+
+    def prompt(self, scene: world.Scene) -> str:
+        """What stands beside a picture, and what the model is asked."""
+        return world.caption(scene, self.words)
+
+    def scenes(self, count: int) -> list[tuple[world.Scene, world.Scene]]:
+        """Both scenes of the first `count` pairs."""
+        found = []
+        for shape, colour, size, side in PAIRS[:count]:
+            own = world.Scene(shape, colour, "white", size, side)
+            found.append(tuple(dataclasses.replace(own, **{self.attribute: value}) for value in (self.old, self.new)))
+        return found  # type: ignore[return-value]
+
+    def write(self, folder: Path, count: int, ends: tuple[str, ...] = ("", SUFFIX)) -> None:
+        """`0.png` and `0_after.png` … below `folder`, alike in everything but the attribute, each with its prompt."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, scenes in enumerate(self.scenes(count)):
+            for end, scene in zip(("", SUFFIX), scenes, strict=True):
+                if end not in ends:
+                    continue
+                picture = world.render([scene], np.random.default_rng(number))[0]
+                Image.fromarray(picture).save(folder / f"{number}{end}.png")
+                (folder / f"{number}{end}.txt").write_text(self.prompt(scene), encoding="utf-8")
+
+
+BACKGROUND = Task("white becomes black", "background", "white", "black")
+SIZE = Task("small becomes large", "size", "small", "large")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Reads the results of one task."""
+
+    task: Task
+    before: Before
+
+    def __call__(self, trained: Trained) -> Figures:
+        """How many pictures show the new value, the old one at strength −1, and what else they still show."""
+        task = self.task
+        scenes = pool(lambda scene: True, ASKED, seed=51)
+        prompts = [task.prompt(scene) for scene in scenes]
+        then = self.before.readings(trained, prompts)
+        now, back = drawn(trained, prompts, 1.0), drawn(trained, prompts, -1.0)
+        changed = self._share(now, task.new)
+        reached = self._reached(trained, prompts[:CHECKED], changed.value)
+        cosine, outside = self._direction(trained)
+        return {
+            task.new: changed,
+            f"base {task.new}": self._share(then, task.new),
+            f"{task.old} at −1": self._share(back, task.old),
+            f"base {task.old}": self._share(then, task.old),
+            "colour kept": kept("colour", then, now, scenes),
+            "shape kept": kept("shape", then, now, scenes),
+            "cosine": cosine,
+            "outside": outside,
+            f"steps to {GOAL:.0%}": float(reached),
+            f"seconds to {GOAL:.0%}": trained.seconds * reached / max(trained.steps, 1),
+        }
+
+    def _share(self, readings: Sequence[object], value: str) -> Rate:
+        return share(getattr(reading, self.task.attribute) == value for reading in readings)
+
+    def _reached(self, trained: Trained, prompts: Sequence[str], final: float) -> float:
+        """The first file of the run with enough success on a few prompts; infinite when there is none."""
+        own = {name: value.clone() for name, value in trained.network.state_dict().items()}
+        try:
+            for path in sorted(trained.path.parent.glob(f"{trained.path.stem}_*steps.safetensors"), key=step_of):
+                trained.network.load(read_lora(path)[0])
+                if self._share(drawn(trained, prompts, 1.0), self.task.new).value >= GOAL:
+                    return step_of(path)
+        finally:
+            trained.network.load_state_dict(own)
+        return trained.steps if final >= GOAL else math.inf
+
+    @torch.no_grad()
+    def _direction(self, trained: Trained) -> tuple[float, float]:
+        """How the adapter moves the picture implied by a noisy one of a pair it never saw, against z_t − z_o.
+
+        (cosine where the two differ, share of the change elsewhere), mean over scenes and timesteps.
+        """
+        model, found = trained.model, []
+        for number, old in enumerate(pool(lambda scene: getattr(scene, self.task.attribute) == self.task.old, 4, 52)):
+            scenes = [old, dataclasses.replace(old, **{self.task.attribute: self.task.new})]
+            pixels = torch.cat([_pixels(scene, 900 + number) for scene in scenes])
+            first, second = model.encode_images(pixels)[0].unsqueeze(1)
+            mask = _different(pixels, first.shape[-1])
+            rows = model.encode_prompts([self.task.prompt(old)])
+            noise = rng.normal(first.shape[1:], "direction", number, 0, range(1))
+            for time in TIMES:
+                t = torch.tensor([time])
+                x = model.schedule.add_noise(first, noise, t)
+                with trained.network.at_strength(0.0):
+                    plain = model.schedule.x0(model.predict(x, t, rows), x, t)
+                change = model.schedule.x0(model.predict(x, t, rows), x, t) - plain
+                found.append(pair_effect(change, second - first, mask))
+        return tuple(sum(values) / len(found) for values in zip(*map(dataclasses.astuple, found), strict=True))  # type: ignore[return-value]
+
+    def sheet(self, trained: Trained) -> Image.Image:
+        """Six prompts at strength −1, without, and at strength 1."""
+        prompts = [self.task.prompt(scene) for scene in pool(lambda scene: True, 6, seed=53)]
+        settings = dataclasses.replace(DRAWN, steps=12, seed=41)
+        pictures = comparison(trained.model, trained.network, prompts, (-1.0, 0.0, 1.0), settings)
+        return grid(pictures, prompts, ("strength -1", "before", "strength 1"), scale=1)
+
+
+def _pixels(scene: world.Scene, seed: int) -> torch.Tensor:
+    picture = world.render([scene], np.random.default_rng(seed))
+    return torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
+    """Where two pictures differ, (1, 1, edge, edge) of 0 and 1."""
+    summed = (pixels_2CHW[:1] - pixels_2CHW[1:]).abs().sum(1, keepdim=True) * 127.5
+    return (F.adaptive_max_pool2d(summed, edge) > 10).float()
+
+
+RATE, LATER, PLAIN = 4e-3, 4e-3, 4e-3  # ADDifT, Difference's second pass and LoRA on the small model
+
+
+def preset(name: str, **changes: object) -> dict[str, object]:
+    """A shipped preset on the small model, with files on the way."""
+    shipped = json.loads((ROOT / "presets" / f"{name}.json").read_text(encoding="utf-8"))
+    job: dict[str, object] = {**shipped, **PRECISE, **changes}
+    second = job.get(SECOND)
+    last = {**second, **PRECISE} if isinstance(second, dict) else job
+    last["save_per_steps"] = max(1, int(str(last["train_iterations"])) // (CHECKS + 1))
+    return {**job, SECOND: last} if isinstance(second, dict) else job
+
+
+PRECISE = {"train_model_precision": "fp32", "save_precision": "fp32"}
+
+
+def one_pair(task: Task, folder: Path) -> dict[str, object]:
+    """The pictures and prompt of a job of one pair."""
+    prompt = task.prompt(task.scenes(1)[0][0])
+    files = {"original image": str(folder / "0.png"), "target image": str(folder / f"0{SUFFIX}.png")}
+    return {**files, "original prompt": prompt}
+
+
+def addift(task: Task, folder: Path, **changes: object) -> dict[str, object]:
+    """The job of ADDifT on one pair."""
+    job = preset("ADDifT_Action_SD1.5", train_learning_rate=RATE, **changes)
+    return {**job, **one_pair(task, folder)}
+
+
+def folder_of(path: Path) -> dict[str, object]:
+    """The settings of a job that learns from a folder of the world's pictures."""
+    return {"lora_data_directory": str(path), "image_size(height, width)": world.EDGE, "image_buckets_step": world.EDGE,
+            "image_min_length": world.EDGE}  # fmt: skip
+
+
+def multi(folder: Path, **changes: object) -> dict[str, object]:
+    """The job of Multi-ADDifT, of ADDifT's settings."""
+    return {**preset("ADDifT_Action_SD1.5", train_learning_rate=RATE, mode="Multi-ADDifT"), **folder_of(folder),
+            "diff_target_name": SUFFIX, **changes}  # fmt: skip
+
+
+def difference(task: Task, folder: Path, **changes: object) -> dict[str, object]:
+    """The job of Difference with settings of its own for the second pass; its first pass is never taken from a cache.
+    """
+    job = preset("Difference_Use2ndPass", train_learning_rate=FIRST, data_cache="memory", **changes)
+    second = job[SECOND]
+    assert isinstance(second, dict)
+    return {**job, **one_pair(task, folder), SECOND: {**second, "train_learning_rate": LATER}}
+
+
+FIRST = 4e-3
+
+
+def plain(folder: Path) -> dict[str, object]:
+    """Plain LoRA on the targets alone, at the demonstration's settings."""
+    return {**preset("demo", train_learning_rate=PLAIN, train_batch_size=4), **folder_of(folder)}
+
+
+def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
+    """Writes the pictures below `folder` and says what is trained on them."""
+    black, large = Measured(BACKGROUND, before), Measured(SIZE, before)
+    one, eight, grown, after = (folder / name for name in ("one", "eight", "grown", "after"))
+    BACKGROUND.write(one, 1)
+    BACKGROUND.write(eight, len(PAIRS))
+    BACKGROUND.write(after, len(PAIRS), (SUFFIX,))
+    SIZE.write(grown, 1)
+    return (
+        _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE), shown="modes-addift.png"),
+        _scenario(black, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
+                  around(RATE)),
+        _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE)),
+        _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
+        _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
+        _scenario(large, "ADDifT, one pair", addift(SIZE, grown), around(RATE)),
+    )  # fmt: skip
+
+
+def _scenario(
+    measure: Measured, variant: str, job: dict[str, object], rates: tuple[float, ...], *, second: bool = False,
+    shown: str = "",
+) -> Scenario:  # fmt: skip
+    task = measure.task
+
+    def value(figures: Mapping[str, float]) -> float:
+        lost = sum(max(0.0, KEPT - figures[name]) for name in ("colour kept", "shape kept"))
+        return figures[task.new] + figures[f"{task.old} at −1"] - 4 * lost
+
+    goals = (
+        Goal(task.new, low=GOAL), Goal(f"{task.old} at −1", low=GOAL),
+        Goal("colour kept", low=KEPT), Goal("shape kept", low=KEPT),
+    )  # fmt: skip
+    return Scenario(
+        task=task.name, variant=variant, job=job, measure=measure, rates=rates, goals=goals, second=second,
+        value=value, grid=measure.sheet, shown=shown,
+    )  # fmt: skip
