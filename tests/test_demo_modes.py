@@ -1,4 +1,4 @@
-"""The modes' evaluation: its jobs can be run, its pairs differ in one thing, its figures are those worked out by hand."""
+"""The modes' evaluation: jobs that can be run, pairs that differ in one thing, figures worked out by hand."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_the_two_pictures_of_a_pair_differ_in_one_attribute(folder, suite):
     for name, task in (("one", pairs.BACKGROUND), ("eight", pairs.BACKGROUND), ("grown", pairs.SIZE)):
         files = sorted((folder / "pictures" / name).glob("*.png"))
         assert len(files) == 2 * (8 if name == "eight" else 1)
-        readings = dict(zip([file.stem for file in files], read(np.stack([_pixels(file) for file in files])), strict=True))
+        found = read(np.stack([_pixels(file) for file in files]))
+        readings = dict(zip([file.stem for file in files], found, strict=True))
         for stem in {file.stem.removesuffix(pairs.SUFFIX) for file in files}:
             old, new = readings[stem], readings[stem + pairs.SUFFIX]
             assert (getattr(old, task.attribute), getattr(new, task.attribute)) == (task.old, task.new)
