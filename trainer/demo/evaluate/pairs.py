@@ -165,17 +165,17 @@ def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
     return (F.adaptive_max_pool2d(summed, edge) > 10).float()
 
 
-RATE, LATER, PLAIN = 4e-3, 4e-3, 4e-3  # ADDifT, Difference's second pass and LoRA on the small model
+RATE, FIRST, LATER, PLAIN = 4e-3, 4e-3, 4e-3, 4e-3
+"""Learning rates on the small model: ADDifT, both passes of Difference, LoRA. Full-size ones take the presets'."""
 
 
-def preset(name: str, **changes: object) -> dict[str, object]:
-    """A shipped preset on the small model, with files on the way."""
+def preset(name: str, later: Mapping[str, object] | None = None, **changes: object) -> dict[str, object]:
+    """A shipped preset on the small model, with files on the way; `later` changes its second pass."""
     shipped = json.loads((ROOT / "presets" / f"{name}.json").read_text(encoding="utf-8"))
     job: dict[str, object] = {**shipped, **PRECISE, **changes}
-    second = job.get(SECOND)
-    last = {**second, **PRECISE} if isinstance(second, dict) else job
+    last = job if later is None else {**shipped[SECOND], **PRECISE, **later}
     last["save_per_steps"] = max(1, int(str(last["train_iterations"])) // (CHECKS + 1))
-    return {**job, SECOND: last} if isinstance(second, dict) else job
+    return job if later is None else {**job, SECOND: last}
 
 
 PRECISE = {"train_model_precision": "fp32", "save_precision": "fp32"}
@@ -209,13 +209,9 @@ def multi(folder: Path, **changes: object) -> dict[str, object]:
 def difference(task: Task, folder: Path, **changes: object) -> dict[str, object]:
     """The job of Difference with settings of its own for the second pass; its first pass is never taken from a cache.
     """
-    job = preset("Difference_Use2ndPass", train_learning_rate=FIRST, data_cache="memory", **changes)
-    second = job[SECOND]
-    assert isinstance(second, dict)
-    return {**job, **one_pair(task, folder), SECOND: {**second, "train_learning_rate": LATER}}
-
-
-FIRST = 4e-3
+    later = {"train_learning_rate": LATER}
+    job = preset("Difference_Use2ndPass", later, train_learning_rate=FIRST, data_cache="memory", **changes)
+    return {**job, **one_pair(task, folder)}
 
 
 def plain(folder: Path) -> dict[str, object]:
