@@ -3,6 +3,7 @@
     "use strict";
 
     const Atelier = (window.Atelier = window.Atelier || {});
+    const PARTS = ["form", "ahead", "settings", "live", "pages"];
     let started = null;
 
     function onKey(event) {
@@ -47,7 +48,7 @@
     /** The tab may be put into the page later than this script, and once more when the WebUI builds its page anew. */
     function look() {
         const here = document.getElementById("atelier_root");
-        if (here && here !== started && Atelier.live && Atelier.pages && Atelier.settings && Atelier.form) start(here);
+        if (here && here !== started && PARTS.every((name) => name in Atelier)) start(here);
     }
 
     new MutationObserver(look).observe(document.documentElement, { childList: true, subtree: true });

@@ -135,6 +135,11 @@
         return hours ? `${hours}:${two(minutes)}:${two(whole % 60)}` : `${minutes}:${two(whole % 60)}`;
     }
 
+    /** Megabytes as a number of gigabytes. */
+    function gigabytes(megabytes) {
+        return (megabytes / 1024).toFixed(megabytes < 10240 ? 1 : 0);
+    }
+
     /** A copy of a template's content, in the chosen language. */
     function copyOf(name) {
         const copy = $("template_" + name).content.firstElementChild.cloneNode(true);
@@ -182,7 +187,7 @@
     }
 
     Object.assign(Atelier, {
-        $, root, ask, t, say, translate, setLanguage, number, duration, copyOf, onClick, isSeen,
+        $, root, ask, t, say, translate, setLanguage, number, duration, gigabytes, copyOf, onClick, isSeen,
         remember, recall, Refused, BASE,
     });
 })();

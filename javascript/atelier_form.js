@@ -43,12 +43,12 @@
         return [...field.input.querySelectorAll("input")];
     }
 
-    function read(field) {
+    const read = (form.read = (field) => {
         if (field.kind === "check") return field.input.checked;
         if (field.kind === "mode") return (boxes(field).find((box) => box.checked) || {}).value || "";
         if (field.kind === "checks") return boxes(field).filter((box) => box.checked).map((box) => box.value);
         return field.input.value;
-    }
+    });
 
     function write(field, value) {
         if (value === null || value === undefined) value = field.standard;
@@ -251,10 +251,7 @@
             const answer = await Atelier.ask("POST", "validate", { settings: form.settings() });
             if (mine !== asked) return;
             form.show(answer.problems, answer.warnings, false);
-            const file = `${form.value("save_lora_name").trim() || "untitled"}.safetensors`;
-            Atelier.say(Atelier.$("writes"), answer.problems.length ? "" : "Writes {file}", { file });
-            Atelier.say(Atelier.$("cost"), answer.cost || "");
-            await lookIntoFolder(mine);
+            await Atelier.ahead.look(answer, () => mine === asked);
         } catch (error) {
             if (mine === asked) Atelier.say(Atelier.$("writes"), error.message);
         }
@@ -317,39 +314,6 @@
         target.focus({ preventScroll: true });
         field.element.scrollIntoView({ block: "center", behavior: "smooth" });
     };
-
-    // ------------------------------------------------------------ the data folder
-
-    const FOLDER_KEYS = ["lora_data_directory", "mode", "train_batch_size", "image_size(height, width)"];
-
-    /** What the data folder holds, asked for when one of the settings it depends on changed. */
-    async function lookIntoFolder(mine) {
-        const field = form.fields.find((one) => one.holds === "folder" && one.shown);
-        if (!field) return;
-        const note = document.getElementById(field.id + "_note");
-        const wished = form.fields.filter((one) => one.shown && !one.second);
-        const images = wished.filter((one) => FOLDER_KEYS.includes(one.key) || /^(image|sub_image|data)_/.test(one.key));
-        const key = JSON.stringify(images.map(read));
-        if (note.dataset.key === key) return;
-        note.dataset.key = key;
-        if (!read(field).trim()) return Atelier.say(note, "");
-        try {
-            const found = await Atelier.ask("POST", "folder", { settings: form.settings() });
-            if (mine === asked) Atelier.say(note, folderWords(found));
-        } catch (error) {
-            if (mine === asked) Atelier.say(note, error.problems.length ? "" : error.message);
-        }
-    }
-
-    function folderWords(found) {
-        const text = (value) => {
-            if (Array.isArray(value)) return value.join(", ");
-            if (value && typeof value === "object") return Object.entries(value).map((pair) => pair.join(": ")).join(", ");
-            return String(value);
-        };
-        const rows = Object.entries(found).filter(([, value]) => value !== null && text(value) !== "");
-        return rows.map(([name, value]) => `${Atelier.t(name)}: ${text(value)}`).join(" · ");
-    }
 
     // ------------------------------------------------------------ events
 

@@ -81,6 +81,7 @@
         showLog(status.log);
         showSamples(now);
         showResult(now);
+        Atelier.ahead.showReport(now.report || []);
         showTitle(now);
         showBanner(status);
         if (busy() && run) waitFor(run);
@@ -110,7 +111,7 @@
     }
 
     function showFacts(status, now) {
-        const { number, duration } = Atelier;
+        const { number, duration, gigabytes } = Atelier;
         const put = (name, text) => {
             const element = Atelier.$("live_" + name);
             if (element.textContent !== text) element.textContent = text;
@@ -122,7 +123,6 @@
         put("speed", each ? (each < 1 ? `${number(Math.round(each * 1000))} ms` : `${number(each)} s`) : "–");
         put("left", busy() ? duration(now.seconds_left) : "–");
         const memory = status.memory || {};
-        const gigabytes = (megabytes) => (megabytes / 1024).toFixed(megabytes < 10240 ? 1 : 0);
         const whole = memory.total_mb ? ` / ${gigabytes(memory.total_mb)}` : "";
         put("memory", memory.used_mb ? `${gigabytes(memory.used_mb)}${whole} GB` : "–");
         Atelier.$("live_memory").title = memory.device || "";
@@ -140,7 +140,7 @@
     function showBanner(status) {
         const names = status.queue.interrupted.map((entry) => entry.name).join(", ");
         const texts = names ? [Atelier.t("Broken off and able to go on: {names}. See the queue.", { names })] : [];
-        if (status.banner) texts.push(Atelier.t(status.banner));
+        if (busy() && promptBox()) texts.push(Atelier.t("Pictures of the WebUI wait until this run is over."));
         texts.push(...status.problems);
         const banner = Atelier.$("banner");
         banner.hidden = !texts.length;

@@ -77,6 +77,9 @@ class FakeBackend:
             raise DataError("there is no such folder")
         return {"pictures": 12, "buckets": {"64x64": 12}, "mean": float("nan"), "where": Path("/secret/place")}
 
+    def cost(self, job: Job) -> Mapping[str, object]:
+        return {"steps": job[core.Train].train_iterations, "before": 2.0, "per_step": float("nan"), "memory_mb": None}
+
     def memory(self) -> Mapping[str, object]:
         return {"device": "CPU", "used_mb": 100, "total_mb": 1000}
 

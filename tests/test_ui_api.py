@@ -65,7 +65,10 @@ def test_problems_of_files_are_told_before_the_start(case: Case) -> None:
     case.backend.wrong = (Problem("save_lora_name", "x", "x.safetensors exists already."),)
     assert case.post("start", {"settings": settings()}).json["problems"][0]["message"].startswith("x.safetensors")
     typed = case.post("validate", {"settings": settings()}).json
-    assert typed == {"ok": True, "problems": [], "warnings": []}, "while typing nothing is looked for on the disk"
+    cost = {"steps": 1000, "before": 2.0, "per_step": None, "memory_mb": None}
+    known = {"ok": True, "problems": [], "warnings": [], "cost": cost}
+    assert typed == known, "while typing nothing is looked for on the disk"
+    assert case.post("validate", {"settings": settings(train_iterations=0)}).json["cost"] is None
     assert case.post("validate", {"settings": settings(), "files": True}).json["ok"] is False
 
 

@@ -75,6 +75,10 @@ class PageBackend:
         pictures = len(list(Path(job[core.Images].lora_data_directory).glob("*.png")))
         return {"pictures": pictures, "captions found": pictures, "captions missing": 0, "steps per epoch": 2}
 
+    def cost(self, job: Job) -> Mapping[str, object]:
+        steps = int(str(job.value("train_iterations")))
+        return {"steps": steps, "before": 0.5, "per_step": STEP_SECONDS, "memory_mb": 3000}
+
     def memory(self) -> Mapping[str, object]:
         return {"device": "CPU", "used_mb": 3100, "total_mb": 24000}
 

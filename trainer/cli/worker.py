@@ -3,16 +3,18 @@ pictures where the host draws none.
 """
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..data.dataset import arrange
 from ..data.scan import scan
-from ..engine import arguments
+from ..engine import arguments, costs
 from ..engine.catalogue import catalogue
 from ..engine.control import Control
+from ..engine.costs import CostWatch
 from ..engine.preflight import check_before_loading
 from ..engine.process import this_process
 from ..engine.run import JOB_FILE, Request, read_job, run
@@ -74,11 +76,24 @@ class Bench:
         job = self.host.resolve(self._with_loras(job))
         with self._turn:
             self._easel.clear()
-            with self.host.borrow(job, log) as model:
+            with self.host.borrow(job, log) as model, self._watched(job, log, entry):
                 result = run(Request(job, self.host.places(), model=model, resume=folder), log, control)
         if result.path is not None:
             self.host.refresh_loras()
         return Outcome(result.reason, str(result.path or ""), str(result.folder or ""))
+
+    @contextlib.contextmanager
+    def _watched(self, job: Job, log: EventLog, entry: Entry) -> Iterator[None]:
+        """Keep what the run takes, to be told before the next of its kind; a resumed one is only a part."""
+        if entry.resume:
+            yield
+            return
+        watch = CostWatch(job, this_process().device(), self.host.places().cache, entry.started)
+        log.listen(watch)
+        try:
+            yield
+        finally:
+            log.forget(watch)
 
     def _job(self, entry: Entry, log: EventLog) -> Job:
         loaded = load(entry.job, catalogue())
@@ -122,6 +137,14 @@ class Bench:
         batches = sum(-(-count // size) for count in arrangement.bucket_report().values())
         total, per_epoch = arguments.steps(job, batches)
         return {**found.summary(), **arrangement.summary(), "steps per epoch": per_epoch, "steps": total}
+
+    def cost(self, job: Job) -> Mapping[str, object]:
+        """Steps, seconds and memory that the job will take, as far as they are known."""
+        try:
+            found = costs.known(self.host.resolve(job), this_process().device(), self.host.places().cache)
+        except JobError:  # told at its field when it is started
+            found = None
+        return costs.plain(job, found)
 
     def pictures(
         self,

@@ -162,12 +162,14 @@ def _live() -> Html:
         element("p", id="atelier_live_stage", class_="atelier-note"),
         element("dl", facts, class_="atelier-facts"),
         element("div", _curve(), class_="atelier-curve", id="atelier_curve"),
+        element("details", element("summary", "What this run does"), element("dl", class_="atelier-settings"),
+                id="atelier_report", class_="atelier-report", hidden=True),
         element("div", id="atelier_samples", class_="atelier-samples", hidden=True),
         _result(),
         element("ol", id="atelier_log", class_="atelier-log", tabindex=0, aria_label="Log"),
         class_="atelier-card atelier-live",
         id="atelier_live",
-    )
+    )  # fmt: skip
 
 
 def _curve() -> Html:

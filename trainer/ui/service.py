@@ -76,6 +76,11 @@ class Backend(Protocol):
     def look(self, job: Job) -> Mapping[str, object]:
         """What is found in the job's data folder: pictures, captions, buckets, steps per epoch. Raises AtelierError."""
 
+    def cost(self, job: Job) -> Mapping[str, object]:
+        """What a right job will take: `steps` (None when only its pictures tell), and from the last run of its kind
+        `before` the first step and `per_step` (seconds), `memory_mb`; None where there was none.
+        """
+
     def memory(self) -> Mapping[str, object]:
         """`device`, `used_mb` and `total_mb` (None where unknown) of what this process holds."""
 
@@ -133,12 +138,15 @@ class Service:
         return Checked(job, tuple(found), loaded.warnings if loaded is not None else ())
 
     def validate(self, raw: Mapping[str, object], *, files: bool = False) -> dict[str, object]:
-        """`ok`, `problems` (field, attribute, second, value, message) and `warnings` of plain settings."""
+        """`ok`, `problems` (field, attribute, second, value, message), `warnings` and `cost` (see `Backend.cost`; None
+        while there are problems) of plain settings.
+        """
         checked = self.check(raw, files=files)
         return {
             "ok": not checked.problems,
             "problems": views.problems(checked.problems, self.catalogue),
             "warnings": list(checked.warnings),
+            "cost": None if checked.job is None else views.plain(self.backend.cost(checked.job)),
         }
 
     def folder(self, raw: Mapping[str, object]) -> dict[str, object]:

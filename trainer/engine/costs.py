@@ -1,0 +1,98 @@
+"""What a run will cost, from what the last one of its kind took: seconds per step, seconds before the first one, memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..events import Event, Finished, Preflight, Step
+from ..modes.base import MODES
+from ..params import core
+from ..params.job import Job
+from .passes import plan_passes
+
+MEMORY = "estimated memory (MB)"
+"""The name of the estimate in a run's report."""
+
+_DECIDES = (
+    *("network_type", "network_rank", "network_blocks", "network_element", "network_targets", "use_dora"),
+    *("image_size", "train_batch_size", "train_gradient_accumulation", "use_gradient_checkpointing"),
+    *("train_model_precision", "train_lora_precision", "train_optimizer", "sample_every", "sample_steps"),
+)
+"""Settings that decide how long a step takes; those of the mode's own sections do so too."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the last run of a kind took: `before` the first step and `per_step` in seconds, the estimated memory."""
+
+    before: float
+    per_step: float
+    memory_mb: int
+
+
+def steps_of(job: Job) -> int | None:
+    """Optimizer steps of all passes; None where only the pictures tell them."""
+    if not MODES.get(job[core.Task].mode).steps:
+        return 0
+    passes = [plan.job[core.Train] for plan in plan_passes(job)]
+    return None if any(train.train_epochs for train in passes) else sum(train.train_iterations for train in passes)
+
+
+def known(job: Job, device: torch.device, folder: Path) -> Cost | None:
+    """What the last run of this kind took; None when there was none. `job` has paths in place of names."""
+    try:
+        raw = json.loads(_file(job, device, folder).read_text(encoding="ascii"))
+        return Cost(float(raw["before"]), float(raw["per_step"]), int(raw["memory_mb"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class CostWatch:
+    """Listens to one run and, when it ends well, keeps what it took for `known`."""
+
+    def __init__(self, job: Job, device: torch.device, folder: Path, began: float) -> None:
+        """`began`: the unix time in seconds at which the run was asked for."""
+        self._file, self._began = _file(job, device, folder), began
+        self._ready = self._last = 0.0
+        self._steps = self._at = self._total = self._memory = 0
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        if isinstance(event, Preflight):
+            self._ready, self._memory = event.at, int(str(event.report.get(MEMORY, 0)))
+        elif isinstance(event, Step):
+            again = event.step <= self._at or event.total != self._total  # a later pass counts anew
+            self._steps += event.step if again else event.step - self._at
+            self._at, self._total, self._last = event.step, event.total, event.at
+        elif isinstance(event, Finished) and event.reason in ("done", "saved_early") and self._ready:
+            self._keep(event.at)
+
+    def _keep(self, end: float) -> None:
+        cost = Cost(end - self._began, 0.0, self._memory)
+        if self._steps:
+            cost = Cost(self._ready - self._began, (self._last - self._ready) / self._steps, self._memory)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(cost)), encoding="ascii")
+        os.replace(temporary, self._file)
+
+
+def _file(job: Job, device: torch.device, folder: Path) -> Path:
+    facts: dict[str, object] = {"mode": job[core.Task].mode, "model": Path(job[core.Task].model).name, "on": str(device)}
+    for number, plan in enumerate(plan_passes(job)):
+        facts |= {f"{name} {number}": plan.job.value(name) for name in _DECIDES}
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return folder / f"cost-{name}.json"
+
+
+def plain(job: Job, cost: Cost | None) -> Mapping[str, object]:
+    """For the page: `steps`, `before`, `per_step`, `memory_mb`; None for what is not known."""
+    told = asdict(cost) if cost is not None else dict.fromkeys(("before", "per_step", "memory_mb"))
+    return {"steps": steps_of(job), **told}
