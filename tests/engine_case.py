@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -129,16 +127,3 @@ def stopped_and_resumed(case: Case, name: str, **changes: object) -> tuple[dict[
     assert result.reason == "done" and result.folder == stopped.folder
     assert csv_losses(stopped.folder) == parts.losses
     return parts.losses, whole.losses
-
-
-def environment() -> dict[str, str]:
-    """The environment of a child process that imports the trainer and the helpers of the tests, one thread each."""
-    here = Path(__file__).parent
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(here.parent), str(here))), "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,7 +1,6 @@
 """A queue whose worker does what a test tells it, and helpers to wait without guessing times."""
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +14,6 @@ from trainer.jobs.queue import Outcome, Queue
 from trainer.jobs.store import open_store
 
 PATIENCE = 60.0
-
-
-def environment() -> dict[str, str]:
-    """The environment of a child process that imports the trainer and this file."""
-    here = Path(__file__).parent
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(here.parent), str(here)))}
 
 
 def step(number: int, total: int = 10, loss: float = 1.0) -> Step:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import engine_case
 import pytest
 from safetensors import safe_open
@@ -29,11 +30,11 @@ def test_two_processes_train_like_one_with_the_doubled_batch(tmp_path):
             "--nproc_per_node",
             "2",
             "--master_port",
-            str(engine_case.free_port()),
+            str(children.free_port()),
         ),
         *("-m", "trainer", "train", str(job), "--output-dir", str(case.root / "out"), "--json"),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=engine_case.environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=children.environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
     (folder,) = case.places.logs.glob("*/*-together")

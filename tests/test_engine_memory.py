@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import engine_case
+import children
 import pytest
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ MEASURE = """
 def test_prediction_is_within_15_percent_of_the_measured_peak():
     code = textwrap.dedent(MEASURE)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=engine_case.environment(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=children.environment(), capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.15)

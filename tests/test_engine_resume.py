@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import engine_case
 import pytest
 
@@ -74,7 +75,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_losses(tmp_path):
 
     def start(case, folder, kill_step=0, kill_write=0):
         command = [sys.executable, str(HERE / "killed_run.py"), *map(str, (case.root, folder, kill_step, kill_write))]
-        return subprocess.run(command, cwd=HERE.parent, env=engine_case.environment(), capture_output=True).returncode
+        return subprocess.run(command, cwd=HERE.parent, env=children.environment(), capture_output=True).returncode
 
     def run_folder(case):
         (folder,) = case.places.logs.glob("*/*-killed")

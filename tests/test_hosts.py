@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from engine_case import environment
+from children import environment
 from hosts_fakes import FAKES, LORA, Fake, checkpoint_file
 from safetensors.torch import load_file
 from test_models_texts import encoder_file

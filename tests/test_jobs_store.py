@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from queue_case import Gate, environment, job, make, names, until
+from children import environment
+from queue_case import Gate, job, make, names, until
 
 import trainer.jobs.store as store_module
 from trainer.errors import AtelierError

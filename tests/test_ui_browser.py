@@ -1,4 +1,7 @@
-"""The page in a real browser, over the real routes and a worker that only pretends; in each gradio a WebUI brings."""
+"""The page in a real browser, over the real routes and a worker that only pretends; in each gradio a WebUI brings.
+
+What does not depend on the version of gradio carries the marker `everywhere`.
+"""
 from __future__ import annotations
 
 import json
@@ -7,13 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine_case
+import children
 import pytest
-from browser import Page, browser, server
+from browser import Browser, Page, browser, server
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
 import gradio
+from PIL import Image
 
 from trainer.engine.catalogue import catalogue
 from trainer.params.widgets import widgets
@@ -27,17 +31,21 @@ STATE = "document.querySelector('#atelier_live_state').dataset.state"
 IDLE = "!['preparing', 'running', 'stopping'].includes(" + STATE + ")"
 
 
+Place = tuple[Browser, str, Path]
+"""A browser, the address of the page, and the folder of its files."""
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[object, str, Path]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     root = tmp_path_factory.mktemp("page")
-    port = engine_case.free_port()
+    port = children.free_port()
     program = str(Path(__file__).with_name("ui_page.py"))
-    with server(program, str(port), str(root), KIND, port=port, log=root / "log") as address, browser() as running:
-        yield running, address, root
+    with server(program, str(port), str(root), KIND, port=port, log=root / "log") as served, browser() as running:
+        yield running, served.address, root
 
 
 @pytest.fixture
-def page(place: tuple[object, str, Path]) -> Iterator[Page]:
+def page(place: Place) -> Iterator[Page]:
     opened = Page(place[0], place[1])
     yield opened
     opened.close()
@@ -61,7 +69,7 @@ def demo(page: Page, name: str, steps: int = 30) -> None:
 
 def ended(page: Page, name: str) -> None:
     row = f"#atelier_queue li[data-state=done] [data-name]:text-is('{name}')"
-    page.page.wait_for_selector(row, timeout=40_000)
+    page.page.wait_for_selector(row, timeout=120_000)
 
 
 def test_what_is_seen_is_what_the_table_says(page: Page) -> None:
@@ -87,7 +95,7 @@ SHOWN = """(choices) => choices.map(([mode, kind]) => {
 })"""
 
 
-def test_errors_stand_at_their_fields_and_nothing_starts(page: Page, place: tuple[object, str, Path]) -> None:
+def test_errors_stand_at_their_fields_and_nothing_starts(page: Page, place: Place) -> None:
     demo(page, "wrong")
     page.fill(network_rank="many", train_min_timesteps=900, train_max_timesteps=100, save_lora_name="a/b")
     page.page.evaluate("document.querySelectorAll('#atelier_form details').forEach(box => box.open = false)")
@@ -107,7 +115,7 @@ def test_errors_stand_at_their_fields_and_nothing_starts(page: Page, place: tupl
     assert not page.id("network_rank_error").is_visible() and not page.id("start_count").is_visible()
 
 
-def test_from_the_click_to_the_curve(page: Page, place: tuple[object, str, Path]) -> None:
+def test_from_the_click_to_the_curve(page: Page, place: Place) -> None:
     for name in ("second", "third"):  # what waits is worked off once something is started
         demo(page, name, steps=10)
         page.id("queue_add").click()
@@ -138,7 +146,8 @@ def test_from_the_click_to_the_curve(page: Page, place: tuple[object, str, Path]
     page.seen(f"{VERSION}-plot", whole=False)
 
 
-def test_stopping_and_the_order_of_the_queue(page: Page, place: tuple[object, str, Path]) -> None:
+@pytest.mark.everywhere
+def test_stopping_and_the_order_of_the_queue(page: Page, place: Place) -> None:
     demo(page, "long", steps=4000)
     page.id("start").click()
     page.until("it runs", f"{STATE} === 'running'")
@@ -174,7 +183,8 @@ def test_stopping_and_the_order_of_the_queue(page: Page, place: tuple[object, st
     assert not (place[2] / "out" / "Lora" / "one.safetensors").exists()
 
 
-def test_presets_and_dropped_files_fill_the_form(page: Page, place: tuple[object, str, Path], tmp_path: Path) -> None:
+@pytest.mark.everywhere
+def test_presets_and_dropped_files_fill_the_form(page: Page, place: Place, tmp_path: Path) -> None:
     page.fill(network_rank=7, save_lora_name="kept", train_learning_rate="3e-4")
     page.id("preset_save").click()
     page.fill(preset_name="mine")
@@ -205,6 +215,44 @@ def test_presets_and_dropped_files_fill_the_form(page: Page, place: tuple[object
     assert page.id("network_rank").input_value() == "5"
 
 
+@pytest.mark.everywhere
+def test_two_pictures_and_a_second_pass(page: Page, place: Place, tmp_path: Path) -> None:
+    original, target = (tmp_path / f"{name}.png" for name in ("closed", "open"))
+    Image.new("RGB", (64, 64), "red").save(original)
+    Image.new("RGB", (64, 64), "blue").save(target)
+    page.page.locator("#atelier_mode input[value=Difference]").check(force=True)
+    page.fill(save_lora_name="eyes", train_iterations=5, network_rank=7, original_prompt="a face")
+    drop = "[data-picture-for=atelier_{}_image]"
+    page.drop(page.page.locator(drop.format("original")), original)
+    with page.page.expect_file_chooser() as chooser:
+        page.page.locator(drop.format("target")).click()
+    chooser.value.set_files(str(target))
+    for name, file in (("original", original), ("target", target)):
+        kept = f"document.querySelector('#atelier_{name}_image').value.endsWith('{file.name}')"
+        page.until("the picture is kept", kept)
+        shown = page.page.locator(f"{drop.format(name)} img")
+        assert shown.is_visible() and shown.evaluate("one => one.decode().then(() => one.naturalWidth)") == 64
+    assert not page.id("second").is_visible()
+    page.id("use_2nd_pass_settings").check()
+    page.id("copy_first").click()
+    assert page.id("second_network_rank").input_value() == "7"
+    page.fill(second_network_rank="many")
+    page.id("start").click()
+    page.until("an error in the second pass", "!document.querySelector('#atelier_second_network_rank_error').hidden")
+    assert not page.id("network_rank_error").is_visible()
+    page.seen(f"{VERSION}-second")
+    page.fill(second_network_rank=3)
+    page.id("start").click()
+    ended(page, "eyes")
+    run = page.page.evaluate("Atelier.ask('GET', 'status')")["run"]["id"]
+    job = page.page.evaluate(f"Atelier.ask('GET', 'queue/{run}')")["settings"]
+    assert job["network_rank"] == 7 and job["2nd pass"]["network_rank"] == 3 and job["use_2nd_pass_settings"] is True
+    assert [Path(job[f"{name} image"]).read_bytes() for name in ("original", "target")] == [
+        original.read_bytes(), target.read_bytes(),
+    ]  # fmt: skip
+
+
+@pytest.mark.everywhere
 def test_picture_tools_and_comparison(page: Page, tmp_path: Path) -> None:
     page.id("tab_pictures").click()
     page.fill(resize_source=BASE_PICTURES, resize_resolutions="32x32,16x16", resize_divisible="0")
@@ -234,7 +282,7 @@ def test_picture_tools_and_comparison(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1280, 768])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_nothing_overlaps(place: tuple[object, str, Path], width: int, dark: bool) -> None:
+def test_nothing_overlaps(place: Place, width: int, dark: bool) -> None:
     page = Page(place[0], place[1], width=width, dark=dark, language="ja-JP" if dark else "en-US")
     page.page.evaluate("document.querySelectorAll('#atelier_root details').forEach(box => box.open = true)")
     assert page.id("tab_train").inner_text() == ("学習" if dark else "Train")
@@ -275,6 +323,7 @@ OVERLAPS = """() => {
 }"""
 
 
+@pytest.mark.everywhere
 def test_it_asks_seldom_and_not_at_all_when_hidden(page: Page) -> None:
     page.page.wait_for_timeout(1500)
     page.asked.clear()
@@ -293,5 +342,26 @@ def test_it_asks_seldom_and_not_at_all_when_hidden(page: Page) -> None:
     page.page.wait_for_timeout(2500)
     assert page.asked == []
     page.page.evaluate("document.querySelector('#atelier_root').parentElement.style.display = ''")
-    page.id("stop").click()
-    page.until("it stops", IDLE)
+    end_is_told_to_who_looks_elsewhere(page)
+
+
+def end_is_told_to_who_looks_elsewhere(page: Page) -> None:
+    """A notification and a mark in the title, which goes when somebody looks."""
+    page.page.evaluate(ELSEWHERE)
+    page.page.evaluate("Atelier.ask('POST', 'stop', { save: true })")
+    page.until("the title has a mark", "document.title.startsWith('✓')")
+    ((words, body),) = page.page.evaluate("told")
+    assert words == "Training finished" and body.endswith(".safetensors")
+    page.page.evaluate("delete document.visibilityState; document.dispatchEvent(new Event('visibilitychange'))")
+    page.until("the mark is gone", "!/[✓%]/.test(document.title)")
+    page.until("it is over", IDLE)
+
+
+ELSEWHERE = """() => {
+    window.told = [];
+    window.Notification = class {
+        static permission = 'granted';
+        constructor(words, { body }) { told.push([words, body]); }
+    };
+    Object.defineProperty(document, 'visibilityState', { get: () => 'hidden', configurable: true });
+}"""

@@ -1,4 +1,4 @@
-"""What a run will cost, from what the last one of its kind took: seconds per step, seconds before the first one, memory."""
+"""What a run will cost: what the last one of its kind took before its first step and for each step, and its memory."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class CostWatch:
 
 
 def _file(job: Job, device: torch.device, folder: Path) -> Path:
-    facts: dict[str, object] = {"mode": job[core.Task].mode, "model": Path(job[core.Task].model).name, "on": str(device)}
+    task = job[core.Task]
+    facts: dict[str, object] = {"mode": task.mode, "model": Path(task.model).name, "device": str(device)}
     for number, plan in enumerate(plan_passes(job)):
         facts |= {f"{name} {number}": plan.job.value(name) for name in _DECIDES}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -36,7 +36,7 @@ def field(widget: Widget, place: Place) -> Html:
         "div",
         (_modes if whole else inside)(widget, name),
         element("p", class_="atelier-error", id=f"{name}_error", role="alert", hidden=True),
-        class_=f"atelier-field atelier-is-{shape}{'' if shape in NARROW and not whole else ' atelier-wide'}",
+        class_=f"atelier-field atelier-is-{shape}{_width(widget, shape)}",
         data_field=widget.key,
         data_attribute=widget.attribute,
         data_kind=widget.kind,
@@ -45,6 +45,12 @@ def field(widget: Widget, place: Place) -> Html:
         data_default=default_text(widget),
         data_holds=widget.holds or None,
     )
+
+
+def _width(widget: Widget, shape: str) -> str:
+    if widget.notes:
+        return " atelier-two"
+    return "" if shape in NARROW and widget.attribute != "mode" else " atelier-wide"
 
 
 def default_text(widget: Widget) -> str:
