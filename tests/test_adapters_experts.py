@@ -167,7 +167,7 @@ def test_the_router_fades_out() -> None:
     stage, net = Routing(job), network(layers(), spec(network_routing="input"))
     heats = []
     for done in (0.0, 0.5, 0.7, 0.9, 0.99):
-        stage.step(net, done)
+        stage.step(net, round(100 * done), 100)
         heats.append({adapter.heat for adapter in net})
     assert heats[0] == heats[1] == {1.0} and heats[3] == heats[4] == {0.0}
     assert heats[2].pop() == pytest.approx(0.5)

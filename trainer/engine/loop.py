@@ -62,7 +62,7 @@ def gradients(session: Session, step: int) -> Tensor:
 def optimizer_step(session: Session, plateau: float | None) -> Tensor:
     """One optimizer step; returns its loss, 0-d on the device. A non-finite step leaves the parameters as they were."""
     for stage in session.stages:
-        stage.step(session.network, session.step / session.limits.total_steps)
+        stage.step(session.network, session.step, session.limits.total_steps)
     loss = gradients(session, session.step)
     scaler, flat = session.scaler, session.flat
     if scaler.is_enabled():

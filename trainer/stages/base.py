@@ -42,8 +42,8 @@ class Stage:
         Several processes go on with what the leading one has then.
         """
 
-    def step(self, network: Any, done: float) -> None:
-        """Runs before every optimizer step; `done` is the share of all steps behind it, 0 to below 1."""
+    def step(self, network: Any, done: int, total: int) -> None:
+        """Runs before every optimizer step; `done` of `total` steps are behind it."""
 
     def penalty(self, network: Any) -> Tensor | None:
         """A 0-d tensor, differentiable in the adapter, that is added to the loss of every optimizer step."""

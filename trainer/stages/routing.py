@@ -25,10 +25,10 @@ class Routing(Stage):
         own = settings[ExpertParams]
         return settings[Network].network_type == "experts" and own.network_routing == "input" and own.num_experts > 1
 
-    def step(self, network: Any, done: float) -> None:
+    def step(self, network: Any, done: int, total: int) -> None:
         start, end = FADE
         for adapter in network:
-            adapter.heat = min(1.0, max(0.0, (end - done) / (end - start)))
+            adapter.heat = min(1.0, max(0.0, (end - done / total) / (end - start)))
 
     def penalty(self, network: Any) -> Tensor | None:
         weight = self.settings[ExpertParams].network_routing_balance

@@ -35,8 +35,12 @@ def lines(text: str) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def trajectories(at: Preparation, prompts: Sequence[str], steps: int, purpose: str) -> Iterator[State]:
+def trajectories(
+    at: Preparation, prompts: Sequence[str], steps: int, purpose: str, answered: bool = False
+) -> Iterator[State]:
     """The states that the untouched model passes when it draws each prompt without guidance, `steps` for each prompt.
+
+    `answered` ones have what it predicts there as their target.
 
     DDIM steps (2010.02502, eq. 12, η = 0) from pure noise, so that every x_t is one the model was trained on. Each
     prompt is drawn alone: memory stays that of one picture.
@@ -53,11 +57,13 @@ def trajectories(at: Preparation, prompts: Sequence[str], steps: int, purpose: s
         x = rng.normal(first.mean.shape[1:], purpose, at.seed, 0, (index,)).to(first.mean.device)
         for place, step in enumerate(times):
             t = torch.full((1,), step, dtype=torch.int64, device=x.device)
-            yield State(x, t, prompt, ids)
-            if place + 1 < len(times):
+            further, target = place + 1 < len(times), None
+            if answered or further:
                 with at.kit.teacher():
-                    predicted = at.kit.predict(x, t, conditioning, ids).float()
-                x = _towards(schedule, predicted, x, t, torch.full_like(t, times[place + 1]))
+                    target = at.kit.predict(x, t, conditioning, ids).float()
+            yield State(x, t, prompt, ids, target if answered else None)
+            if further and target is not None:
+                x = _towards(schedule, target, x, t, torch.full_like(t, times[place + 1]))
 
 
 def _towards(schedule: Any, predicted: Tensor, x: Tensor, t: Tensor, then: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""Prior preservation: the penalty is what its definition says, and it keeps what it names."""
+
+from __future__ import annotations
+
+import engine_case
+import pytest
+import torch
+
+from trainer.engine.catalogue import catalogue
+from trainer.engine.reload import written_network
+from trainer.events import EventLog, Note
+from trainer.models.load import load_model
+from trainer.params.codec import load
+from trainer.stages.prior import STEPS
+
+PROMPT = "a red circle"
+OWN: dict[str, object] = {"network_targets": "unet", "prior_prompts": PROMPT, "prior_states": STEPS}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return engine_case.make(tmp_path_factory.mktemp("prior"))
+
+
+def distances(model, network, states) -> torch.Tensor:
+    """‖ε_1 − ε_0‖² at every state, with the prompt of the test."""
+    text = model.encode_prompts([PROMPT], 1)
+    found = []
+    with torch.no_grad():
+        for state in states:
+            own = model.predict(state.x, state.t, text, None)
+            with network.at_strength(0.0):
+                base = model.predict(state.x, state.t, text, None)
+            found.append((own - base).square().mean())
+    return torch.stack(found)
+
+
+def test_the_penalty_is_the_weighted_distance_to_the_untouched_model_at_one_of_its_own_states(case) -> None:
+    model, found = load_model(case.model), []
+    for weight in (1.0, 3.0):
+        job = case.job(**OWN, prior_loss_weight=weight, prior_batch_size=1, train_snr_gamma=0)
+        session = engine_case.session(case, job, model)
+        try:
+            (stage,) = session.stages
+            assert stage.penalty(session.network).item() == pytest.approx(0.0, abs=1e-12)  # nothing is learned yet
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for value in session.flat.values:
+                    value.add_(0.02 * torch.randn_like(value))
+            states = stage._states
+            assert len(states) == STEPS and states[0].t > states[-1].t
+            expected = weight * distances(model, session.network, states)
+            for step in range(3):
+                stage.step(session.network, step, 12)
+                penalty = stage.penalty(session.network)
+                assert float((expected - penalty.detach()).abs().min()) < 1e-5 * float(penalty)
+                found.append(float(penalty))
+            penalty.backward()
+            assert any(float(gradient.abs().max()) > 0 for gradient in session.flat.gradients)
+        finally:
+            session.network.eject()
+    assert found[3:] == pytest.approx([3 * value for value in found[:3]]) and len(set(found)) > 2
+
+
+def test_a_run_with_it_stays_nearer_to_the_untouched_model(case) -> None:
+    model, moved = load_model(case.model), {}
+    for weight in (0.0, 100.0):
+        trace = engine_case.Trace()
+        own = {**OWN, "prior_loss_weight": weight, "train_learning_rate": 0.01, "save_lora_name": f"prior{weight:g}"}
+        result = case.run(trace, **own)
+        notes = [event.text for event in trace.events if isinstance(event, Note)]
+        assert any("will be kept as they are" in note for note in notes) == bool(weight)
+        job = case.job(**OWN, prior_loss_weight=1.0)
+        network = written_network(job, model, result.path, EventLog())
+        session = engine_case.session(case, job, model)
+        states = session.stages[0]._states
+        session.network.eject()
+        with network.attached():
+            moved[weight] = float(distances(model, network, states).mean())
+    assert 0 < moved[100.0] < 0.5 * moved[0.0]
+
+
+def test_a_resumed_run_goes_on_alike(case) -> None:
+    parts, whole = engine_case.stopped_and_resumed(case, "prior", **OWN, prior_loss_weight=10.0)
+    assert parts == whole
+
+
+def test_prompts_without_weight_are_told(case) -> None:
+    warnings = load(case.settings(prior_prompts=PROMPT), catalogue()).warnings
+    assert any("prior_prompts" in str(one) and "no effect" in str(one) for one in warnings)

@@ -1,0 +1,96 @@
+"""Prior preservation without pictures: ordinary prompts keep giving what the untouched model gives.
+
+DreamBooth (2208.12242, eq. 2) adds pictures that the model itself drew of ordinary prompts to the training. Here the
+adapted model follows the untouched one's predictions on the way of such drawings, which has no noise of its own:
+λ·‖ε_1(x_t, t, c) − ε_0(x_t, t, c)‖².
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..maths import rng
+from ..modes.base import Settings
+from ..params.core import Train
+from ..params.field import ModeInfo, param
+from ..params.job import Job
+from ..params.rules import Rule
+from .base import STAGES, Preparation, Stage
+from .trajectories import State, lines, trajectories
+
+STEPS = 8
+"""States of one drawing that are kept."""
+
+
+@dataclass(frozen=True)
+class PriorParams:
+    """What prior preservation adds to the table."""
+
+    prior_loss_weight: float = param(
+        0.0, "How strongly ordinary prompts are held at what the untouched model makes of them, so that less is"
+        " forgotten; 1 counts them like the training pictures, 0 is off.", "option", low=0, high=1000)
+    prior_prompts: str = param(
+        "", "The ordinary prompts, one per line: above all what resembles the concept without its word. Empty takes a"
+        " built-in list.", "option", holds="lines")
+    prior_states: int = param(
+        256, "Noisy pictures of the ordinary prompts, drawn once before the first step and then used in turn.",
+        "option", low=1, high=100_000)
+    prior_batch_size: int = param(
+        0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024)
+
+
+def prior_unused(job: Job, mode: ModeInfo) -> str:
+    """Prompts without weight."""
+    own = job[PriorParams]
+    return "has no effect while prior_loss_weight is 0." if own.prior_prompts and not own.prior_loss_weight else ""
+
+
+@STAGES.register("prior")
+class Prior(Stage):
+    """Adds the distance to the untouched model on its own drawings to the loss."""
+
+    help = "Holds ordinary prompts at what the untouched model makes of them, without any pictures."
+    sections = (PriorParams,)
+    rules = (Rule(("prior_prompts", "prior_loss_weight"), prior_unused, warning=True),)
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._own = settings[PriorParams]
+        self._rows = self._own.prior_batch_size or settings[Train].train_batch_size
+        self._states: list[State] = []
+        self._kit: Any = None
+        self._seed = self._step = 0
+
+    @classmethod
+    def wanted(cls, settings: Settings) -> bool:
+        return settings[PriorParams].prior_loss_weight > 0
+
+    def prompts(self) -> tuple[str, ...]:
+        return lines(self._own.prior_prompts)
+
+    def prepare(self, at: Preparation) -> None:
+        self._kit, self._seed = at.kit, at.seed
+        prompts = self.prompts()
+        drawings = [prompts[n % len(prompts)] for n in range(-(-self._own.prior_states // STEPS))]
+        for state in trajectories(at, drawings, STEPS, "prior", answered=True):
+            if at.stopping():
+                break
+            self._states.append(state)
+        at.tell(f"{len(self._states)} noisy pictures of {len(set(drawings))} ordinary prompts will be kept as they are.")
+
+    def step(self, network: Any, done: int, total: int) -> None:
+        self._step = done
+
+    def penalty(self, network: Any) -> Tensor | None:
+        if not self._states:
+            return None
+        chosen = rng.uniform("prior", self._seed, self._step, range(self._rows)) * len(self._states)
+        rows = [self._states[int(place)] for place in chosen]
+        x, t, target = (torch.cat([getattr(row, name) for row in rows]) for name in ("x", "t", "target"))
+        ids = None if rows[0].time_ids is None else torch.cat([row.time_ids for row in rows if row.time_ids is not None])
+        predicted = self._kit.predict(x, t, self._kit.text([row.prompt for row in rows]), ids)
+        weight: float = self._own.prior_loss_weight
+        return weight * self._kit.loss(predicted, target, t).mean()
