@@ -79,7 +79,8 @@ class Prior(Stage):
             if at.stopping():
                 break
             self._states.append(state)
-        at.tell(f"{len(self._states)} noisy pictures of {len(set(drawings))} ordinary prompts will be kept as they are.")
+        named = len(set(drawings))
+        at.tell(f"{len(self._states)} noisy pictures of {named} ordinary prompts will be kept as they are.")
 
     def step(self, network: Any, done: int, total: int) -> None:
         self._step = done
@@ -90,7 +91,8 @@ class Prior(Stage):
         chosen = rng.uniform("prior", self._seed, self._step, range(self._rows)) * len(self._states)
         rows = [self._states[int(place)] for place in chosen]
         x, t, target = (torch.cat([getattr(row, name) for row in rows]) for name in ("x", "t", "target"))
-        ids = None if rows[0].time_ids is None else torch.cat([row.time_ids for row in rows if row.time_ids is not None])
+        sizes = [row.time_ids for row in rows if row.time_ids is not None]
+        ids = torch.cat(sizes) if sizes else None
         predicted = self._kit.predict(x, t, self._kit.text([row.prompt for row in rows]), ids)
         weight: float = self._own.prior_loss_weight
         return weight * self._kit.loss(predicted, target, t).mean()
