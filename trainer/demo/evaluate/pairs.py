@@ -190,7 +190,7 @@ def one_pair(task: Task, folder: Path) -> dict[str, object]:
 
 def addift(task: Task, folder: Path, **changes: object) -> dict[str, object]:
     """The job of ADDifT on one pair."""
-    job = preset("ADDifT_Action_SD1.5", train_learning_rate=RATE, **changes)
+    job = preset("ADDifT_Action_SD1.5", **{"train_learning_rate": RATE, **changes})
     return {**job, **one_pair(task, folder)}
 
 
@@ -202,8 +202,8 @@ def folder_of(path: Path) -> dict[str, object]:
 
 def multi(folder: Path, **changes: object) -> dict[str, object]:
     """The job of Multi-ADDifT, of ADDifT's settings."""
-    return {**preset("ADDifT_Action_SD1.5", train_learning_rate=RATE, mode="Multi-ADDifT"), **folder_of(folder),
-            "diff_target_name": SUFFIX, **changes}  # fmt: skip
+    return {**preset("ADDifT_Action_SD1.5", **{"train_learning_rate": RATE, **changes}), **folder_of(folder),
+            "mode": "Multi-ADDifT", "diff_target_name": SUFFIX}  # fmt: skip
 
 
 def difference(task: Task, folder: Path, **changes: object) -> dict[str, object]:
