@@ -5,6 +5,7 @@
     const Atelier = (window.Atelier = window.Atelier || {});
     const EACH = 1000;
     const EACH_IDLE = 3000;
+    const EACH_LOST = 6000; // a WebUI that is just starting is better left alone
     const WAIT_AGAIN = 30000;
     const LINES = 300;
     const [WIDE, HIGH] = [300, 90];
@@ -20,6 +21,7 @@
     let line = 0;
     let polling = false;
     let last = 0;
+    let lost = false;
     let waits = "";
     let waited = 0;
     let told = null;
@@ -35,9 +37,11 @@
         try {
             const query = `revision=${revision}&points=${points.length}&after=${line}`;
             const status = await Atelier.ask("GET", "status?" + query);
+            lost = false;
             show(status);
             if (status.queue.revision !== queueRevision) await refreshQueue();
         } catch (error) {
+            lost = error.status === 0 || error.status === 404;
             Atelier.say(Atelier.$("live_state"), error.message);
         } finally {
             polling = false;
@@ -49,7 +53,8 @@
     }
 
     function tick() {
-        if (Atelier.isSeen() && Date.now() - last >= (busy() ? EACH : EACH_IDLE) - 50) poll();
+        const each = lost ? EACH_LOST : busy() ? EACH : EACH_IDLE;
+        if (Atelier.isSeen() && Date.now() - last >= each - 50) poll();
     }
 
     /** One request that is answered when the run is over, so that nobody has to ask while the tab is hidden. */

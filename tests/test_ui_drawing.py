@@ -5,6 +5,7 @@ import base64
 import io
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,26 @@ def test_the_end_of_a_run_is_waited_for_without_a_thread(case: Case) -> None:
     assert time.monotonic() - before < 5
     assert {(answer.json["ended"], answer.json["state"]) for answer in answers} == {(True, "done")}
     assert case.client.get("/atelier/v1/finished", "id=unknown").json == {"ended": True}
+
+
+def test_reload_ui_need_not_wait_for_the_end_of_a_run(case: Case) -> None:
+    """gradio tells its server to end and then waits for the answer of every request."""
+    server = types.SimpleNamespace(should_exit=False)
+    case.app.blocks = types.SimpleNamespace(server=server)
+    identity = case.post("start", {"settings": settings("one")}).json["id"]
+    until(lambda: case.gate.ran)
+    answers: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(Client(case.app).get("/atelier/v1/finished", f"id={identity}"))
+    )
+    asking.start()
+    time.sleep(0.3)
+    assert not answers
+    server.should_exit = True
+    asking.join(5)
+    assert answers and answers[0].json == {"ended": False}
+    assert case.get("status").json["state"] == "running"
+    case.gate.let_go("one")
 
 
 def test_the_page_gets_its_parts_and_no_other_files(case: Case) -> None:

@@ -52,10 +52,10 @@ def _status(service: Service, call: Call) -> object:
 
 
 async def _finished(service: Service, call: Call) -> object:
-    """Waits, without holding a thread, until a run is over or ten minutes have passed."""
+    """Waits, without holding a thread, until a run is over, ten minutes have passed or the server wants to end."""
     identity, end = call.query.get("id", ""), time.monotonic() + HELD
     while (running := service.queue.running()) is not None and running.id == identity:
-        if time.monotonic() > end:
+        if call.leaving() or time.monotonic() > end:
             return {"ended": False}
         await asyncio.sleep(0.25)
     return {"ended": True, **service.ending(identity)}

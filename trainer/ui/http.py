@@ -37,11 +37,15 @@ class RequestError(AtelierError):
 
 @dataclass(frozen=True)
 class Call:
-    """One request as a handler sees it: parts of the path, the query, the JSON body."""
+    """One request as a handler sees it: parts of the path, the query, the JSON body.
+
+    `leaving` tells whether the server wants to end, for which it waits until every request has its answer.
+    """
 
     path: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, object] = field(default_factory=dict)
+    leaving: Callable[[], bool] = lambda: False
 
     def settings(self) -> Mapping[str, object]:
         """The settings of a job in the body. Raises RequestError."""
@@ -102,10 +106,15 @@ def same_origin(headers: Mapping[str, str]) -> bool:
     return urlsplit(origin).netloc.lower() in {name.lower() for name in here}
 
 
+def leaves(app: Any) -> bool:
+    """Whether the server that gradio runs for an application has been told to end, as WebUIs do at Reload UI."""
+    return bool(getattr(getattr(getattr(app, "blocks", None), "server", None), "should_exit", False))
+
+
 async def read_call(request: Request) -> Call:
     """The call of a request whose sender is known. Raises RequestError."""
     if request.method not in WRITES:
-        return Call(dict(request.path_params), dict(request.query_params))
+        return Call(dict(request.path_params), dict(request.query_params), leaving=lambda: leaves(request.app))
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(415, "Send JSON, with Content-Type: application/json.")
