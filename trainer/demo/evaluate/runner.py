@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ...adapters.network import Network
 from ...engine.catalogue import catalogue
 from ...engine.reload import written_network
 from ...engine.run import Request, run
@@ -22,6 +22,7 @@ from ...params.job import Job
 from ...places import BASE_MODEL, Places
 from ..measure import Rate
 from .scenario import Scenario, Trained
+from .trace import Trace
 
 SEEDS = (1, 2, 3)
 
@@ -76,6 +77,7 @@ class Runner:
     def __init__(self, folder: Path, log: EventLog) -> None:
         self._folder, self._log = folder, log
         self._model: Any = None
+        self._unit = ("", 0.0)
         weights = sorted(BASE_MODEL.glob("*/*.safetensors"))
         self._base = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:12]
 
@@ -89,13 +91,19 @@ class Runner:
         return Summary(scenario, (result,), (result,))
 
     def _whole(self, scenario: Scenario) -> Summary:
-        sweep = tuple(self.result(scenario, rate, job) for rate, job in scenario.jobs(SEEDS[0], scenario.rates))
-        best = max(sweep, key=lambda result: scenario.value(result.figures))
+        sweep = [self.result(scenario, rate, job) for rate, job in scenario.jobs(SEEDS[0], scenario.rates)]
+        best = _best(scenario, sweep)
+        for _ in range(scenario.widen):
+            rate = beyond(best.rate, sorted(result.rate for result in sweep))
+            if rate is None:
+                break
+            sweep += [self.result(scenario, rate, job) for rate, job in scenario.jobs(SEEDS[0], (rate,))]
+            best = _best(scenario, sweep)
         seeds = SEEDS[1:] if scenario.rates else ()
         others = tuple(
             self.result(scenario, rate, job) for seed in seeds for rate, job in scenario.jobs(seed, (best.rate,))
         )
-        return Summary(scenario, sweep, (best, *others))
+        return Summary(scenario, tuple(sorted(sweep, key=lambda result: result.rate)), (best, *others))
 
     def result(self, scenario: Scenario, rate: float, job: dict[str, object]) -> Result:
         """The figures of one job, measured now or remembered from the same job on the same base model."""
@@ -149,17 +157,41 @@ class Runner:
     def _job(raw: Mapping[str, object]) -> Job:
         return load({"format": 1, "model": "demo", **raw}, catalogue()).job
 
+    def _unit_of(self, scenario: Scenario) -> float:
+        """CPU seconds per step of the scenario's unit job, found anew when the variant changes."""
+        if scenario.unit is not None and self._unit[0] != scenario.variant:
+            trace, job = Trace(), self._job({**scenario.unit, "save_overwrite": True})
+            run(Request(job, self._places(), model=self._base_model()), EventLog(trace))
+            self._unit = (scenario.variant, trace.step_seconds)
+        return self._unit[1] if scenario.unit is not None else 0.0
+
     def _measured(self, scenario: Scenario, raw: dict[str, object]) -> dict[str, float | Rate]:
-        job, model = self._job(raw), self._base_model()
-        began = time.process_time()  # what one core would take, whatever else the machine does
-        ended = run(Request(job, self._places(), model=model), EventLog())
-        seconds = time.process_time() - began
+        job, model, unit, trace = self._job(raw), self._base_model(), self._unit_of(scenario), Trace()
+        ended = run(Request(job, self._places(), model=model), EventLog(trace))
+        seconds = trace.seconds
         if ended.path is None or ended.folder is None:
             raise KeyboardInterrupt
-        network = written_network(job, model, ended.path, EventLog())
+
+        def reload(path: Path) -> Network:
+            return written_network(job, model, path, EventLog())
+
+        network = reload(ended.path)
         with network.attached():
-            trained = Trained(model, network, ended.path, ended.folder, ended.steps, seconds)
+            trained = Trained(model, network, ended.path, ended.folder, ended.steps, seconds, trace, unit, reload)
             return {**scenario.measure(trained), "steps": float(ended.steps), "seconds": round(seconds, 2)}
+
+
+def _best(scenario: Scenario, results: Sequence[Result]) -> Result:
+    """The result of the highest value; of equal ones, the one of the highest rate."""
+    return max(results, key=lambda result: (scenario.value(result.figures), result.rate))
+
+
+def beyond(best: float, rates: Sequence[float]) -> float | None:
+    """The next rate outwards when the best is the first or last of the (ascending) rates; None when it is inside."""
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    ratio = rates[-1] / rates[-2] if best == rates[-1] else rates[0] / rates[1]
+    return float(f"{best * ratio:.2g}")
 
 
 def tell(summaries: Iterator[Summary], show: Callable[[Summary], None]) -> list[Summary]:

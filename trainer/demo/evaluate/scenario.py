@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +11,7 @@ from PIL import Image
 from ...adapters.network import Network
 from ...models.base import Model
 from ..measure import Rate
+from .trace import Trace
 
 SECOND = "2nd pass"  # where a settings file keeps those of the second pass
 Figures = Mapping[str, "float | Rate"]
@@ -18,7 +19,11 @@ Figures = Mapping[str, "float | Rate"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished job: the untouched model with the written file attached, what it cost, and where its run lies."""
+    """A finished job: the untouched model with the written file attached, what it cost, and where its run lies.
+
+    `trace` is what was seen of the run, `unit` the seconds per step of the scenario's unit job in the same process (0
+    without one), `reload` makes the network of another file that the job wrote, not attached.
+    """
 
     model: Model
     network: Network
@@ -26,6 +31,9 @@ class Trained:
     folder: Path
     steps: int
     seconds: float
+    trace: Trace = field(default_factory=Trace)
+    unit: float = 0.0
+    reload: Callable[[Path], Network] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,11 @@ class Scenario:
 
     `task` is what is asked for and `variant` who does it; `job` are plain values as in a settings file, without seed.
     `rates` are the learning rates of the sweep (empty: nothing is learned by steps, one result says all); the job's own
-    is what `--quick` runs. With `second` they are those of the job's second pass. `measure` reads the result, `value`
-    says how good it is (larger is better) and so picks the rate. `grid` draws pictures before and after; the best
-    result's go beside the results, and into the documentation when `shown` names a file there.
+    is what `--quick` runs. With `second` they are those of the job's second pass. While the best is an end of the sweep,
+    up to `widen` more are tried beyond it. `measure` reads the result, `value` says how good it is (larger is better)
+    and so picks the rate. `grid` draws pictures before and after; the best result's go beside the results, and into the
+    documentation when `shown` names a file there. `unit` is a short job run before the variant's first, whose step is
+    the measure of time.
     """
 
     task: str
@@ -62,6 +72,8 @@ class Scenario:
     second: bool = False
     grid: Callable[[Trained], Image.Image] | None = None
     shown: str = ""
+    widen: int = 0
+    unit: Mapping[str, object] | None = None
 
     @property
     def rate(self) -> float:
