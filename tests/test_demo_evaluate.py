@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from trainer.demo.evaluate.adapters import VARIANTS, scenarios
-from trainer.demo.evaluate.runner import Result, Runner, Summary
+from trainer.adapters.base import AdapterSpec
+from trainer.adapters.network import build_network
+from trainer.demo.evaluate.adapters import (
+    EVERY,
+    SIGNS,
+    STEPS,
+    VARIANTS,
+    Variant,
+    reached_goal,
+    scenarios,
+    settings,
+)
+from trainer.demo.evaluate.forgetting import Drift, Meter, at_success
+from trainer.demo.evaluate.runner import Result, Runner, Summary, beyond
 from trainer.demo.evaluate.scenario import Goal, Scenario
 from trainer.demo.evaluate.table import insert, markdown, number, sweeps
+from trainer.demo.evaluate.trace import Trace, step_seconds
 from trainer.demo.measure import Rate
 from trainer.engine.catalogue import catalogue
-from trainer.events import EventLog
+from trainer.events import EventLog, Note, Preflight
+from trainer.models.layers import BLOCKS, layers_of
+from trainer.models.load import load_model
 from trainer.params.codec import load
-from trainer.places import BASE_PICTURES
+from trainer.places import BASE_MODEL, BASE_PICTURES
 
 
 def a_scenario(job=None, **changes):
@@ -96,3 +114,90 @@ def test_every_adapter_scenario_is_a_job_that_loads(tmp_path):
         assert len(scenario.rates) == 5 and scenario.rate in scenario.rates
         job = load({**scenario.job, "model": "demo", "lora_data_directory": str(BASE_PICTURES)}, catalogue()).job
         assert not [line for line in job.unknown]
+
+
+def test_settings_come_from_the_preset_with_ranks_these_layers_hold():
+    found = settings(Variant("LoRA_LoHa", {"use_dora": True}))  # the preset: rank 32, alpha 1, 5e-4
+    assert (found["network_type"], found["network_rank"], found["network_alpha"]) == ("loha", 16, 0.5)
+    assert found["train_learning_rate"] == 0.02 and found["use_dora"] and "train_iterations" not in found
+
+
+def test_a_sweep_whose_best_is_at_its_end_goes_on_there(tmp_path):
+    """The figures are best at 0.2: upwards of 0.025 … 0.1 two more rates find it."""
+    runner = Counted(tmp_path, EventLog())
+    (summary,) = runner.summaries([a_scenario(rates=(0.025, 0.05, 0.1), widen=2)], quick=False)
+    assert [result.rate for result in summary.sweep] == [0.025, 0.05, 0.1, 0.2, 0.4]
+    assert summary.best[0].rate == 0.2
+    assert beyond(1.0, (1.0, 2.0, 4.0)) == 0.5 and beyond(4.0, (1.0, 2.0, 4.0)) == 8 and beyond(2.0, (1.0, 2.0)) == 4
+    assert beyond(2.0, (1.0, 2.0, 4.0)) is None
+
+
+def test_seconds_per_step_from_steps_that_are_told_in_groups():
+    """Ten steps of 0.1 s, ten of 0.3 s (a file was written in between), five of 0.12 s."""
+    told = {0: 5.0, **{step: 6.0 for step in range(1, 11)}, **{step: 9.0 for step in range(11, 21)},
+            **{step: 9.6 for step in range(21, 26)}}  # fmt: skip
+    assert step_seconds(told) == pytest.approx(0.12)
+
+
+def test_a_trace_reads_what_was_told():
+    trace = Trace()
+    trace(Preflight({"trainable parameters": 7}))
+    trace(Note("ABM: 91.5% of the signs agreed before, 96.0% after 25 steps."))
+    assert trace.report["trainable parameters"] == 7 and 0 in trace.at
+    assert trace.noted(SIGNS) == (91.5, 96.0) and trace.noted("nothing (.*)") == ()
+
+
+def test_a_figure_at_a_success_between_two():
+    assert at_success({0.1: 0.0, 0.7: 1.0, 0.9: 2.0}, 0.8) == pytest.approx(1.5)
+    assert at_success({0.0: 0.0, 1.0: 3.0}, 0.8) == pytest.approx(2.4)
+    assert at_success({0.7: 1.0, 0.8: 2.0}, 0.8) == 2.0
+
+
+def written(folder, reached):
+    """A finished job whose kept files show the word from step `reached` on; what is asked of it is noted."""
+    steps = {folder / f"a_{step}steps.safetensors": step for step in range(EVERY, STEPS, EVERY)}
+
+    class Net:
+        def attached(self):
+            return self.at_strength(1.0)
+
+        @contextmanager
+        def at_strength(self, value):
+            yield
+
+    trained = SimpleNamespace(path=folder / "a.safetensors", network=Net(), asked=[])
+
+    def reload(path):
+        trained.asked.append(steps[path])
+        return Net()
+
+    trained.reload = reload
+    meter = SimpleNamespace(
+        asked_before=lambda _: 0.0,
+        asked=lambda _: Rate(9 if trained.asked[-1] >= reached else 2, 10),
+        drift=lambda _: Drift(trained.asked[-1] / 10, 1.0),
+    )
+    return meter, trained
+
+
+@pytest.mark.parametrize("reached", [10, 20, 30, 40])
+def test_the_first_file_that_reached_the_goal_is_found_by_halving(tmp_path, reached):
+    meter, trained = written(tmp_path, reached)
+    assert reached_goal(meter, trained, 0.9, 4.0)[0] == reached and len(trained.asked) == 2
+    assert reached_goal(meter, trained, 0.7, 4.0) == (math.inf, math.inf)
+
+
+def test_drift_is_nothing_at_the_start_and_grows_with_what_was_trained():
+    model = load_model(BASE_MODEL)
+    layers = [layer for layer in layers_of(model) if layer.part == "unet"]
+    spec = AdapterSpec("lierla", rank=4, alpha=4.0)
+    network = build_network(layers, spec, BLOCKS, "Full", ("unet",), torch.Generator().manual_seed(0))
+    trained, meter = SimpleNamespace(model=model, network=network), Meter(2, 2)
+    with network.attached():
+        assert meter.drift(trained) == Drift(0.0, 1.0)
+        seen = []
+        for size in (0.01, 0.02):
+            for adapter in network:
+                adapter.assign({"up": torch.randn(adapter.up.shape, generator=torch.Generator().manual_seed(1)) * size})
+            seen.append(meter.drift(trained))
+    assert 0 < seen[0].moved < seen[1].moved and 1 > seen[0].signs > seen[1].signs > 0.5

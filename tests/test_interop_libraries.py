@@ -199,6 +199,60 @@ def test_lycoris_file(model, tmp_path: Path, name: str) -> None:
     agree(net, model, answer(unet))
 
 
+NAMED = {
+    "ia3": 'target_module = []\ntarget_name = [".*to_k", ".*to_v"]\n'
+           '[name_algo_map.".*ff.net.2"]\ntrain_on_input = true\n',
+    "norm": 'target_module = []\ntarget_name = [".*norm.*"]\n',
+    "dylora": 'target_module = ["BasicTransformerBlock"]\ntarget_name = []\n',
+}
+
+
+def of_lycoris(unet: nn.Module, name: str, tmp_path: Path):
+    """A filled network of LyCORIS on the UNet, and its file."""
+    lycoris = pytest.importorskip("lycoris")
+    preset = tmp_path / "preset.toml"
+    preset.write_text('lora_prefix = "lycoris"\n' + NAMED[name])
+    extra = {"train_norm": True} if name == "norm" else {"block_size": 2} if name == "dylora" else {}
+    algo = "lora" if name == "norm" else name
+    theirs = lycoris.create_lycoris(
+        unet, 1.0, algo=algo, preset=str(preset), linear_dim=4, linear_alpha=3, conv_dim=4, conv_alpha=3, **extra
+    )
+    theirs.apply_to()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    path = tmp_path / "lycoris.safetensors"
+    save_file({key: tensor.contiguous().clone() for key, tensor in theirs.eval().state_dict().items()}, path)
+    return theirs, path
+
+
+@pytest.mark.parametrize("name", ["ia3", "norm"])
+def test_lycoris_file_of_a_type_without_rank(model, tmp_path: Path, name: str) -> None:
+    unet = copy.deepcopy(model.unet)
+    theirs, path = of_lycoris(unet, name, tmp_path)
+    net, report = continued(model, path, name)
+    assert report.matched == len(theirs.loras) == len(net) > 10 and not report.unmatched
+    agree(net, model, answer(unet))
+
+
+def test_lycoris_file_of_dylora(model, tmp_path: Path) -> None:
+    """LyCORIS's own forward draws a rank and scales by alpha / (blocks + 1); WebUIs read the file as a LoRA of all
+    ranks scaled by alpha / rank, and so do we."""
+    theirs, path = of_lycoris(copy.deepcopy(model.unet), "dylora", tmp_path)
+    net, report = continued(model, path, "dylora")
+    assert report.matched == len(theirs.loras) > 20 and not report.unmatched
+    wanted = {}
+    for module in theirs.loras:
+        up, down = torch.cat(list(module.up_list), 1), torch.cat(list(module.down_list))
+        wanted[module.lora_name.removeprefix("lycoris_")] = (up @ down).detach() * 3 / 4
+    for adapter in net:
+        if adapter.key in report.untouched:
+            continue
+        torch.testing.assert_close(adapter.delta().flatten(1), wanted.pop(adapter.key.removeprefix("lora_unet_")))
+    assert not wanted
+
+
 def test_a_file_of_other_settings_says_which(model, tmp_path: Path) -> None:
     given = AdapterSpec("c3lier", rank=6, alpha=3.0, conv_rank=2, conv_alpha=5.0)
     net = build_network(layers_of(model), given, BLOCKS, "Full", ("unet",), torch.Generator().manual_seed(0))

@@ -150,7 +150,7 @@ def value(figures: Mapping[str, float]) -> float:
 def measure(meter: Meter, trained: Trained) -> Figures:
     """Success, forgetting, cost, and how soon the goal was reached and what it had cost by then."""
     asked, fall, drift = meter.asked(trained), meter.fall(trained), meter.drift(trained)
-    reached, there = _goal(meter, trained, asked.value, drift.moved)
+    reached, there = reached_goal(meter, trained, asked.value, drift.moved)
     figures: dict[str, object] = {
         "asked": asked,
         "worst fall": fall,
@@ -170,7 +170,7 @@ def measure(meter: Meter, trained: Trained) -> Figures:
     return figures  # type: ignore[return-value]
 
 
-def _goal(meter: Meter, trained: Trained, asked: float, drift: float) -> tuple[float, float]:
+def reached_goal(meter: Meter, trained: Trained, asked: float, drift: float) -> tuple[float, float]:
     """(steps to the goal, the drift at exactly that success); infinite when the end is short of it.
 
     The kept files are halved in search of the first that is there, as if success never fell again on the way.

@@ -55,11 +55,11 @@ class Scenario:
 
     `task` is what is asked for and `variant` who does it; `job` are plain values as in a settings file, without seed.
     `rates` are the learning rates of the sweep (empty: nothing is learned by steps, one result says all); the job's own
-    is what `--quick` runs. With `second` they are those of the job's second pass. While the best is an end of the sweep,
-    up to `widen` more are tried beyond it. `measure` reads the result, `value` says how good it is (larger is better)
-    and so picks the rate. `grid` draws pictures before and after; the best result's go beside the results, and into the
-    documentation when `shown` names a file there. `unit` is a short job run before the variant's first, whose step is
-    the measure of time.
+    is what `--quick` runs. With `second` they are those of the job's second pass. While the best is an end of the
+    sweep, up to `widen` more are tried beyond it. `measure` reads the result, `value` says how good it is (larger is
+    better) and so picks the rate. `grid` draws pictures before and after; the best result's go beside the results, and
+    into the documentation when `shown` names a file there. `unit` is a short job run before the variant's first, whose
+    step is the measure of time.
     """
 
     task: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from statistics import median
 
 from ...events import Event, Note, Preflight, Step
@@ -57,5 +58,5 @@ def step_seconds(at: Mapping[int, float]) -> float:
         else:
             ends.append((step, seconds))
     # Steps are told in groups, all at the end of the last one, so that each told group spans the steps since the last.
-    spans = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(ends, ends[1:], strict=False)]
+    spans = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(ends)]
     return median(spans) if spans else 0.0
