@@ -35,6 +35,8 @@ SPECS |= {
         ("loha", "dora", DoraOptions(use_dora=True)),
         ("loha", "dora output", DoraOptions(True, "output"), TuckerOptions(network_tucker=True)),
         ("lokr", "dora", DoraOptions(use_dora=True)),
+        ("universal", "rows", DoraOptions(use_dora=True)),
+        ("experts", "rows", DoraOptions(use_dora=True)),
         ("lokr", "dora output", DoraOptions(True, "output"), LokrOptions(network_factor=2)),
         ("eh", "2", EhOptions(network_groups=2)),
     )

@@ -101,7 +101,7 @@ READERS: dict[str, Callable[[Tensor, Tensors], Merged]] = {
 
 def merged(kind: str, w: Tensor, f: Tensors) -> Merged:
     """The weight W′ of a file; with DoRA by rows or columns, as the shape of its lengths says."""
-    weight, shift = READERS[kind](w, f)
+    weight, shift = READ[kind](w, f)
     if "dora_scale" in f:
         lengths = f["dora_scale"]
         over = [axis for axis, size in enumerate(lengths.shape) if size == 1]
@@ -109,7 +109,9 @@ def merged(kind: str, w: Tensor, f: Tensors) -> Merged:
     return weight, shift
 
 
-OURS = {name: spec for name, spec in SPECS.items() if spec.type in READERS}
+PLAIN = ("null", "universal", "experts")  # their files are plain LoRAs, whatever they are made of
+READ = {**READERS, **dict.fromkeys(PLAIN, lora)}
+OURS = {name: spec for name, spec in SPECS.items() if spec.type in READ}
 
 
 def trained(spec: AdapterSpec, strength: float = 1.0):
@@ -186,6 +188,21 @@ def test_every_option_changes_the_file(name: str, option: str, before: AdapterSp
     assert set(one) != set(two) or any(
         tensor.shape != two[key].shape or not torch.equal(tensor, two[key]) for key, tensor in one.items()
     )
+
+
+@pytest.mark.parametrize("name", ["universal", "experts"])
+def test_scaled_rows_are_trained_and_are_rows_of_the_up_matrix(name: str) -> None:
+    """U of the file is diag(1 + rows)·U of the same network with rows 0, up to the balance of its columns."""
+    net = trained(OURS[f"{name} rows"])
+    with_rows = {adapter.key: adapter.delta().flatten(1).detach() for adapter in net}
+    learned = {adapter.key: adapter.rows.detach().clone() for adapter in net}
+    assert all(rows.abs().max() > 0.01 for rows in learned.values())
+    with torch.no_grad():
+        for adapter in net:
+            adapter.rows.zero_()
+    for adapter in net:
+        torch.testing.assert_close((1 + learned[adapter.key])[:, None] * adapter.delta().flatten(1),
+                                   with_rows[adapter.key])
 
 
 def test_a_dylora_cut_to_fewer_ranks_is_what_was_trained_at_them() -> None:

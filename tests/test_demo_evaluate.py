@@ -180,7 +180,7 @@ def written(folder, reached):
     return meter, trained
 
 
-@pytest.mark.parametrize("reached", [10, 20, 30, 40])
+@pytest.mark.parametrize("reached", [8, 16, 24, 32])
 def test_the_first_file_that_reached_the_goal_is_found_by_halving(tmp_path, reached):
     meter, trained = written(tmp_path, reached)
     assert reached_goal(meter, trained, 0.9, 4.0)[0] == reached and len(trained.asked) == 2

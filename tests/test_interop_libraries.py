@@ -212,10 +212,11 @@ def of_lycoris(unet: nn.Module, name: str, tmp_path: Path):
     lycoris = pytest.importorskip("lycoris")
     preset = tmp_path / "preset.toml"
     preset.write_text('lora_prefix = "lycoris"\n' + NAMED[name])
+    numbers = dict.fromkeys(("linear_dim", "conv_dim"), 0 if name == "norm" else 4)
     extra = {"train_norm": True} if name == "norm" else {"block_size": 2} if name == "dylora" else {}
     algo = "lora" if name == "norm" else name
     theirs = lycoris.create_lycoris(
-        unet, 1.0, algo=algo, preset=str(preset), linear_dim=4, linear_alpha=3, conv_dim=4, conv_alpha=3, **extra
+        unet, 1.0, algo=algo, preset=str(preset), linear_alpha=3, conv_alpha=3, **numbers, **extra
     )
     theirs.apply_to()
     generator = torch.Generator().manual_seed(4)

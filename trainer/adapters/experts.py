@@ -13,6 +13,7 @@ from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, per_sample
 from ..params.spaces import ExpertParams
 from .base import ADAPTERS, AdapterSpec, LayerLike, LowRank, Strength
+from .dora import DoraOptions
 from .factored import Factored
 from .lora import Lora
 
@@ -50,8 +51,8 @@ class Experts(Factored):
     """
 
     help = "Several up matrices per layer, mixed by learned gates, over one shared down matrix; saved as a LoRA."
-    needs = frozenset({"experts"})
-    sections = (ExpertParams,)
+    needs = frozenset({"dora", "experts"})
+    sections = (ExpertParams, DoraOptions)
     factors = (("experts",),)
     ups, downs = ("experts",), ("common.down",)
 
@@ -85,7 +86,7 @@ class Experts(Factored):
         """The gates without the input, (E,), summing to 1."""
         return self.gates.softmax(0) if len(self.experts) > 1 else torch.ones_like(self.experts[:, 0, 0])
 
-    def pair(self) -> tuple[Tensor, Tensor]:
+    def product(self) -> tuple[Tensor, Tensor]:
         if self.routed and self.seen is not None:
             return self.common.down, self._folded(self.seen)[0]
         return self.common.down, (self.mixture() @ self.experts.flatten(1)).view(self.fan_out, self.rank)
@@ -94,7 +95,7 @@ class Experts(Factored):
         if not (self.routed and self.seen is not None):
             return LowRank(*self.pair(), self.scale)
         up, error = self._folded(self.seen)
-        return LowRank(self.common.down, up, self.scale, error)
+        return LowRank(self.common.down, self.by_rows(up), self.scale, error)
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         if not self.routed:
@@ -118,7 +119,7 @@ class Experts(Factored):
             kept = ((rows, KEPT_ROWS), (gates, KEPT_ROWS), (asked, KEPT_INPUTS))
             self.seen = Seen(*(_some_rows(tensor.detach().flatten(0, -2), most) for tensor, most in kept))
         wide = (gates[..., None] * rows[..., None, :]).flatten(-2)
-        update = functional.linear(wide, self.experts.to(x.dtype).permute(1, 0, 2).flatten(1))
+        update = functional.linear(wide, self.by_rows(self.experts.permute(1, 0, 2).flatten(1)).to(x.dtype))
         if not linear:
             update = update.transpose(1, 2).unflatten(2, middle.shape[2:])
         return update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)

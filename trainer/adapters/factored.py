@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..maths.subspace import product_norm
 from .base import RESNET_OWNERS, TRANSFORMER_OWNERS, Adapter, AdapterSpec, LayerLike, Strength
+from .dora import DoraOptions
 from .lora import ALPHA, DOWN, UP, Lora
 
 LOST = 1e-2
@@ -19,7 +20,11 @@ LOST = 1e-2
 class Factored(Lora):
     """A LoRA whose factors (`pair`) come from other tensors. Its file is a plain LoRA, exactly.
 
-    A subclass sets `pair` and `fit`. It covers what lierla covers, and with a conv rank what c3lier covers.
+    A subclass sets `product` and `fit`. It covers what lierla covers, and with a conv rank what c3lier covers.
+
+    Where a subclass declares use_dora, each row of ΔW has a factor 1 + `rows` of its own: no DoRA, for no length of the
+    weight is in it, but it goes into U and the file stays a plain LoRA. Null-LoRA does not: a file with scaled rows
+    could not be continued, for they hide which columns were frozen.
     """
 
     factors = ()
@@ -31,6 +36,21 @@ class Factored(Lora):
         Adapter.__init__(self, layer, spec, strength, generator)
         fan_out, *rest = layer.module.weight.shape
         self.fan_out, self.fan_in, self.kernel = int(fan_out), int(layer.module.weight[0].numel()), tuple(rest)
+        self.row_scaled = spec[DoraOptions].use_dora
+        if self.row_scaled:
+            self.rows = nn.Parameter(torch.zeros(self.fan_out))
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """D (r, in[, k, k]) and U (out, r) without the factors of the rows."""
+        raise NotImplementedError
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        down, up = self.product()
+        return down, self.by_rows(up)
+
+    def by_rows(self, up: Tensor) -> Tensor:
+        """U (out, r) with its rows scaled."""
+        return up * (1 + self.rows)[:, None] if self.row_scaled else up
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move to a device or precision; what is frozen stays float32, in which alone it is orthonormal."""
@@ -54,7 +74,7 @@ class Factored(Lora):
         return {"type": spec.type, **(wide if spec.conv_rank else {})}
 
     def fit(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-        """Own tensors whose U·D is the product of `up` (out, r) and `down` (r, in), float32 on the CPU, any r.
+        """Own tensors whose U·D, no row scaled, is the product of `up` (out, r) and `down` (r, in), float32 on the CPU.
 
         Raises AdapterError where that product is not one this type can make.
         """
@@ -80,7 +100,8 @@ class Factored(Lora):
                 f" has {self.fan_out} × {self.fan_in}. The file was made for another kind of base model."
             )
         alpha = float(found[ALPHA]) if ALPHA in found else float(len(down))
-        return self.fit(down, up * (factor * alpha / len(down) / self.scale))
+        own = self.fit(down, up * (factor * alpha / len(down) / self.scale))
+        return {**own, "rows": torch.zeros(self.fan_out)} if self.row_scaled else own
 
     def lost(self, down: Tensor, up: Tensor, own_down: Tensor, own_up: Tensor) -> float:
         """The share of the product of `up` and `down`, by norm, that is missing from own_up·own_down."""

@@ -100,7 +100,7 @@ class Loha(Decomposed, HadamardProduct):
     """LoHa, with DoRA when asked."""
 
     help = "Two low-rank matrices multiplied number by number: finer changes for the same file size. Rank up to 32."
-    needs = frozenset({"tucker", "dora"})
+    needs = frozenset({"tucker", "dora", "dora_axis"})
     sections = (TuckerOptions, DoraOptions)
     exact = frozenset({ALPHA, MAGNITUDE})
 

@@ -169,7 +169,7 @@ class Lokr(Decomposed, KroneckerProduct):
     """LoKr, with DoRA when asked; its file can then hold no strength, which scales rows or columns one by one."""
 
     help = "A Kronecker product of two small matrices: large changes of every weight in a very small file."
-    needs = frozenset({"tucker", "lokr", "dora"})
+    needs = frozenset({"tucker", "lokr", "dora", "dora_axis"})
     sections = (TuckerOptions, LokrOptions, DoraOptions)
     rules = (strength_of_one("lokr", "the two matrices cannot take up a DoRA at part of its strength", _with_dora),)
     exact = frozenset({ALPHA, MAGNITUDE})

@@ -265,7 +265,7 @@ class Lierla(Decomposed, Lora):
     """LoRA on the linear layers and 1×1 convolutions of transformer blocks and text encoders."""
 
     help = "Plain LoRA on the attention blocks: small, fast, read by everything. Rank 4 to 128."
-    needs = frozenset({"dora", "timestep_rank"})
+    needs = frozenset({"dora", "dora_axis", "timestep_rank"})
     sections = (DoraOptions, TimestepOptions)
     rules = TIMESTEP_RULES
     file_tensors = (DOWN, UP, ALPHA, MAGNITUDE)
@@ -277,7 +277,7 @@ class Locon(Decomposed, Convolved):
     """LoRA also on the convolutions, samplers and time projections of the UNet."""
 
     help = "LoRA on the convolutions too (LoCon): also learns textures and style. Rank up to 64, alpha 1 or less."
-    needs = frozenset({"dora", "timestep_rank", "tucker"})
+    needs = frozenset({"dora", "dora_axis", "timestep_rank", "tucker"})
     sections = (DoraOptions, TimestepOptions, TuckerOptions)
     rules = (*TIMESTEP_RULES, Rule(("network_tucker", "network_init"), tucker_start))
     file_tensors = (DOWN, UP, MID, ALPHA, MAGNITUDE)

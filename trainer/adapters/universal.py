@@ -17,6 +17,7 @@ from ..params.rules import Rule
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .bases import Pair, SvdParams, weight_bases
 from .basis_file import Basis, read_basis
+from .dora import DoraOptions
 from .factored import LOST, Factored
 
 
@@ -53,8 +54,8 @@ class Universal(Factored):
     """ΔW = (alpha/rank)·U_b·P·D_b with frozen orthonormal U_b (out, k) and D_b (k, in), k = rank; P (k, k) from 0."""
 
     help = "Trains a small square per layer between two fixed bases: few numbers, strongly regularised; a LoRA file."
-    needs = frozenset({"universal", "svd"})
-    sections = (UniversalParams, SvdParams)
+    needs = frozenset({"dora", "universal", "svd"})
+    sections = (UniversalParams, SvdParams, DoraOptions)
     rules = (
         Rule(("basis_path",), basis_there, complete=True),
         Rule(("network_basis_mean", "basis_path"), mean_of_something),
@@ -92,7 +93,7 @@ class Universal(Factored):
             )
         return {layer.key: _filled(given.get(layer.key), own.get(layer.key), ranks[layer.key]) for layer in layers}
 
-    def pair(self) -> tuple[Tensor, Tensor]:
+    def product(self) -> tuple[Tensor, Tensor]:
         return self.frozen_down, self.frozen_up @ self._parameters["core"]
 
     def fit(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from .scenario import Figures, Goal, Scenario, Suite, Trained
 
 TASK = "a new shape from twelve pictures"
 GOAL = 0.8  # of the asked pictures show the new shape
-STEPS, EVERY = 40, 10  # optimizer steps, and how often a file is kept that may have reached the goal
-ASKED, UNRELATED = 32, 48
+STEPS, EVERY = 32, 8  # optimizer steps, and how often a file is kept that may have reached the goal
+ASKED, UNRELATED = 32, 40
 FASTER = 40.0
 """Times a preset's learning rate for 1,000 steps on a full-size model."""
 LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
