@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from trainer.errors import AtelierError
-from trainer.tools.bench import SIZES, bench, bench_types, main
+from trainer.adapters.base import ADAPTERS
+from trainer.tools.bench import EVERY_TYPE, SIZES, bench, bench_types, main
 
 pytestmark = pytest.mark.newest
 
@@ -47,6 +48,11 @@ def test_types_are_measured_against_plain_lora() -> None:
     assert all("forward" not in module.__dict__ for module in unet.modules())
     with pytest.raises(AtelierError, match="lierla has no option network_factor"):
         bench_types(unet, ["lierla+network_factor=2"])
+
+
+def test_all_types_are_all_of_the_registry() -> None:
+    named = {name.split("+")[0] for name in EVERY_TYPE}
+    assert named == set(ADAPTERS.names())
 
 
 def test_the_sizes_have_the_layout_of_sd1() -> None:

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, default=None, help="samples per step (small: 8, sd15: 1)")
     bench.add_argument("--latents", type=int, default=8, help="side of the square latents")
     bench.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="wall, or CPU seconds of the process")
-    bench.add_argument("--types", default="", help="adapter types against plain LoRA, as in loha,lokr+use_dora")
+    bench.add_argument("--types", default="", help="adapter types against plain LoRA, as in loha,lokr+use_dora, or all")
     bench.set_defaults(run=_bench)
 
     evaluate = commands.add_parser("evaluate", help="measure modes or adapter types on the painted world")

@@ -36,6 +36,12 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
     "sd15": ({"cross_attention_dim": 768}, 1),
 }
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+EVERY_TYPE = (
+    "null", "universal", "experts", "experts+network_routing=input", "dylora", "ia3", "glora", "oft", "boft", "eh",
+    "norm", "loha", "lokr+network_factor=8", "lierla+use_dora", "c3lier+use_dora", "loha+use_dora",
+    "lokr+network_factor=8+use_dora", "c3lier+network_tucker", "loha+network_tucker", "full",
+)  # fmt: skip
+"""What `--types all` measures."""
 RATE, MAX_NORM, ALPHA, WARM_UP = 1e-4, 1.0, 8.0, 2
 
 
@@ -65,7 +71,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure on a randomly filled UNet of SD1's layout. `size`: small (5.5 M parameters) or sd15 (860 M).
 
-    With `types`, those against plain LoRA (`bench_types`) instead of plain LoRA against other libraries.
+    With `types`, those against plain LoRA (`bench_types`) instead of plain LoRA against other libraries; "all" stands
+    for EVERY_TYPE, at size sd15 without `full`, whose numbers with those of AdamW would take 17 GB.
     """
     from diffusers import UNet2DConditionModel
 
@@ -74,6 +81,8 @@ def run(
     unet = UNet2DConditionModel(**config)
     batch = batch or usual_batch
     if types:
+        every = [name for name in EVERY_TYPE if name != "full" or size != "sd15"]
+        types = [one for name in types for one in (every if name == "all" else [name])]
         return {"size": size, **bench_types(unet, types, steps=steps, batch=batch, latents=latents, clock=clock)}
     return {"size": size, **bench(unet, steps=steps, batch=batch, latents=latents, clock=clock)}
 
@@ -312,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latents", type=int, default=8, help="side of the square latents")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="wall, or CPU seconds of this process")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as torch decides)")
-    parser.add_argument("--types", default="", help="types against plain LoRA instead, as in loha,lokr+use_dora")
+    parser.add_argument("--types", default="", help="types against plain LoRA instead, as in loha,lokr+use_dora, or all")
     given = parser.parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
