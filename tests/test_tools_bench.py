@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from trainer.errors import AtelierError
 from trainer.adapters.base import ADAPTERS
+from trainer.errors import AtelierError
 from trainer.tools.bench import EVERY_TYPE, SIZES, bench, bench_types, main
 
 pytestmark = pytest.mark.newest

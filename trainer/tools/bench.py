@@ -321,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latents", type=int, default=8, help="side of the square latents")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="wall, or CPU seconds of this process")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as torch decides)")
-    parser.add_argument("--types", default="", help="types against plain LoRA instead, as in loha,lokr+use_dora, or all")
+    parser.add_argument("--types", default="", help="types against plain LoRA, as in loha,lokr+use_dora, or all")
     given = parser.parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
