@@ -202,7 +202,7 @@ def test_lycoris_file(model, tmp_path: Path, name: str) -> None:
 NAMED = {
     "ia3": 'target_module = []\ntarget_name = [".*to_k", ".*to_v"]\n'
            '[name_algo_map.".*ff.net.2"]\ntrain_on_input = true\n',
-    "norm": 'target_module = []\ntarget_name = [".*norm.*"]\n',
+    "norm": 'target_module = []\ntarget_name = [".*block.*norm.*"]\n',
     "dylora": 'target_module = ["BasicTransformerBlock"]\ntarget_name = []\n',
 }
 
