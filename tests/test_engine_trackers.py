@@ -56,7 +56,7 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def test_weights_and_biases_offline_has_every_loss(case, monkeypatch) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb brings a dozen packages, so it is not among those that tests install")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
