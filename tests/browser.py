@@ -29,7 +29,7 @@ QUIET = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run", "--disable-dev-shm-usage",
 )  # fmt: skip
-PATIENCE = 180.0
+PATIENCE = 300.0
 """Seconds that a start may take on a busy machine; idle it takes a few."""
 
 SEEN = ROOT / "artifacts" / "ui"
@@ -132,6 +132,7 @@ class Page:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._note)
         self.page.goto(f"{address}?__theme={scheme}", timeout=PATIENCE * 1000)
+        self.page.wait_for_selector("#atelier_root", state="attached", timeout=PATIENCE * 1000)
         tab = self.page.locator("button[role=tab]:text-is('Atelier'), .tab-nav button:text-is('Atelier')")
         if tab.count():
             tab.first.click()
@@ -157,7 +158,7 @@ class Page:
         content = base64.b64encode(path.read_bytes()).decode()
         target.evaluate(DROP, [content, path.name])
 
-    def until(self, what: str, script: str, seconds: float = 90.0) -> None:
+    def until(self, what: str, script: str, seconds: float = 120.0) -> None:
         """Wait until a script is true in the page."""
         try:
             self.page.wait_for_function(script, timeout=seconds * 1000)

@@ -38,14 +38,15 @@ def clip(page: Page, *names: str) -> dict[str, float]:
 def take(page: Page, folder: Path) -> None:
     """Train the demo and keep what is seen."""
     shoot: Any = page.page.screenshot
+    page.fill(lora_data_directory="trainer/demo/pictures")  # relative: no folder of this machine in the picture
     page.fill(sample_prompts="a diamond\na circle", sample_every=50, sample_steps=12, sample_cfg=2)
     page.page.evaluate("document.querySelectorAll('#atelier_form details').forEach(box => box.open = false)")
     page.id("start").click()
-    page.until("most of it is done", f"{STEP} >= 110", 900)
+    page.until("most of it is done", f"{STEP} >= 110", 2400)
     page.until("samples are there", "!document.querySelector('#atelier_samples').hidden")
     page.page.evaluate("scrollTo(0, 0)")
     keep(shoot(), folder / "tab.png")
-    page.until("it ends", f"{STATE} === 'done'", 900)
+    page.until("it ends", f"{STATE} === 'done'", 2400)
     page.id("tab_plot").click()
     page.until("a curve", "document.querySelector('#atelier_plot_figure path') !== null")
     keep(shoot(full_page=True, clip=clip(page, "page_plot")), folder / "plot.png")
@@ -53,7 +54,7 @@ def take(page: Page, folder: Path) -> None:
     page.page.locator("#atelier_try > summary").click()
     page.fill(try_width=64, try_height=64, try_steps=12, try_cfg=2, try_prompt="a large red diamond", try_seed=3)
     page.id("compare_now").click()
-    page.until("four pictures", "document.querySelectorAll('#atelier_draw_grid img').length === 4", 900)
+    page.until("four pictures", "document.querySelectorAll('#atelier_draw_grid img').length === 4", 2400)
     page.page.evaluate("scrollTo(0, 0)")
     keep(shoot(full_page=True, clip=clip(page, "try")), folder / "compare.png")
 

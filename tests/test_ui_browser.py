@@ -288,6 +288,8 @@ def test_nothing_overlaps(place: Place, width: int, dark: bool) -> None:
     assert page.id("tab_train").inner_text() == ("学習" if dark else "Train")
     over = page.page.evaluate(OVERLAPS)
     page.seen(f"{VERSION}-{width}-{'dark' if dark else 'light'}")
+    page.page.evaluate("scrollTo(0, 900)")
+    page.until("Start stays in view", "document.querySelector('#atelier_start').getBoundingClientRect().top > 0")
     page.id("tab_pictures").click()
     over += page.page.evaluate(OVERLAPS)
     assert over == []

@@ -145,6 +145,10 @@ def test_cards_follow_the_groups_of_the_table() -> None:
     named = {parameter.attribute: card_of(parameter, WIDE).name for parameter in WIDE.parameters}
     assert {named[name] for name in ("original_prompt", "original_image", "lora_data_directory")} == {"learn"}
     assert named["network_blocks"] == "blocks" and named["use_2nd_pass_settings"] == "second"
+    network = ("export_format", "network_block_lrs", "enable_effilora", "num_experts", "loraplus_lr_ratio", "use_dora")
+    assert {card_of(TABLE.by_name[name], TABLE).name for name in network} == {"network"}
+    assert {card_of(TABLE.by_name[name], TABLE).name for name in ("abm_steps", "lalora_lambda")} == {"train"}
+    assert {card_of(TABLE.by_name[name], TABLE).name for name in ("ileco_bank", "diff_strength")} == {"learn"}
     assert {parameter.spec.group for parameter in TABLE.parameters} <= set(GROUPS)
     assert {card_of(parameter, TABLE) for parameter in TABLE.parameters} <= set(CARDS)
 

@@ -34,16 +34,23 @@ _BY_SECTION: dict[type, Card] = {
 }  # fmt: skip
 
 
+EVERYBODYS = frozenset({"", "steps"})
+"""Tags that say nothing about whose a parameter is."""
+
+
 def card_of(parameter: Parameter, catalogue: Catalogue) -> Card:
-    """The card a parameter belongs to. Sections of modes go to what is learnt, those of adapter types to the network,
-    those of stages to the training (or to the network, where their name says so)."""
+    """The card a parameter belongs to. Sections of adapter types go to the network, those of modes to what is learnt,
+    those of stages to the training; a name that begins with network_ or export_ is the network's.
+    """
     if parameter.spec.group in _BY_GROUP:
         return _BY_GROUP[parameter.spec.group]
     if parameter.section in _BY_SECTION:
         return _BY_SECTION[parameter.section]
-    tag = parameter.spec.needs
-    modes = catalogue.modes.values()
-    if tag and any(tag in mode.needs or tag in (mode.second or ()) for mode in modes):
-        return LEARN
-    owned = any(tag in tags for tags in catalogue.types.values()) if tag else False
-    return NETWORK if owned or parameter.attribute.startswith(("network_", "export_", "use_dora")) else TRAIN
+    if parameter.attribute.startswith(("network_", "export_")):
+        return NETWORK
+    own = {parameter.spec.needs} - EVERYBODYS
+    beside = {one.spec.needs for one in catalogue.parameters if one.section is parameter.section} - EVERYBODYS
+    if any((own or beside) & tags for tags in catalogue.types.values()):
+        return NETWORK
+    modes = [mode.needs | (mode.second or frozenset()) for mode in catalogue.modes.values()]
+    return LEARN if any(own & tags for tags in modes) else TRAIN

@@ -75,7 +75,7 @@ def _label(widget: Widget, name: str, tag: str = "label") -> Html:
     reset = {"type": "button", "tabindex": -1, "title": "Back to the default", "data_reset": True}
     return element(
         "span",
-        element(tag, widget.label, class_="atelier-name", id=f"{name}_label", **target),
+        element(tag, widget.label, class_="atelier-name", data_plain=True, id=f"{name}_label", **target),
         element("button", class_="atelier-reset", aria_label="Back to the default", **reset),
         _help(widget, name),
         class_="atelier-label",
