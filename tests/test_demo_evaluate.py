@@ -63,6 +63,7 @@ def test_the_best_rate_of_the_sweep_gets_all_seeds(tmp_path):
     assert [(result.rate, result.seed) for result in summary.best] == [(0.2, 1), (0.2, 2), (0.2, 3)]
     assert summary.mean("good") == pytest.approx(0.98) and summary.reach("bad") == (0.01, 0.03)
     assert summary.line()["goals_met"] == {"good": True, "bad": True}
+    assert summary.interval("good") == Rate(99 + 98 + 97, 300).interval
 
 
 def test_nothing_is_measured_twice_and_another_job_is(tmp_path):

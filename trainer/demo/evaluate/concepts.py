@@ -22,10 +22,10 @@ from .scenario import Figures, Goal, Scenario, Trained
 
 FROM, TO = "red", "blue"
 OTHERS = tuple(colour for colour in world.COLOURS if colour != FROM)
-ASKED, UNRELATED = 100, 200
+ASKED, UNRELATED = 40, 70  # pictures for each seed, other ones for each
 SIZE = (world.EDGE, world.EDGE)
 TIMES = (500, 666, 833, 999)
-CHECKS = 4  # files on the way whose predictions are measured too
+CHECKS = 3  # files on the way whose predictions are measured too
 SEEN = f"a small {FROM} cross on the right, grey background"
 """A sentence with the concept that no job is given."""
 
@@ -77,12 +77,12 @@ def instant(target: str, **changes: object) -> dict[str, object]:
     return {**preset("Instant"), **words(target), "instant_preserve": HELD, **changes}
 
 
-def asked_scenes(count: int, seed: int = 31) -> list[world.Scene]:
+def asked_scenes(count: int, seed: int) -> list[world.Scene]:
     """Scenes whose picture in the target colour the base model was trained on: only the word is new to it."""
     return pool(lambda scene: scene.colour == TO, count, seed)
 
 
-def other_scenes(count: int, seed: int = 32) -> list[world.Scene]:
+def other_scenes(count: int, seed: int) -> list[world.Scene]:
     """Scenes of the other colours that the base model was trained on."""
     return pool(lambda scene: scene.colour in OTHERS, count, seed)
 
@@ -103,7 +103,7 @@ class Measured:
 
     def __call__(self, trained: Trained) -> Figures:
         """How often the concept became its target (or is gone), what else changed, and the same in predictions."""
-        asked, others = asked_scenes(ASKED), other_scenes(UNRELATED)
+        asked, others = asked_scenes(ASKED, 30 + trained.seed), other_scenes(UNRELATED, 60 + trained.seed)
         wanted = self.target or FROM
         ceiling = self.before.readings(trained, prompts(asked, wanted))
         then, now = self.before.readings(trained, prompts(others)), drawn(trained, prompts(others), 1.0)
@@ -120,7 +120,7 @@ class Measured:
 
     def _predictions(self, trained: Trained) -> dict[str, float]:
         """Map ratio, leaks and noise memory on a sentence no job was given, over held-out states."""
-        probe, to = self.before.probe(trained, SEEN, 4), replaced(SEEN, self.target)
+        probe, to = self.before.probe(trained, SEEN, 2), replaced(SEEN, self.target)
         leaks = probe.leaks(SEEN, to, unrelated())
         reached, step = self._reached(trained, to), max(trained.steps, 1)
         return {
@@ -148,7 +148,7 @@ class Measured:
 
     @staticmethod
     def _both(probe: Probe, to: str) -> tuple[float, float]:
-        return probe.map_ratio(SEEN, to), median(probe.leaks(SEEN, to, unrelated()[:6]).values())
+        return probe.map_ratio(SEEN, to), median(probe.leaks(SEEN, to, unrelated()[:5]).values())
 
     def _gap(self, trained: Trained) -> float:
         """Map ratio on the noise of the run minus that on fresh noise, with the first pair of prompts of the job."""

@@ -24,8 +24,8 @@ from .before import DRAWN, Before, around, drawn, kept, pool, step_of
 from .scenario import SECOND, Figures, Goal, Scenario, Trained
 
 GOAL, KEPT = 0.9, 0.95
-ASKED, CHECKED = 100, 30  # pictures of a result, and of a file saved on the way
-CHECKS = 4  # files on the way
+ASKED, CHECKED = 50, 16  # pictures of a result (other ones for each seed), and of a file saved on the way
+CHECKS = 3  # files on the way
 SUFFIX = "_after"
 TIMES = (600, 800, 950)  # at which the change of the implied picture is compared with the pair's difference
 PAIRS = (
@@ -88,7 +88,7 @@ class Measured:
     def __call__(self, trained: Trained) -> Figures:
         """How many pictures show the new value, the old one at strength −1, and what else they still show."""
         task = self.task
-        scenes = pool(lambda scene: True, ASKED, seed=51)
+        scenes = pool(lambda scene: True, ASKED, seed=50 + trained.seed)
         prompts = [task.prompt(scene) for scene in scenes]
         then = self.before.readings(trained, prompts)
         now, back = drawn(trained, prompts, 1.0), drawn(trained, prompts, -1.0)

@@ -29,12 +29,12 @@ SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Result:
-    """What one job of a scenario gave. `figures` are plain numbers; `intervals` the 95 % intervals of the shares."""
+    """What one job of a scenario gave. `figures` are plain numbers; `counts` the hits and trials behind the shares."""
 
     rate: float
     seed: int
     figures: Mapping[str, float]
-    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Summary:
         values = [result.figures[figure] for result in self.best]
         return min(values), max(values)
 
+    def interval(self, figure: str) -> tuple[float, float]:
+        """The 95 % interval of a share over the pictures of all seeds."""
+        hits, trials = (sum(result.counts[figure][n] for result in self.best) for n in (0, 1))
+        return Rate(hits, trials).interval
+
     def line(self) -> dict[str, object]:
         """Plain values for one line of JSON."""
         figures = {name: finite(self.mean(name)) for name in self.best[0].figures}
@@ -62,7 +67,8 @@ class Summary:
             "task": self.scenario.task, "variant": self.scenario.variant, "rate": self.best[0].rate,
             "seeds": [result.seed for result in self.best], "figures": figures,
             "ranges": {name: [finite(end) for end in self.reach(name)] for name in figures},
-            "ci95": {name: list(ends) for name, ends in self.best[0].intervals.items()}, "goals_met": goals,
+            "ci95": {name: [round(end, 4) for end in self.interval(name)] for name in self.best[0].counts},
+            "goals_met": goals,
         }  # fmt: skip
 
 
@@ -111,14 +117,14 @@ class Runner:
         path = self._folder / "results" / f"{name}.json"
         if path.is_file():
             kept = json.loads(path.read_text(encoding="utf-8"))
-            return Result(rate, kept["seed"], kept["figures"], kept["intervals"])
+            return Result(rate, kept["seed"], kept["figures"], kept["counts"])
         self._log.note(f"{scenario.task}, {scenario.variant}: rate {rate:g}, seed {job['train_seed']}")
         figures = self._measured(scenario, {**job, "save_lora_name": name, "save_overwrite": True})
         plain = {key: value.value if isinstance(value, Rate) else float(value) for key, value in figures.items()}
-        intervals = {key: value.interval for key, value in figures.items() if isinstance(value, Rate)}
-        result = Result(rate, int(str(job["train_seed"])), plain, intervals)
+        counts = {key: (value.hits, value.trials) for key, value in figures.items() if isinstance(value, Rate)}
+        result = Result(rate, int(str(job["train_seed"])), plain, counts)
         kept = {"task": scenario.task, "variant": scenario.variant, "job": job, "seed": result.seed,
-                "figures": plain, "intervals": intervals}  # fmt: skip
+                "figures": plain, "counts": counts}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
@@ -177,7 +183,8 @@ class Runner:
 
         network = reload(ended.path)
         with network.attached():
-            trained = Trained(model, network, ended.path, ended.folder, ended.steps, seconds, trace, unit, reload)
+            seed = int(str(raw["train_seed"]))
+            trained = Trained(model, network, ended.path, ended.folder, ended.steps, seconds, seed, trace, unit, reload)
             return {**scenario.measure(trained), "steps": float(ended.steps), "seconds": round(seconds, 2)}
 
 

@@ -21,6 +21,7 @@ Figures = Mapping[str, "float | Rate"]
 class Trained:
     """A finished job: the untouched model with the written file attached, what it cost, and where its run lies.
 
+    `seconds` are those of one core. What is asked may depend on the job's `seed`: then three seeds ask more.
     `trace` is what was seen of the run, `unit` the seconds per step of the scenario's unit job in the same process (0
     without one), `reload` makes the network of another file that the job wrote, not attached.
     """
@@ -31,6 +32,7 @@ class Trained:
     folder: Path
     steps: int
     seconds: float
+    seed: int = 1
     trace: Trace = field(default_factory=Trace)
     unit: float = 0.0
     reload: Callable[[Path], Network] | None = None
