@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import fnmatch
 import importlib.util
 import json
 import logging
@@ -39,7 +40,8 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 EVERY_TYPE = (
     "null", "universal", "experts", "experts+network_routing=input", "dylora", "ia3", "glora", "oft", "boft", "eh",
     "norm", "loha", "lokr+network_factor=8", "lierla+use_dora", "c3lier+use_dora", "loha+use_dora",
-    "lokr+network_factor=8+use_dora", "c3lier+network_tucker", "loha+network_tucker", "full",
+    "lokr+network_factor=8+use_dora", "c3lier+network_tucker", "loha+network_tucker", "lierla+blocks=OUT*",
+    "full",
 )  # fmt: skip
 """What `--types all` measures."""
 RATE, MAX_NORM, ALPHA, WARM_UP = 1e-4, 1.0, 8.0, 2
@@ -130,7 +132,8 @@ def bench_types(
 ) -> dict[str, Any]:
     """Seconds per step of each type, and the ratios to plain LoRA on the attention layers (lierla) and on all (c3lier).
 
-    A type is a name, with options after a plus: lokr, loha+use_dora, lokr+network_factor=8+use_dora. As `bench`.
+    A type is a name, with options after a plus: lokr, loha+use_dora, lokr+network_factor=8+use_dora; blocks=OUT* takes
+    only the blocks of this pattern. As `bench`.
     """
     model_unet.requires_grad_(False).train()
     data, contenders, facts = _data(model_unet, batch, latents), [], {}
@@ -138,7 +141,8 @@ def bench_types(
         for name in dict.fromkeys(("lierla", "c3lier", *types)):
             unet, seed = _shared(model_unet), torch.Generator().manual_seed(0)
             layers = list(unet_layers(unet, "diffusers"))
-            network = build_network(layers, _spec(name, rank), BLOCKS, "Full", ("unet",), seed)
+            spec, blocks = _spec(name, rank)
+            network = build_network(layers, spec, blocks, "Full", ("unet",), seed)
             network.to(next(model_unet.parameters()).device)
             attached.enter_context(network.attached())
             contenders.append(dataclasses.replace(_ours(unet, data, network), name=name))
@@ -157,11 +161,12 @@ def bench_types(
     }
 
 
-def _spec(name: str, rank: int) -> AdapterSpec:
-    """The settings of a type written as lokr+network_factor=8+use_dora. Raises AtelierError for a name that is none."""
+def _spec(name: str, rank: int) -> tuple[AdapterSpec, tuple[str, ...]]:
+    """Settings and blocks of a type written as lokr+network_factor=8+use_dora. Raises AtelierError for another name."""
     kind, *given = name.split("+")
     wanted = dict(option.partition("=")[::2] for option in given)
     options: dict[type, Any] = {}
+    blocks = tuple(fnmatch.filter(BLOCKS, wanted.pop("blocks", "*")))
     for section in ADAPTERS.get(kind).sections:
         values = {}
         for p in parameters_of(section):
@@ -171,7 +176,7 @@ def _spec(name: str, rank: int) -> AdapterSpec:
         options[section] = section(**values)
     if wanted:
         raise AtelierError(f"--types {name}: {kind} has no option {', '.join(wanted)}.")
-    return AdapterSpec(kind, rank=rank, alpha=ALPHA, options=options)
+    return AdapterSpec(kind, rank=rank, alpha=ALPHA, options=options), blocks
 
 
 def _data(unet: Any, batch: int, latents: int) -> Data:
