@@ -11,6 +11,7 @@ from test_models_texts import encoder_file
 from trainer.adapters.file import read_lora
 from trainer.engine.catalogue import catalogue
 from trainer.engine.control import Control
+from trainer.engine.reload import written_network
 from trainer.engine.run import Request, run
 from trainer.errors import JobError
 from trainer.events import EventLog, Note, Step
@@ -118,6 +119,21 @@ def test_a_start_reports_itself_and_writes_twice_the_rank(case, model) -> None:
     tensors, _ = read_lora(result.path)
     assert {len(tensor) for name, tensor in tensors.items() if "lora_down" in name} == {4}
     assert {float(tensor) for name, tensor in tensors.items() if "alpha" in name} == {4.0}
+
+
+@pytest.mark.parametrize("changes", [
+    {"network_init": "pissa"}, {"network_type": "null"}, {"network_type": "universal", "use_dora": True},
+], ids=str)
+def test_a_written_file_is_put_back_whatever_it_was_made_of(case, model, changes) -> None:
+    settings = {**SHORT, "save_lora_name": "back", **changes}
+    result = carry_out(case, model, "back", **changes)
+    network = written_network(case.job(**settings), model, result.path, EventLog())
+    tensors, _ = read_lora(result.path)
+    assert len(network) == sum(name.endswith(".alpha") for name in tensors) > 5
+    for adapter in network:
+        down, up = (tensors[f"{adapter.key}.lora_{side}.weight"].flatten(1).float() for side in ("down", "up"))
+        wanted = up @ down * tensors[f"{adapter.key}.alpha"] / len(down)
+        torch.testing.assert_close(adapter.delta().flatten(1), wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_every_layer_left_out_of_a_step_is_a_step_without_change(case, model) -> None:

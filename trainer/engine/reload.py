@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.base import ADAPTERS, AdapterSpec, Strength
 from ..adapters.choose import spelled, split_name
+from ..adapters.factored import Factored
 from ..adapters.file import read_lora
 from ..adapters.lora import DOWN, Lora
 from ..adapters.metadata import baked_strength
@@ -21,19 +22,23 @@ from ..models.base import Model
 from ..models.layers import layers_of
 from ..params import core
 from ..params.job import Job
+from ..params.network import DIFFERENCE_INITS, NetworkOptions
 from .build import make_network
 
 
 def written_network(job: Job, model: Model, path: Path, log: EventLog) -> Network:
     """The adapter of the job, filled from the file it wrote, not yet attached.
 
-    A file that was written as plain LoRA gives plain LoRAs on the layers it names, whatever the job's adapter type.
+    A file that was written as plain LoRA gives plain LoRAs on the layers it names, whatever the job's adapter type; so
+    does one of a start that is counted from, which has twice the rank.
     Raises AdapterError when the file leaves a module of the adapter empty.
     """
     tensors, metadata = read_lora(path)
     kind = ADAPTERS.get(job[core.Network].network_type)
-    converted = metadata.get("atelier_export_format") == "lora" and not issubclass(kind, Lora)
-    network = plain_network(model, tensors) if converted else make_network(job, model, 0, log)
+    factored = issubclass(kind, Factored) or not issubclass(kind, Lora)
+    converted = metadata.get("atelier_export_format") == "lora" and factored
+    counted = job[NetworkOptions].network_init in DIFFERENCE_INITS & kind.inits
+    network = plain_network(model, tensors) if converted or counted else make_network(job, model, 0, log)
     if network.load(tensors, baked=baked_strength(metadata)).matched != len(network):
         raise AdapterError(f"{path.name} does not fill every module of the adapter it was written from.")
     return network
