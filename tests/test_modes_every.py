@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import engine_case
 import pair_case
@@ -131,9 +132,11 @@ def test_an_instant_map_of_a_full_size_model_takes_seconds(tmp_path, capsys):
              "train_model_precision": "fp32", "save_lora_name": "full", "data_cache": "memory"}  # fmt: skip
     trace = engine_case.Trace()
     places = engine_case.Case(tmp_path, tmp_path, tmp_path).places
+    began = time.process_time()
     run(Request(load(given, catalogue()).job, places, model=model), EventLog(trace))
+    seconds = time.process_time() - began  # of all threads: two free cores take no longer
     (told,) = [event.text for event in trace.events if isinstance(event, Note) and "embeddings edited" in event.text]
     (whole,) = [event.text for event in trace.events if isinstance(event, Note) and "The run took" in event.text]
     with capsys.disabled():
-        print(f"\n{told}\n{whole}")
-    assert float(told.rpartition(" in ")[2].removesuffix(" s.")) < 20 and "32 layers" in told
+        print(f"\n{told}\n{whole}\n{seconds:.1f} CPU seconds")
+    assert seconds < 20 and "32 layers" in told
