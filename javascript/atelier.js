@@ -4,6 +4,7 @@
 
     const Atelier = (window.Atelier = window.Atelier || {});
     const PARTS = ["form", "ahead", "settings", "live", "pages"];
+    const [STARTING, AGAIN] = [120, 1000]; // tries, milliseconds between them
     let started = null;
 
     function onKey(event) {
@@ -15,6 +16,19 @@
         } else if (event.key === "Enter" && event.target.matches("input") && event.target.closest("#atelier_form")) {
             event.preventDefault();
         }
+    }
+
+    /** The lists of models. A WebUI that starts shows its page before it lets extensions add their routes. */
+    async function firstLists() {
+        for (let tries = 0; tries < STARTING; tries++) {
+            try {
+                return await Atelier.form.refreshLists(false);
+            } catch (error) {
+                if (error.status !== 404 && error.status !== 0) return null;
+            }
+            await new Promise((done) => setTimeout(done, AGAIN));
+        }
+        return null;
     }
 
     async function start(here) {
@@ -29,11 +43,11 @@
                 Atelier.setLanguage(button.dataset.language);
             });
         }
+        const lists = await firstLists();
         const own = (navigator.language || "").startsWith("ja") ? "ja" : "en";
         await Atelier.setLanguage(Atelier.recall("language") || own);
         const quiet = () => null;
-        const [lists] = await Promise.all([
-            Atelier.form.refreshLists(false).catch(quiet),
+        await Promise.all([
             Atelier.settings.refreshPresets().catch(quiet),
             Atelier.settings.refreshFiles().catch(quiet),
         ]);

@@ -326,6 +326,28 @@ OVERLAPS = """() => {
 
 
 @pytest.mark.everywhere
+def test_the_page_waits_for_routes_that_come_after_it(place: Place) -> None:
+    """At Reload UI a WebUI shows its page first and lets extensions add their routes some seconds later."""
+    page, early = place[0].new_page("en-US"), []
+    try:
+
+        def too_early(route: Any) -> None:
+            early.append(route.request.url)
+            if len(early) < 3:
+                route.fulfill(status=404, content_type="application/json", body='{"detail": "Not Found"}')
+            else:
+                route.continue_()
+
+        page.route("**/atelier/v1/models", too_early)
+        page.goto(place[1], timeout=60_000)
+        page.wait_for_selector("#atelier_root[data-ready]", timeout=60_000, state="attached")
+        assert len(early) == 3
+        assert page.locator("select[data-list] option").count() > 3
+        assert page.locator("#atelier_preset option[value=demo]").count() == 1
+    finally:
+        page.close()
+
+
 def test_it_asks_seldom_and_not_at_all_when_hidden(page: Page) -> None:
     page.page.wait_for_timeout(1500)
     page.asked.clear()
