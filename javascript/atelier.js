@@ -67,5 +67,7 @@
 
     new MutationObserver(look).observe(document.documentElement, { childList: true, subtree: true });
     document.addEventListener("DOMContentLoaded", look);
+    // Newer gradios put scripts into a page that is ready: the last one may come after the last change of the page.
+    document.addEventListener("load", look, true);
     look();
 })();

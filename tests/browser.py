@@ -32,6 +32,7 @@ QUIET = (
 PATIENCE = 300.0
 """Seconds that a start may take on a busy machine; idle it takes a few."""
 
+LATE = 4.0
 SEEN = ROOT / "artifacts" / "ui"
 """Pictures of the page, for people; git leaves them alone."""
 
@@ -120,8 +121,16 @@ class Page:
     """The tab in a browser page: opened, ready, without errors of its scripts."""
 
     def __init__(
-        self, running: Browser, address: str, *, width: int = 1280, dark: bool = False, language: str = "en-US"
+        self,
+        running: Browser,
+        address: str,
+        *,
+        width: int = 1280,
+        dark: bool = False,
+        language: str = "en-US",
+        late: str = "",
     ) -> None:
+        """`late`: a script of ours that arrives seconds after all others."""
         scheme = "dark" if dark else "light"
         self.page = running.new_page(language)
         self.page.set_viewport_size({"width": width, "height": 900})
@@ -131,6 +140,8 @@ class Page:
         self.asked: list[tuple[float, str]] = []
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._note)
+        if late:
+            self.page.route(f"**/{late}?*", lambda route: (time.sleep(LATE), route.continue_()))
         self.page.goto(f"{address}?__theme={scheme}", timeout=PATIENCE * 1000)
         self.page.wait_for_selector("#atelier_root", state="attached", timeout=PATIENCE * 1000)
         tab = self.page.locator("button[role=tab]:text-is('Atelier'), .tab-nav button:text-is('Atelier')")

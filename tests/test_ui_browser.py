@@ -96,6 +96,15 @@ SHOWN = """(choices) => choices.map(([mode, kind]) => {
 })"""
 
 
+@pytest.mark.skipif(KIND == "host", reason="a WebUI puts scripts into the page itself, before it is shown")
+@pytest.mark.parametrize("name", ["atelier.js", "atelier_settings.js"])
+def test_a_script_that_comes_late_is_waited_for(place: Place, name: str) -> None:
+    """The newest gradio puts scripts into a page that is ready already, in no order."""
+    page = Page(place[0], place[1], late=name)
+    assert page.id("preset").is_visible()
+    page.close()
+
+
 def test_errors_stand_at_their_fields_and_nothing_starts(page: Page, place: Place) -> None:
     demo(page, "wrong")
     page.fill(network_rank="many", train_min_timesteps=900, train_max_timesteps=100, save_lora_name="a/b")
@@ -127,6 +136,8 @@ def test_from_the_click_to_the_curve(page: Page, place: Place) -> None:
     page.until("it runs", f"{STATE} === 'running'")
     page.until("progress moves", "document.querySelector('#atelier_progress').value > 50")
     page.until("the curve is drawn", "document.querySelector('.atelier-line-ema').getAttribute('d').length > 30")
+    told = page.id("banner").is_visible() and "wait until this run is over" in page.id("banner").inner_text()
+    assert told is (KIND == "host"), "who draws pictures beside us is told that they wait"
     page.fill(save_lora_name="third")
     page.id("start").click()
     page.until("a name twice is refused", "!document.querySelector('#atelier_save_lora_name_error').hidden")
