@@ -16,7 +16,7 @@ from ..reader import Reading
 from .scenario import Trained
 
 DRAWN = dataclasses.replace(SETTINGS, steps=8)
-"""How pictures are drawn for the figures: 8 steps read as well as 12 on this base model (docs/modes.md)."""
+"""How pictures are drawn for the figures: in few steps, since a sweep draws thousands."""
 
 
 class Before:
