@@ -20,6 +20,7 @@ from ..data.text import TextOutputs
 from ..errors import AdapterError
 from ..events import EventLog
 from ..maths import rng
+from ..maths.loss import grad_scaler
 from ..models.base import Model
 from ..models.layers import layers_of
 from ..modes.base import MODES, Pass, Preparation
@@ -222,7 +223,7 @@ def build(
         flat=flat,
         optimizer=optimizer,
         scheduler=scheduler,
-        scaler=torch.amp.GradScaler(model.device.type, enabled=model.compute == torch.float16),
+        scaler=grad_scaler(model.device.type, model.compute == torch.float16),
         limits=limits,
         process=site.process,
         folder=site.folder,

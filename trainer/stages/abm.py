@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths import rng
+from ..maths.loss import grad_scaler
 from ..modes.base import Batch, Settings
 from ..params.field import param
 from .base import STAGES, Preparation, Stage
@@ -83,7 +84,7 @@ class Abm(Stage):
     def _train(self, at: Preparation, gates: list[nn.Module], own: AbmParams) -> int:
         trained = [p for p in at.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=own.abm_lr, weight_decay=0.0)
-        scaler = torch.amp.GradScaler(at.model.device.type, enabled=at.model.compute == torch.float16)
+        scaler = grad_scaler(at.model.device.type, at.model.compute == torch.float16)
         best, idle, power = self._agreement(at, gates), 0, POWERS[own.abm_weight_strategy]
         for step in range(own.abm_steps):
             if at.stopping():
