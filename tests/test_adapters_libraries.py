@@ -15,6 +15,7 @@ from test_adapters_types import OURS, trained
 from torch import Tensor
 
 from trainer.adapters.boft import butterfly_sizes
+from trainer.adapters.library import functional
 from trainer.adapters.lokr import factor_pair
 from trainer.maths.rotation import butterfly, cayley_minus_identity
 
@@ -131,3 +132,24 @@ def test_the_stages_of_boft_are_lycoris_and_their_gradients_right() -> None:
     shapes = ((8, 3), (3, 4, 2, 2))
     small, turns = (torch.randn(*shape, generator=generator).double().requires_grad_() for shape in shapes)
     assert torch.autograd.gradcheck(butterfly, (small, turns))
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name.split()[0] in ("loha", "lokr", "oft", "boft")])
+def test_an_old_torch_gets_the_same_update_without_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LyCORIS 4.1 cannot be imported with the torch that AUTOMATIC1111 (2.1) and Forge (2.3) pin."""
+    net = trained(OURS[name])
+    wanted = [adapter.delta().detach() for adapter in net]
+
+    def too_old(module: str) -> None:
+        raise AttributeError("module 'torch.library' has no attribute 'custom_op'")
+
+    monkeypatch.setattr("importlib.import_module", too_old)
+    functional.cache_clear()
+    try:
+        for adapter, delta in zip(net, wanted, strict=True):
+            got = adapter.delta()
+            torch.testing.assert_close(got, delta, rtol=1e-5, atol=1e-6)
+            got.square().sum().backward()
+            assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    finally:
+        functional.cache_clear()

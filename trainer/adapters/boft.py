@@ -44,5 +44,8 @@ class Boft(Rotation):
 
     def delta(self) -> Tensor:
         weight = self.module.weight.float()
-        delta: Tensor = functional("boft").diff_weight(weight, self.oft_blocks.float(), None, backend=EAGER)
+        theirs = functional("boft")
+        if theirs is None:
+            return self.turned(weight.flatten(1)).view(weight.shape)
+        delta: Tensor = theirs.diff_weight(weight, self.oft_blocks.float(), None, backend=EAGER)
         return delta.view(weight.shape)

@@ -89,9 +89,12 @@ class HadamardProduct(Direct):
 
     def delta(self) -> Tensor:
         w1a, w1b, w2a, w2b, *cores = (part.float() for part in self._parts())
+        theirs = functional("loha")
+        if theirs is None:
+            return self._product(w1a, w1b, w2a, w2b, *cores) * self.scale
         t1, t2 = cores or (None, None)
         scale = torch.tensor(self.scale)
-        delta: Tensor = functional("loha").diff_weight(w1b, w1a, w2b, w2a, t1, t2, gamma=scale, backend=EAGER)
+        delta: Tensor = theirs.diff_weight(w1b, w1a, w2b, w2a, t1, t2, gamma=scale, backend=EAGER)
         return delta.view(self.module.weight.shape)
 
 

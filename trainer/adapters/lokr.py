@@ -149,13 +149,17 @@ class KroneckerProduct(Direct):
         return (2 * self.scale * cross + self.scale**2 * torch.outer(one, two)).flatten()
 
     def delta(self) -> Tensor:
+        theirs = functional("lokr")
+        if theirs is None:
+            w1, w2 = (factor.float() for factor in self._pair())
+            return torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2).view(self.module.weight.shape) * self.scale
         own = {name: p.float() for name, p in self._parameters.items() if p is not None}
         w1, w1a, w1b = (own.get(f"lokr_w1{end}") for end in ("", "_a", "_b"))
         w2, w2a, w2b = (own.get(f"lokr_w2{end}") for end in ("", "_a", "_b"))
         if w2b is not None and "lokr_t2" not in own:
             w2b = w2b.view(w2b.shape[0], *self._piece[1:])
         weights = (w1, w1a, w1b, w2, w2a, w2b, own.get("lokr_t2"))
-        delta: Tensor = functional("lokr").kron_weight(*weights, scale=self.scale, backend=EAGER)
+        delta: Tensor = theirs.kron_weight(*weights, scale=self.scale, backend=EAGER)
         return delta.view(self.module.weight.shape)
 
     def delta_norm(self) -> Tensor:

@@ -72,5 +72,8 @@ class Oft(Rotation):
 
     def delta(self) -> Tensor:
         weight = self.module.weight.float()
-        delta: Tensor = functional("diag_oft").diff_weight(weight, self.oft_blocks.float(), None, backend=EAGER)
+        theirs = functional("diag_oft")
+        if theirs is None:
+            return self.turned(weight.flatten(1)).view(weight.shape)
+        delta: Tensor = theirs.diff_weight(weight, self.oft_blocks.float(), None, backend=EAGER)
         return delta.view(weight.shape)
