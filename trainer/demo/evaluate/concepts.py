@@ -207,11 +207,11 @@ def _mappings(measure: Measured) -> tuple[Scenario, ...]:
 
     start = ileco(TO, network_init="instant", instant_preserve=HELD)
     return (
-        one("iLECO", ileco(TO), around(RATE), shown="modes-ileco.png"),
+        one("iLECO", ileco(TO), around(RATE)),
         one("iLECO, bank of 256", ileco(TO, ileco_bank=256), (RATE,)),
         one("iLECO from an instant start", start, (RATE,)),
         one("TrainTrain's rule", seed_rule(TO), around(RATE)),
-        one("Instant, UCE", instant(TO)),
+        one("Instant, UCE", instant(TO), shown="modes-words.png"),
         one("Instant, SPEED", instant(TO, instant_method="speed")),
     )
 

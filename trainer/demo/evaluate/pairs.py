@@ -235,10 +235,10 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     BACKGROUND.write(after, len(PAIRS), (SUFFIX,))
     SIZE.write(grown, 1)
     return (
-        _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE), shown="modes-addift.png"),
+        _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
         _scenario(black, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
                   around(RATE)),
-        _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE)),
+        _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "ADDifT, one pair", addift(SIZE, grown), around(RATE)),
