@@ -24,7 +24,7 @@ TASK = "a new shape from twelve pictures"
 GOAL = 0.8  # of the asked pictures show the new shape
 STEPS, EVERY = 32, 8  # optimizer steps, and how often a file is kept that may have reached the goal
 ASKED, UNRELATED = 32, 40
-FASTER = 40.0
+FASTER = 80.0
 """Times a preset's learning rate for 1,000 steps on a full-size model."""
 LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
 SIGNS = r"ABM: ([\d.]+)% of the signs agreed before, ([\d.]+)%"
@@ -61,9 +61,9 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "lierla (plain LoRA)": Variant(),
     "c3lier (LoCon)": Variant(changes={"network_type": "c3lier"}),
-    "null, weights": Variant("Null", faster=15),
-    "null, activations": Variant("NullActivations", {"network_null_prompts": PROMPTS}, faster=15),
-    "universal": Variant("Universal", faster=10),
+    "null, weights": Variant("Null", faster=30),
+    "null, activations": Variant("NullActivations", {"network_null_prompts": PROMPTS}, faster=30),
+    "universal": Variant("Universal", faster=20),
     "experts": Variant("EffiLoRA"),
     "LaLoRA, weight 1": Variant("LaLoRA", {"lalora_prompts": PROMPTS}),
     "LaLoRA, weight 10": Variant("LaLoRA", {"lalora_prompts": PROMPTS, "lalora_lambda": 10}),
@@ -71,18 +71,18 @@ VARIANTS: dict[str, Variant] = {
     "loha": Variant("LoRA_LoHa"),
     "lokr": Variant("LoRA_LoKr"),
     "lierla + DoRA": Variant("LoRA_DoRA"),
-    "oft": Variant("LoRA_OFT", faster=10),
-    "ia3": Variant("LoRA_IA3", faster=5),
+    "oft": Variant("LoRA_OFT", faster=20),
+    "ia3": Variant("LoRA_IA3", faster=10),
     "glora": Variant("LoRA_GLoRA"),
     "dylora": Variant("LoRA_DyLoRA", {"network_unit": 4}),
     "full": Variant("LoRA_Full"),
     "T-LoRA": Variant("LoRA_T-LoRA", {"network_timestep_rank": 8}),
-    "LoRA+": Variant(changes={"loraplus_lr_ratio": 16}, faster=10),
-    "rsLoRA": Variant(changes={"network_rslora": True}, faster=10),
-    "PiSSA": Variant(changes={"network_init": "pissa"}, faster=10),
-    "MiLoRA": Variant(changes={"network_init": "milora"}, faster=10),
-    "OLoRA": Variant(changes={"network_init": "olora"}, faster=10),
-    "LoRA-GA": Variant(changes={"network_init": "lora_ga"}, faster=10),
+    "LoRA+": Variant(changes={"loraplus_lr_ratio": 16}, faster=20),
+    "rsLoRA": Variant(changes={"network_rslora": True}, faster=20),
+    "PiSSA": Variant(changes={"network_init": "pissa"}, faster=20),
+    "MiLoRA": Variant(changes={"network_init": "milora"}, faster=20),
+    "OLoRA": Variant(changes={"network_init": "olora"}, faster=20),
+    "LoRA-GA": Variant(changes={"network_init": "lora_ga"}, faster=20),
     "LoRA-FA": Variant(changes={"network_freeze_down": True}),
     "experts, routed by input": Variant("EffiLoRA", {"network_routing": "input"}),
     "c3lier, tucker": Variant(changes={"network_type": "c3lier", "network_tucker": True}),
@@ -91,11 +91,11 @@ VARIANTS: dict[str, Variant] = {
     "loha, tucker": Variant("LoRA_LoHa", {"network_tucker": True}),
     "lokr + DoRA": Variant("LoRA_LoKr", {"use_dora": True}),
     "lokr, both decomposed": Variant("LoRA_LoKr", {"network_decompose_both": True}),
-    "lokr, full matrix": Variant("LoRA_LoKr", {"network_full_matrix": True}, faster=20),
+    "lokr, full matrix": Variant("LoRA_LoKr", {"network_full_matrix": True}, faster=40),
     "lokr, tucker": Variant("LoRA_LoKr", {"network_tucker": True}),
-    "norm": Variant("LoRA_Norm", faster=10),
-    "eh": Variant("LoRA_EH", faster=4),
-    "boft": Variant("LoRA_BOFT", faster=5),
+    "norm": Variant("LoRA_Norm", faster=20),
+    "eh": Variant("LoRA_EH", faster=8),
+    "boft": Variant("LoRA_BOFT", faster=10),
 }
 """In order of importance: a sweep that has to be broken off has measured the first ones."""
 
