@@ -18,7 +18,7 @@ from trainer.demo.evaluate.adapters import (
     STEPS,
     VARIANTS,
     Variant,
-    reached_goal,
+    reached_half,
     scenarios,
     settings,
 )
@@ -120,7 +120,7 @@ def test_every_adapter_scenario_is_a_job_that_loads(tmp_path):
 def test_settings_come_from_the_preset_with_ranks_these_layers_hold():
     found = settings(Variant("LoRA_LoHa", {"use_dora": True}))  # the preset: rank 32, alpha 1, 5e-4
     assert (found["network_type"], found["network_rank"], found["network_alpha"]) == ("loha", 16, 0.5)
-    assert found["train_learning_rate"] == 0.04 and found["use_dora"] and "train_iterations" not in found
+    assert found["train_learning_rate"] == 0.02 and found["use_dora"] and "train_iterations" not in found
 
 
 def test_a_sweep_whose_best_is_at_its_end_goes_on_there(tmp_path):
@@ -182,10 +182,10 @@ def written(folder, reached):
 
 
 @pytest.mark.parametrize("reached", [8, 16, 24, 32])
-def test_the_first_file_that_reached_the_goal_is_found_by_halving(tmp_path, reached):
+def test_the_first_file_that_is_half_right_is_found_by_halving(tmp_path, reached):
     meter, trained = written(tmp_path, reached)
-    assert reached_goal(meter, trained, 0.9, 4.0)[0] == reached and len(trained.asked) == 2
-    assert reached_goal(meter, trained, 0.7, 4.0) == (math.inf, math.inf)
+    assert reached_half(meter, trained, 0.9, 4.0)[0] == reached and len(trained.asked) == 2
+    assert reached_half(meter, trained, 0.4, 4.0) == (math.inf, math.inf)
 
 
 def test_drift_is_nothing_at_the_start_and_grows_with_what_was_trained():

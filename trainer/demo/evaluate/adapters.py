@@ -21,10 +21,10 @@ from .forgetting import Meter, at_success
 from .scenario import Figures, Goal, Scenario, Suite, Trained
 
 TASK = "a new shape from twelve pictures"
-GOAL = 0.8  # of the asked pictures show the new shape
+GOAL, HALF = 0.8, 0.5  # of the asked pictures show the new shape: the demonstration's goal, and what is compared at
 STEPS, EVERY = 32, 8  # optimizer steps, and how often a file is kept that may have reached the goal
 ASKED, UNRELATED = 32, 40
-FASTER = 80.0
+FASTER = 40.0
 """Times a preset's learning rate for 1,000 steps on a full-size model."""
 LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
 SIGNS = r"ABM: ([\d.]+)% of the signs agreed before, ([\d.]+)%"
@@ -61,28 +61,28 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "lierla (plain LoRA)": Variant(),
     "c3lier (LoCon)": Variant(changes={"network_type": "c3lier"}),
-    "null, weights": Variant("Null", faster=30),
-    "null, activations": Variant("NullActivations", {"network_null_prompts": PROMPTS}, faster=30),
-    "universal": Variant("Universal", faster=20),
+    "null, weights": Variant("Null", faster=15),
+    "null, activations": Variant("NullActivations", {"network_null_prompts": PROMPTS}, faster=15),
+    "universal": Variant("Universal", faster=5),
     "experts": Variant("EffiLoRA"),
     "LaLoRA, weight 1": Variant("LaLoRA", {"lalora_prompts": PROMPTS}),
     "LaLoRA, weight 10": Variant("LaLoRA", {"lalora_prompts": PROMPTS, "lalora_lambda": 10}),
     "ABM": Variant("ABM", {"abm_steps": 25, "abm_lr": 1e-3}),
-    "loha": Variant("LoRA_LoHa"),
+    "loha": Variant("LoRA_LoHa", faster=20),
     "lokr": Variant("LoRA_LoKr"),
     "lierla + DoRA": Variant("LoRA_DoRA"),
-    "oft": Variant("LoRA_OFT", faster=20),
-    "ia3": Variant("LoRA_IA3", faster=10),
+    "oft": Variant("LoRA_OFT", faster=10),
+    "ia3": Variant("LoRA_IA3", faster=5),
     "glora": Variant("LoRA_GLoRA"),
     "dylora": Variant("LoRA_DyLoRA", {"network_unit": 4}),
     "full": Variant("LoRA_Full"),
     "T-LoRA": Variant("LoRA_T-LoRA", {"network_timestep_rank": 8}),
-    "LoRA+": Variant(changes={"loraplus_lr_ratio": 16}, faster=20),
-    "rsLoRA": Variant(changes={"network_rslora": True}, faster=20),
-    "PiSSA": Variant(changes={"network_init": "pissa"}, faster=20),
-    "MiLoRA": Variant(changes={"network_init": "milora"}, faster=20),
-    "OLoRA": Variant(changes={"network_init": "olora"}, faster=20),
-    "LoRA-GA": Variant(changes={"network_init": "lora_ga"}, faster=20),
+    "LoRA+": Variant(changes={"loraplus_lr_ratio": 16}, faster=10),
+    "rsLoRA": Variant(changes={"network_rslora": True}, faster=10),
+    "PiSSA": Variant(changes={"network_init": "pissa"}, faster=10),
+    "MiLoRA": Variant(changes={"network_init": "milora"}, faster=10),
+    "OLoRA": Variant(changes={"network_init": "olora"}, faster=10),
+    "LoRA-GA": Variant(changes={"network_init": "lora_ga"}, faster=10),
     "LoRA-FA": Variant(changes={"network_freeze_down": True}),
     "experts, routed by input": Variant("EffiLoRA", {"network_routing": "input"}),
     "c3lier, tucker": Variant(changes={"network_type": "c3lier", "network_tucker": True}),
@@ -91,11 +91,11 @@ VARIANTS: dict[str, Variant] = {
     "loha, tucker": Variant("LoRA_LoHa", {"network_tucker": True}),
     "lokr + DoRA": Variant("LoRA_LoKr", {"use_dora": True}),
     "lokr, both decomposed": Variant("LoRA_LoKr", {"network_decompose_both": True}),
-    "lokr, full matrix": Variant("LoRA_LoKr", {"network_full_matrix": True}, faster=40),
+    "lokr, full matrix": Variant("LoRA_LoKr", {"network_full_matrix": True}, faster=20),
     "lokr, tucker": Variant("LoRA_LoKr", {"network_tucker": True}),
-    "norm": Variant("LoRA_Norm", faster=20),
-    "eh": Variant("LoRA_EH", faster=8),
-    "boft": Variant("LoRA_BOFT", faster=10),
+    "norm": Variant("LoRA_Norm", faster=10),
+    "eh": Variant("LoRA_EH", faster=4),
+    "boft": Variant("LoRA_BOFT", faster=5),
 }
 """In order of importance: a sweep that has to be broken off has measured the first ones."""
 
@@ -147,22 +147,22 @@ def settings(variant: Variant) -> dict[str, object]:
 
 def value(figures: Mapping[str, float]) -> float:
     """How good a result is: success, less what is forgotten beyond two points, a little more when it came early."""
-    early = 1 - figures["steps to goal"] / STEPS if math.isfinite(figures["steps to goal"]) else 0.0
-    return figures["asked"] - 2 * max(0.0, figures["worst fall"] - 0.02) + 0.1 * early
+    early = 1 - figures["steps to half"] / STEPS if math.isfinite(figures["steps to half"]) else 0.0
+    return figures["asked"] - max(0.0, figures["worst fall"] - 0.02) + 0.1 * early
 
 
 def measure(meter: Meter, trained: Trained) -> Figures:
-    """Success, forgetting, cost, and how soon the goal was reached and what it had cost by then."""
+    """Success, forgetting, cost, and how soon half of it was there and what it had cost by then."""
     asked, fall, drift = meter.asked(trained), meter.fall(trained), meter.drift(trained)
-    reached, there = reached_goal(meter, trained, asked.value, drift.moved)
+    reached, there = reached_half(meter, trained, asked.value, drift.moved)
     figures: dict[str, object] = {
         "asked": asked,
         "worst fall": fall,
         "drift": drift.moved,
         "signs kept": drift.signs,
-        "steps to goal": reached,
-        "CPU seconds to goal": trained.trace.at.get(int(reached), math.inf) if math.isfinite(reached) else math.inf,
-        "drift at goal": there,
+        "steps to half": reached,
+        "CPU seconds to half": trained.trace.at.get(int(reached), math.inf) if math.isfinite(reached) else math.inf,
+        "drift at half": there,
         "step time": trained.trace.step_seconds / trained.unit if trained.unit else math.nan,
         "parameters": float(str(trained.trace.report["trainable parameters"])),
         "file KB": trained.path.stat().st_size / 1024,
@@ -174,12 +174,12 @@ def measure(meter: Meter, trained: Trained) -> Figures:
     return figures  # type: ignore[return-value]
 
 
-def reached_goal(meter: Meter, trained: Trained, asked: float, drift: float) -> tuple[float, float]:
-    """(steps to the goal, the drift at exactly that success); infinite when the end is short of it.
+def reached_half(meter: Meter, trained: Trained, asked: float, drift: float) -> tuple[float, float]:
+    """(steps until HALF of the pictures are right, the drift at exactly that); infinite when the end is short of it.
 
     The kept files are halved in search of the first that is there, as if success never fell again on the way.
     """
-    if asked < GOAL:
+    if asked < HALF:
         return math.inf, math.inf
     points = {meter.asked_before(trained): 0.0, asked: drift}
     failed, reached = 0, STEPS
@@ -189,8 +189,8 @@ def reached_goal(meter: Meter, trained: Trained, asked: float, drift: float) -> 
         with trained.network.at_strength(0.0), trained.reload(path).attached():  # type: ignore[misc]
             rate = meter.asked(trained).value
             points[rate] = meter.drift(trained).moved
-        failed, reached = (failed, step) if rate >= GOAL else (step, reached)
-    return reached, at_success(points, GOAL)
+        failed, reached = (failed, step) if rate >= HALF else (step, reached)
+    return reached, at_success(points, HALF)
 
 
 SUITE = Suite("adapters", scenarios)
