@@ -353,7 +353,7 @@ def test_the_page_waits_for_routes_that_come_after_it(place: Place) -> None:
         page.route("**/atelier/v1/models", too_early)
         page.goto(place[1], timeout=60_000)
         page.wait_for_selector("#atelier_root[data-ready]", timeout=60_000, state="attached")
-        assert len(early) == 3
+        assert len(early) >= 3
         assert page.locator("select[data-list] option").count() > 3
         assert page.locator("#atelier_preset option[value=demo]").count() == 1
     finally:
