@@ -15,6 +15,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.everywhere
 def test_two_processes_train_like_one_with_the_doubled_batch(tmp_path):
     case = engine_case.make(tmp_path)
     changes = {"train_iterations": 20, "train_state_every": 20}

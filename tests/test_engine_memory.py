@@ -55,6 +55,7 @@ MEASURE = """
 """
 
 
+@pytest.mark.everywhere
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
 def test_prediction_is_within_15_percent_of_the_measured_peak():
     code = textwrap.dedent(MEASURE)

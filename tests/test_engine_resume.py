@@ -70,6 +70,7 @@ def test_a_folder_without_state_is_refused(case, tmp_path):
         case.run(resume=tmp_path, save_lora_name="nostate")
 
 
+@pytest.mark.everywhere
 def test_a_run_killed_again_and_again_ends_with_the_same_losses(tmp_path):
     """SIGKILL after five random steps, one more in the middle of writing a state; the run still has one loss trace."""
 
