@@ -86,7 +86,7 @@ def test_the_first_lora(app: App, running: Browser) -> None:
 def errors_first(page: Page) -> None:
     """The demo stands ready; a wrong value keeps it from starting and says so at its field."""
     assert page.id("preset").input_value() == "demo" and page.id("network_rank").input_value() == "16"
-    assert "12" in page.id("lora_data_directory_note").inner_text()
+    page.id("lora_data_directory_note").filter(has_text="12").wait_for(timeout=60_000)
     page.fill(train_learning_rate="fast", save_lora_name="first", **SHORT)
     page.id("start").click()
     page.until("its error", "!document.querySelector('#atelier_train_learning_rate_error').hidden")
