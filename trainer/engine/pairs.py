@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..data.dataset import build as build_dataset
 from ..data.pairs import Encoding, MaskRule, PairDataset, PairScan, build_pairs
 from ..data.scan import Scan
@@ -18,7 +16,7 @@ from . import arguments
 from .devices import encoding, fingerprint
 from .process import Process
 from .site import Site
-from .sources import PictureSource, share_of
+from .sources import PictureSource, facts_of, share_of, time_ids_of
 
 
 class PairSource:
@@ -40,7 +38,6 @@ class PairSource:
         mean, std, target_mean, target_std = (side.to(device) for side in self.pairs.latents(items))
         originals, targets = self.pairs.captions(items)
         mask = self.pairs.mask(items)
-        ids = [self._model.time_ids(facts.original, facts.crop, facts.target) for facts in self.pairs.sizes(items)]
         return Batch(
             index=index,
             samples=tuple(range(len(whole))[mine]),
@@ -52,7 +49,7 @@ class PairSource:
             target_mean=target_mean,
             target_std=target_std,
             mask=None if mask is None else mask.to(device),
-            time_ids=None if ids[0] is None else torch.stack([row for row in ids if row is not None]).to(device),
+            time_ids=time_ids_of(self._model, self.pairs.sizes(items)),
         )
 
     def heaviest(self) -> int:
@@ -80,14 +77,7 @@ class PairSource:
 
     def facts(self) -> dict[str, Any]:
         """What a file's metadata says of the data, as fields of `FileFacts`: the targets, which it was made to show."""
-        targets = self.pairs.targets
-        folders = {name: (facts["n_repeats"], facts["img_count"]) for name, facts in targets.dataset_dirs().items()}
-        return {
-            "pictures": sum(count for _, count in folders.values()),
-            "bucket_counts": targets.bucket_report(),
-            "dataset_folders": folders,
-            "tag_frequency": targets.tag_frequency(),
-        }
+        return facts_of(self.pairs.targets)
 
     def fingerprint(self) -> str:
         """Changes when a resumed run would see other data."""

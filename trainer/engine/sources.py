@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, SizeFacts
 from ..models.base import Model
 from ..modes.base import Batch
 from .process import Process
@@ -18,6 +19,23 @@ def share_of(samples: Sequence[int], process: Process, batch_size: int) -> slice
     """The part of a global batch that falls to this process: `batch_size` samples each, in rank order."""
     start = min(process.rank * batch_size, len(samples))
     return slice(start, min(start + batch_size, len(samples)))
+
+
+def time_ids_of(model: Model, sizes: Sequence[SizeFacts]) -> Tensor | None:
+    """SDXL's size conditioning of pictures, (B, 6) in pixels on the model's device; None for models without it."""
+    rows = [model.time_ids(facts.original, facts.crop, facts.target) for facts in sizes]
+    return None if rows[0] is None else torch.stack([row for row in rows if row is not None]).to(model.device)
+
+
+def facts_of(dataset: Dataset) -> dict[str, Any]:
+    """What a file's metadata says of the pictures, as fields of `FileFacts`."""
+    folders = {name: (facts["n_repeats"], facts["img_count"]) for name, facts in dataset.dataset_dirs().items()}
+    return {
+        "pictures": sum(count for _, count in folders.values()),
+        "bucket_counts": dataset.bucket_report(),
+        "dataset_folders": folders,
+        "tag_frequency": dataset.tag_frequency(),
+    }
 
 
 class PictureSource:
@@ -38,7 +56,6 @@ class PictureSource:
             return None
         mean, std = self.dataset.latents(items)
         device = self._model.device
-        ids = [self._model.time_ids(facts.original, facts.crop, facts.target) for facts in self.dataset.sizes(items)]
         return Batch(
             index=index,
             samples=tuple(range(len(whole))[mine]),
@@ -46,7 +63,7 @@ class PictureSource:
             prompts=self.dataset.captions(items),
             mean=mean.to(device),
             std=std.to(device),
-            time_ids=None if ids[0] is None else torch.stack([row for row in ids if row is not None]).to(device),
+            time_ids=time_ids_of(self._model, self.dataset.sizes(items)),
         )
 
     def heaviest(self) -> int:
@@ -76,15 +93,7 @@ class PictureSource:
 
     def facts(self) -> dict[str, Any]:
         """What a file's metadata says of the data, as fields of `FileFacts`."""
-        folders = {
-            name: (facts["n_repeats"], facts["img_count"]) for name, facts in self.dataset.dataset_dirs().items()
-        }
-        return {
-            "pictures": sum(count for _, count in folders.values()),
-            "bucket_counts": self.dataset.bucket_report(),
-            "dataset_folders": folders,
-            "tag_frequency": self.dataset.tag_frequency(),
-        }
+        return facts_of(self.dataset)
 
     def fingerprint(self) -> str:
         """Changes when a resumed run would see other data."""

@@ -25,6 +25,15 @@ class Rule:
     complete: bool = False
 
 
+def without_effect(field: str, weight: str) -> Rule:
+    """A warning: `field` is given, but `weight`, by which it would count, is 0."""
+
+    def check(job: Job, mode: ModeInfo) -> str:
+        return f"has no effect while {weight} is 0." if job.value(field) and not job.value(weight) else ""
+
+    return Rule((field, weight), check, warning=True)
+
+
 def timesteps(job: Job, mode: ModeInfo) -> str:
     """Minimum above maximum; equal is allowed and means always that timestep."""
     train = job[Train]

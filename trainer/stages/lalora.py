@@ -21,7 +21,7 @@ from ..maths.fisher import Curvature, probe, weighted_square
 from ..modes.base import Settings
 from ..params.field import ModeInfo, param
 from ..params.job import Job
-from ..params.rules import Rule
+from ..params.rules import Rule, without_effect
 from .base import STAGES, Preparation, Stage
 from .trajectories import State, lines, trajectories
 
@@ -56,12 +56,6 @@ def context_there(job: Job, mode: ModeInfo) -> str:
     return "there is no such file; make it with the curvature tool, or leave it empty to measure before the training."
 
 
-def context_unused(job: Job, mode: ModeInfo) -> str:
-    """A context file without weight."""
-    own = job[LaloraParams]
-    return "has no effect while lalora_lambda is 0." if own.lalora_context_path and not own.lalora_lambda else ""
-
-
 @STAGES.register("lalora")
 class Lalora(Stage):
     """Adds ½λ·Σ F·ΔW² over all layers to the loss."""
@@ -70,7 +64,7 @@ class Lalora(Stage):
     sections = (LaloraParams,)
     rules = (
         Rule(("lalora_context_path", "lalora_lambda"), context_there, complete=True),
-        Rule(("lalora_context_path", "lalora_lambda"), context_unused, warning=True),
+        without_effect("lalora_context_path", "lalora_lambda"),
     )
 
     def __init__(self, settings: Settings) -> None:

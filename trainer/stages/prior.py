@@ -15,9 +15,8 @@ from torch import Tensor
 from ..maths import rng
 from ..modes.base import Settings
 from ..params.core import Train
-from ..params.field import ModeInfo, param
-from ..params.job import Job
-from ..params.rules import Rule
+from ..params.field import param
+from ..params.rules import without_effect
 from .base import STAGES, Preparation, Stage
 from .trajectories import State, lines, trajectories
 
@@ -36,16 +35,10 @@ class PriorParams:
         "", "The ordinary prompts, one per line: above all what resembles the concept without its word. Empty takes a"
         " built-in list.", "option", holds="lines")
     prior_states: int = param(
-        256, "Noisy pictures of the ordinary prompts, drawn once before the first step and then used in turn.",
-        "option", low=1, high=100_000)
+        256, "Noisy pictures of the ordinary prompts, drawn once before the first step; each step takes some at"
+        " random.", "option", low=1, high=100_000)
     prior_batch_size: int = param(
         0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024)
-
-
-def prior_unused(job: Job, mode: ModeInfo) -> str:
-    """Prompts without weight."""
-    own = job[PriorParams]
-    return "has no effect while prior_loss_weight is 0." if own.prior_prompts and not own.prior_loss_weight else ""
 
 
 @STAGES.register("prior")
@@ -54,7 +47,7 @@ class Prior(Stage):
 
     help = "Holds ordinary prompts at what the untouched model makes of them, without any pictures."
     sections = (PriorParams,)
-    rules = (Rule(("prior_prompts", "prior_loss_weight"), prior_unused, warning=True),)
+    rules = (without_effect("prior_prompts", "prior_loss_weight"),)
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
