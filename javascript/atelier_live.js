@@ -6,8 +6,10 @@
     const EACH = 1000;
     const EACH_IDLE = 3000;
     const EACH_LOST = 6000; // a WebUI that is just starting is better left alone
-    const WAIT_AGAIN = 30000;
+    const HELD_AGAIN = 1000;
+    const LOST_AGAIN = 30000; // doubled each time
     const LINES = 300;
+    const MARKED = /^[✓✗]/;
     const [WIDE, HIGH] = [300, 90];
     const STATES = {
         idle: "Idle", preparing: "Preparing", running: "Training", stopping: "Stopping", done: "Finished",
@@ -23,7 +25,6 @@
     let last = 0;
     let lost = false;
     let waits = "";
-    let waited = 0;
     let told = null;
     let title = null;
     let queueRevision = -1;
@@ -54,20 +55,37 @@
 
     function tick() {
         const each = lost ? EACH_LOST : busy() ? EACH : EACH_IDLE;
-        if (Atelier.isSeen() && Date.now() - last >= each - 50) poll();
+        const seen = Atelier.isSeen();
+        settleTitle(seen);
+        if (seen && Date.now() - last >= each - 50) poll();
     }
 
-    /** One request that is answered when the run is over, so that nobody has to ask while the tab is hidden. */
-    async function waitFor(id) {
-        if (waits === id || Date.now() - waited < WAIT_AGAIN) return;
-        [waits, waited] = [id, Date.now()];
-        try {
-            const answer = await Atelier.ask("GET", "finished?id=" + encodeURIComponent(id));
-            if (answer.ended) announce(answer);
-        } catch {
-            /* the next poll tells */
-        } finally {
-            waits = "";
+    /** A run; one that was resumed is another one of the same id. */
+    function markOf(one) {
+        return `${one.id} ${one.started}`;
+    }
+
+    /**
+     * One request that is answered when a run is over, so that nobody has to ask while the tab is hidden, and then one
+     * for the run that follows. Routes hold it for some minutes, and proxies may cut it: then it is sent again.
+     */
+    async function waitFor(one) {
+        const mark = markOf(one);
+        if (waits === mark || told === mark) return;
+        waits = mark;
+        let lost = LOST_AGAIN;
+        while (waits === mark) {
+            let pause = HELD_AGAIN;
+            try {
+                const answer = await Atelier.ask("GET", "finished?id=" + encodeURIComponent(one.id));
+                if (answer.ended) {
+                    if (answer.id) announce(answer);
+                    return answer.next && waitFor(answer.next);
+                }
+            } catch {
+                [pause, lost] = [lost, lost * 2];
+            }
+            await new Promise((resolve) => setTimeout(resolve, pause));
         }
     }
 
@@ -89,7 +107,7 @@
         Atelier.ahead.showReport(now.report || []);
         showTitle(now);
         showBanner(status);
-        if (busy() && run) waitFor(run);
+        if (busy() && run) waitFor(now);
         document.dispatchEvent(new CustomEvent("atelier:status", { detail: status }));
     }
 
@@ -234,21 +252,29 @@
     // ------------------------------------------------------------ title and notification
 
     function showTitle(now) {
-        if (busy() && now.step) {
+        if (busy() && now.step && told !== markOf(now)) {
             if (title === null) title = document.title;
             document.title = `[${Math.floor(100 * now.progress)}%] ${title}`;
-        } else if (title !== null && !busy() && !/^[✓✗]/.test(document.title)) {
+        } else if (title !== null && !busy() && !MARKED.test(document.title)) {
             document.title = title;
             title = null;
         }
     }
 
+    /** The mark of an end goes when somebody looks; a percentage that nobody asks for any more does not stay. */
+    function settleTitle(seen) {
+        if (title === null || seen !== MARKED.test(document.title)) return;
+        const wanted = seen ? title : `[…] ${title}`;
+        if (document.title !== wanted) document.title = wanted;
+        if (seen) title = null;
+    }
+
     /** Say once that a run is over: a mark in the title until somebody looks, a notification where that is allowed. */
     function announce(now) {
-        if (told === now.id) return;
+        if (told === markOf(now)) return;
         const news = told !== null || busy() || !Atelier.isSeen();
-        told = now.id;
-        if (!news || document.visibilityState === "visible") return;
+        told = markOf(now);
+        if (!news || Atelier.isSeen()) return;
         const failed = now.state === "failed";
         title = title === null ? document.title : title;
         document.title = `${failed ? "✗" : "✓"} ${title}`;
@@ -372,12 +398,6 @@
     };
 
     document.addEventListener("atelier:language", () => (queueRevision = -1));
-    document.addEventListener("visibilitychange", () => {
-        if (document.visibilityState === "visible" && title !== null && document.title.match(/^[✓✗]/)) {
-            document.title = title;
-            title = null;
-        }
-        tick();
-    });
+    document.addEventListener("visibilitychange", tick);
     setInterval(tick, 250);
 })();

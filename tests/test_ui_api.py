@@ -1,10 +1,13 @@
 """The routes as pages and programs call them: who may, what comes back, what is refused and how."""
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,46 @@ def test_start_runs_and_a_second_start_gets_its_place(case: Case) -> None:
     assert case.queue.wait(10)
     assert [entry["state"] for entry in case.get("queue").json["ended"]] == ["done", "done"]
     assert case.get("status").json["state"] == "idle"
+
+
+def test_a_status_asked_for_during_a_start_is_of_one_moment(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the new run's state beside the facts of the one before."""
+    case.gate.let_go("before")
+    case.post("start", {"settings": settings("before")})
+    assert case.queue.wait(10)
+    reached, go_on = threading.Event(), threading.Event()
+    put = case.queue._store.put
+
+    def slowly(entry: Any) -> None:
+        reached.set()
+        assert go_on.wait(60)
+        put(entry)
+
+    monkeypatch.setattr(case.queue._store, "put", slowly)
+    with ThreadPoolExecutor() as threads:
+        started = threads.submit(case.service.start, settings("after"))
+        assert reached.wait(60)
+        status = threads.submit(case.service.status)
+        with contextlib.suppress(TimeoutError):
+            status.result(0.2)
+        go_on.set()
+        found: Any = status.result(60)
+        assert started.result(60)["position"] == 0
+    expected = {"idle": "before", "running": "after"}
+    assert found["run"]["name"] == expected[found["state"]]
+
+
+def test_the_end_of_a_run_is_told_with_what_follows(case: Case) -> None:
+    first, second = (case.post("start", {"settings": settings(name)}).json["id"] for name in ("one", "two"))
+    case.gate.let_go("one")
+    until(lambda: case.queue.running() and case.queue.running().name == "two")
+    told = case.get("finished", f"id={first}").json
+    following = case.queue.get(second)
+    assert told["next"] == {"id": second, "started": following.started}
+    assert (told["ended"], told["name"], told["state"], told["lora"]) == (True, "one", "done", "one.safetensors")
+    case.gate.let_go("two")
+    assert case.get("finished", f"id={second}").json["next"] is None
+    assert case.get("finished", "id=nobody").json == {"ended": True, "next": None}
 
 
 def test_all_problems_come_at_once_with_their_fields(case: Case) -> None:

@@ -72,7 +72,6 @@ def shown_pictures(page: Page) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(one.split(",")[1]))) for one in data]
 
 
-@pytest.mark.everywhere
 def test_the_first_lora(app: App, running: Browser) -> None:
     with opened(app, running) as (page, _):
         errors_first(page)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import AtelierError, JobError, Problem
 from ..events import Event, EventLog, Opened, Step
 from .entry import DONE, ENDED, FAILED, INTERRUPTED, RUNNING, SAVED, STOPPED, UNTITLED, WAITING, Entry, new_entry
-from .live import Live
+from .live import Facts, Live
 from .store import Store
 
 KEPT = 50
@@ -82,6 +82,11 @@ class Queue:
         """The job that runs."""
         with self._lock:
             return self._entries.get(self._running) if self._running else None
+
+    def present(self) -> tuple[Entry | None, Facts | None]:
+        """The job that runs, and what is known of it or of the last one (see `Live.facts`), of one moment."""
+        with self._lock:
+            return self.running(), self.live.facts()
 
     def waiting(self) -> tuple[Entry, ...]:
         """The jobs that wait, the next one first."""

@@ -225,7 +225,7 @@ class Service:
         interrupted jobs), `problems` of the queue's files.
         """
         live, queue = self.queue.live, self.queue
-        facts, running = live.facts(), queue.running()
+        running, facts = queue.present()
         stopping = facts is not None and facts.stopping and not facts.ended
         return {
             "state": "idle" if running is None else "stopping" if stopping else "running",
@@ -248,12 +248,16 @@ class Service:
         return [views.event(event, self.host.places()) for event in self.queue.live.events(after)]
 
     def ending(self, identity: str) -> dict[str, object]:
-        """How a run ended, in short: `id`, `name`, `state`, `error`, `lora`; nothing when it is not listed any more."""
+        """How a run ended, in short: `id`, `name`, `started`, `state`, `error`, `lora`, without those when it is not
+        listed any more; `next`: `id` and `started` of the one that runs now, None when none does.
+        """
+        running = self.queue.running()
+        following = None if running is None else {"id": running.id, "started": running.started}
         try:
             found = self._entry(self.queue.get(identity))
         except QueueError:
-            return {}
-        return {name: found[name] for name in ("id", "name", "state", "error", "lora")}
+            return {"next": following}
+        return {name: found[name] for name in ("id", "name", "started", "state", "error", "lora")} | {"next": following}
 
     # ---------------------------------------------------------------- the queue
 
