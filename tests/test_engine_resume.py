@@ -14,7 +14,7 @@ import pytest
 
 from trainer.engine.control import Control
 from trainer.engine.run import read_job
-from trainer.errors import TrainingError
+from trainer.errors import JobError, TrainingError
 from trainer.events import Step
 from trainer.optim.optimizers import OPTIMIZERS
 
@@ -93,3 +93,21 @@ def test_a_run_killed_again_and_again_ends_with_the_same_losses(tmp_path):
     assert start(case, folder) == 0
     losses = engine_case.csv_losses(folder)
     assert sorted(losses) == list(range(1, 21)) and losses == engine_case.csv_losses(run_folder(whole))
+
+
+def test_the_lora_that_a_run_began_from_is_not_needed_to_resume_it(case):
+    began = case.run(save_lora_name="began", train_iterations=2)
+    changes = {"train_iterations": 4, "train_state_every": 2, "network_resume": str(began.path)}
+    whole, parts, control = engine_case.Trace(), engine_case.Trace(), Control()
+    case.run(whole, save_lora_name="on-whole", **changes)
+
+    def stop(event):
+        if isinstance(event, Step) and event.step == 2:
+            control.stop()
+
+    stopped = case.run(parts, stop, control=control, save_lora_name="on", **changes)
+    began.path.unlink()
+    with pytest.raises(JobError, match="network_resume.*no such file"):
+        case.run(save_lora_name="anew", **changes)
+    assert case.run(parts, resume=stopped.folder, save_lora_name="on", **changes).reason == "done"
+    assert parts.losses == whole.losses and sorted(whole.losses) == [1, 2, 3, 4]

@@ -17,6 +17,7 @@ from trainer.events import EventLog, Note
 from trainer.maths import rng
 from trainer.models.load import load_model
 from trainer.params.codec import load
+from trainer.stages.start import factors, weight_gradients
 
 ILECO = {
     "mode": "iLECO",
@@ -214,6 +215,23 @@ def test_a_run_with_a_bank_resumes_with_the_same_losses(case, model):
     request.resume = folder
     run(request, EventLog(rest))
     assert {**first.losses, **rest.losses} == whole.losses and len(rest.losses) == 20
+
+
+def test_lora_ga_starts_from_the_gradient_of_the_loss_with_the_bank(case, model):
+    """The gradient of the first batch of the bank, taken again when everything stands."""
+    job = case.job(**{**ILECO, "ileco_bank": 8, "network_init": "lora_ga"})
+    made = engine_case.session(case, job, model)
+    try:
+        adapter = next(iter(made.network))
+        batch = made.source.batch(0)
+        (gradient,) = weight_gradients([adapter.module], lambda: made.mode.loss(made.kit, batch))
+        down, _ = factors("lora_ga", gradient, adapter.rank, adapter.scale, rng.generator("lora_ga", adapter.key))
+        torch.testing.assert_close(adapter.down0.flatten(1), down, rtol=1e-3, atol=1e-4)
+        made.mode._bank = None
+        (other,) = weight_gradients([adapter.module], lambda: made.mode.loss(made.kit, batch))
+        assert (other - gradient).norm() > 0.1 * gradient.norm()
+    finally:
+        made.network.eject()
 
 
 def test_a_bank_without_a_state_in_range_is_refused(case, model):

@@ -203,6 +203,17 @@ def test_a_run_stopped_in_either_pass_goes_on_in_it(case, number):
             case.run(resume=stopped.folder, save_lora_name="stopped2", **changes)
 
 
+def test_a_loaded_first_pass_is_not_needed_to_resume_the_second(case):
+    copy = case.run(save_lora_name="gone", **{**TWO, "diff_1st_pass_only": True}).path
+    changes = {**TWO, "diff_save_1st_pass": False, "diff_load_1st_pass": str(copy)}
+    control, listen = stop_at(1, 2)
+    stopped = case.run(listen, control=control, save_lora_name="without", **changes)
+    copy.unlink()
+    rest = Watch()
+    assert case.run(rest, resume=stopped.folder, save_lora_name="without", **changes).reason == "done"
+    assert [step for step, _ in rest.passes[-1]] == [3, 4]
+
+
 def test_stop_and_save_in_the_first_pass_writes_the_copy(case):
     control = Control()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainer.engine.catalogue import catalogue
+from trainer.engine.preflight import estimated_bytes
 from trainer.engine.reload import written_network
 from trainer.events import EventLog, Note
 from trainer.models.load import load_model
@@ -88,3 +89,19 @@ def test_a_resumed_run_goes_on_alike(case) -> None:
 def test_prompts_without_weight_are_told(case) -> None:
     warnings = load(case.settings(prior_prompts=PROMPT), catalogue()).warnings
     assert any("prior_prompts" in str(one) and "no effect" in str(one) for one in warnings)
+
+
+def test_more_ordinary_prompts_than_pictures_in_a_step_are_counted_as_memory(case, tmp_path) -> None:
+    """Twelve rows against one picture: the peak is that of a training with twelve pictures in a step."""
+    model, found = load_model(case.model), {}
+    for name, changes in {
+        "plain": {"train_batch_size": 1}, "alike": {"train_batch_size": 1, "prior_loss_weight": 1.0},
+        "more": {"train_batch_size": 1, "prior_loss_weight": 1.0, "prior_batch_size": 12},
+        "pictures": {"train_batch_size": 12},
+    }.items():
+        session = engine_case.session(case, case.job(**{**OWN, **changes}), model)
+        found[name] = estimated_bytes(session, tmp_path)
+        session.network.eject()
+    assert found["alike"] == pytest.approx(found["plain"], rel=0.05)
+    assert found["more"] > 1.3 * found["alike"]
+    assert found["more"] == pytest.approx(found["pictures"], rel=0.25)

@@ -1,12 +1,13 @@
 """LoHa: the elementwise product of two low-rank matrices, of rank up to r² (FedPara 2108.06098; LyCORIS 2309.14859)."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..maths.lowrank import scaled
+from ..maths.hadamard import Factors, hadamard_layer, hadamard_norms, thin_pays
+from ..maths.lowrank import scaled, stride_area
 from ..maths.rebuild import rebuilt
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
 from .direct import ALPHA, Direct, normal
@@ -43,16 +44,21 @@ class HadamardProduct(Direct):
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
         return in_any_block(layer)
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        """The parameters in the order of `_product`."""
-        return tuple(self._parameters[name] for name in self.file_tensors[: 6 if self.tucker else 4])  # type: ignore[misc]
+    def _factors(self) -> Factors:
+        """A₁ (out, r), B₁ (r, in·k·k), A₂, B₂ of ΔW = scale·(A₁·B₁) ⊙ (A₂·B₂); a core belongs to its B."""
+        own = self._parameters
+        return _plainly([own[name] for name in self.file_tensors[: 6 if self.tucker else 4]])  # type: ignore[misc]
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
-        module = self.module
-        if self._plain and not isinstance(strength, Tensor):
-            x, scale, parts = self.working_input(x), self.scale * strength, self._parts()
+        module, factors = self.module, self._factors()
+        if self._plain:
+            x, scale = self.working_input(x), self.scale * strength
             geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
-            return rebuilt(x, module.weight, module.bias, scale, self._product, parts, geometry)
+            rows = x.numel() // x.shape[-1 if geometry is None else 1] // stride_area(geometry)
+            if thin_pays(rows, len(factors[1].T), len(factors[0]), self.rank):
+                return hadamard_layer(x, module.weight, module.bias, factors, scale, geometry)
+            if not isinstance(scale, Tensor):
+                return rebuilt(x, module.weight, module.bias, scale, self._product, factors, geometry)
         base = self._base(x)
         return base + scaled(self.update(x.to(base.dtype)), strength)
 
@@ -60,14 +66,18 @@ class HadamardProduct(Direct):
         """ΔW·x at strength 1, without bias."""
         module = self.module
         if not self._zero_padded:
-            return self._operate(x, self._product(*self._parts()).to(x.dtype) * self.scale)
+            return self._operate(x, self._product(*self._factors()).to(x.dtype) * self.scale)
         geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
-        return rebuilt(x, None, None, self.scale, self._product, self._parts(), geometry)
+        return rebuilt(x, None, None, self.scale, self._product, self._factors(), geometry)
+
+    def square_norms(self, on_input: bool) -> Tensor:
+        """‖W + ΔW‖² − ‖W‖² for each input or output."""
+        return hadamard_norms(self.module.weight, self._factors(), self.scale, on_input)
 
     def expanded(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """ΔW of file tensors, float32."""
-        parts = (tensors[name].float() for name in self.file_tensors if name in self.own())
-        return self._product(*parts) * self.file_scale(tensors)
+        factors = _plainly([tensors[name].float() for name in self.file_tensors if name in self.own()])
+        return self._product(*factors) * self.file_scale(tensors)
 
     def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]:
         """File tensors whose ΔW has its inputs or outputs multiplied by these numbers."""
@@ -77,21 +87,20 @@ class HadamardProduct(Direct):
         outer = tensors["hada_w1_a"]
         return {**tensors, "hada_w1_a": outer * (by if self.tucker else by[:, None])}
 
-    def _product(self, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, *cores: Tensor) -> Tensor:
+    def _product(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         """ΔW without its scale, in the shape of the weight."""
-        if not cores:
-            return ((w1a @ w1b) * (w2a @ w2b)).view(self.module.weight.shape)
-        return _cored(cores[0], w1a, w1b) * _cored(cores[1], w2a, w2b)
+        return ((a1 @ b1) * (a2 @ b2)).view(self.module.weight.shape)
 
     def delta_norm(self) -> Tensor:
         """‖ΔW‖, of which the factors take up a change."""
-        return self._product(*self._parts()).float().norm() * self.scale
+        return self._product(*self._factors()).float().norm() * self.scale
 
     def delta(self) -> Tensor:
-        w1a, w1b, w2a, w2b, *cores = (part.float() for part in self._parts())
         theirs = functional("loha")
         if theirs is None:
-            return self._product(w1a, w1b, w2a, w2b, *cores) * self.scale
+            return self._product(*(factor.float() for factor in self._factors())) * self.scale
+        own = (p.float() for p in self.own().values())
+        w1a, w1b, w2a, w2b, *cores = own
         t1, t2 = cores or (None, None)
         scale = torch.tensor(self.scale)
         delta: Tensor = theirs.diff_weight(w1b, w1a, w2b, w2a, t1, t2, gamma=scale, backend=EAGER)
@@ -108,6 +117,13 @@ class Loha(Decomposed, HadamardProduct):
     exact = frozenset({ALPHA, MAGNITUDE})
 
 
-def _cored(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """Σ_ij core[i, j, …]·outer[i, p]·inner[j, q] as (p, q, …)."""
-    return torch.einsum("ij...,ip,jq->pq...", core, outer, inner)
+def _plainly(parts: Sequence[Tensor]) -> Factors:
+    """The factors A₁, B₁, A₂, B₂ of a product from its tensors, of which the last two may be Tucker cores.
+
+    Σ_ij core[i, j, …]·outer[i, p]·inner[j, q] = (outerᵀ·(core·inner))[p, q …].
+    """
+    a1, b1, a2, b2, *cores = parts
+    if not cores:
+        return a1, b1, a2, b2
+    b1, b2 = (torch.einsum("ij...,jq->iq...", t, b).flatten(1) for t, b in zip(cores, (b1, b2), strict=True))
+    return a1.T, b1, a2.T, b2

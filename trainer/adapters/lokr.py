@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..maths.kron import kron_layer
+from ..maths.kron import kron_inner, kron_layer
 from ..maths.lowrank import kaiming_down, scaled
 from ..params.field import param
 from ..params.job import Job
@@ -139,14 +139,11 @@ class KroneckerProduct(Direct):
     def square_norms(self, on_input: bool) -> Tensor:
         """‖W + ΔW‖² − ‖W‖² for each input or output: 2·⟨W, ΔW⟩ + s²·‖w1‖²·‖w2‖², column by column or row by row."""
         w1, w2 = (factor.float() for factor in self._pair())
-        w2 = w2.flatten(2) if w2.ndim > 2 else w2[:, :, None]
-        weight = self.module.weight.float().view(len(w1), len(w2), w1.shape[1], w2.shape[1], -1)
-        inner = "lkmnq,knq->lmn" if on_input else "lkmnq,knq->lkm"
-        outer = "lmn,lm->mn" if on_input else "lkm,lm->lk"
-        cross = torch.einsum(outer, torch.einsum(inner, weight, w2), w1)
-        one, two = (w1.square().sum(0), w2.square().sum((0, 2))) if on_input else (
-            w1.square().sum(1), w2.square().sum((1, 2)))
-        return (2 * self.scale * cross + self.scale**2 * torch.outer(one, two)).flatten()
+        weight = self.module.weight
+        cross = kron_inner(weight.to(self._casts_to or weight.dtype), w1, w2, on_input)
+        mine = 0 if on_input else 1  # the axis that is summed over
+        one, two = w1.square().sum(mine), w2.reshape(*w2.shape[:2], -1).square().sum(2).sum(mine)
+        return 2 * self.scale * cross + self.scale**2 * torch.outer(one, two).flatten()
 
     def delta(self) -> Tensor:
         theirs = functional("lokr")

@@ -46,8 +46,10 @@ def draw_seed(job: Job) -> int:
     return seed if seed >= 0 else secrets.randbelow(2**31)
 
 
-def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
-    """The adapter of a job, not yet attached; continued from `network_resume` when that is given."""
+def make_network(job: Job, model: Model, seed: int, log: EventLog, restored: bool = False) -> Network:
+    """The adapter of a job, not yet attached; continued from `network_resume` when that is given, and not `restored`
+    from elsewhere.
+    """
     wanted = job[core.Network]
     mode = MODES.get(job[core.Task].mode)(job)
     network = build_network(
@@ -61,7 +63,7 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog) -> Network:
     )
     dtype = arguments.precision(job[core.Train].train_lora_precision, "train_lora_precision")
     network.to(model.device, dtype)
-    if wanted.network_resume and mode.steps and "resume" in mode.needs:
+    if wanted.network_resume and mode.steps and "resume" in mode.needs and not restored:
         path = arguments.folder(wanted.network_resume)
         if not path.is_file():
             raise AdapterError(
@@ -181,7 +183,7 @@ def build(
     job, seed = plan.job, draw_seed(plan.job)
     train = job[core.Train]
     mode = MODES.get(job[core.Task].mode)(job)
-    network = make_network(job, model, seed, site.log)
+    network = make_network(job, model, seed, site.log, site.resumed)
     source = SOURCES[plan.kind.source](job, model, seed, site, found)
     wanted = (stage for _, stage in STAGES.items() if mode.steps and stage.wanted(job))
     stages = tuple(stage(job) for stage in sorted(wanted, key=lambda stage: stage.turn))
@@ -200,13 +202,13 @@ def build(
             stopping=site.stopping,
         )
         if resumed is not None:
+            mode.prepare(at)
             for stage in stages:
                 stage.prepare(at)
             if stages:
                 frozen = (p for p in network.parameters() if not p.requires_grad)
                 buffers = (b for b in network.buffers() if b.is_floating_point())
                 site.process.share([*flat.values, *frozen, *buffers])
-            mode.prepare(at)
     except BaseException:
         network.eject()
         raise

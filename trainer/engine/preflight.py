@@ -94,7 +94,7 @@ def check_before_loading(
                 arguments.precision(getattr((one or job)[core.Train], field), field)
             except JobError as error:
                 problems.extend(error.problems)
-    problems += _absent_files(with_lora_files(job, places.loras))
+    problems += _absent_files(with_lora_files(job, places.loras), resumed)
     if problems:
         raise JobError(problems)
     source = MODES.get(job[core.Task].mode).passes()[0].source
@@ -119,8 +119,8 @@ def find_lora(name: str, folder: Path) -> Path | None:
     return next((path for path in tries if path.is_file()), None)
 
 
-def _absent_files(job: Job) -> Iterator[Problem]:
-    """Files that the job names, that its mode uses, and that are not there."""
+def _absent_files(job: Job, resumed: bool) -> Iterator[Problem]:
+    """Files that the job names, that its mode uses, and that are not there. A resumed run has its LoRA files inside."""
     needs = MODES.get(job[core.Task].mode).needs
     task, lora = job[core.Task], "there is no such file. Give the name of a LoRA, its path, or leave it empty."
     picture = "there is no such file. Give the path of a picture."
@@ -131,6 +131,8 @@ def _absent_files(job: Job) -> Iterator[Problem]:
         ("target image", task.target_image, "pictures", picture),
     )
     for field, given, tag, message in named:
+        if resumed and field in LORA_FILES:
+            continue
         if given and tag in needs and not arguments.folder(given).is_file():
             yield Problem(field, given, message)
 
@@ -220,6 +222,21 @@ def estimated_bytes(session: Session, cache: Path) -> int:
         batch = session.source.batch(index)
         return torch.zeros(()) if batch is None else session.mode.loss(session.kit, batch)
 
+    def predictions() -> Tensor:
+        batch, kit = session.source.batch(index), session.kit
+        if batch is None:
+            return torch.zeros(())
+        x, ids = batch.mean[:1].expand(rows, -1, -1, -1), batch.time_ids
+        ids = None if ids is None else ids[:1].expand(rows, -1)
+        predicted = kit.predict(x, torch.zeros(rows, dtype=torch.int64, device=x.device),
+                                kit.text(batch.prompts[:1] * rows), ids)
+        return predicted.float().square().mean((1, 2, 3))
+
+    def peak() -> int:
+        step = step_bytes([*modules, network], loss)
+        return max(step, step_bytes([*modules, network], predictions)) if rows else step
+
+    rows = max((stage.rows for stage in session.stages), default=0)
     facts = {
         "torch": torch.__version__,
         "device": model.device.type,
@@ -228,8 +245,9 @@ def estimated_bytes(session: Session, cache: Path) -> int:
         "mode": session.job[core.Task].mode,
         "checkpointing": session.job[core.Train].use_gradient_checkpointing,
         "latents": session.source.shape(index),
+        "rows": rows,
     }
-    activations = remembered(cache, facts, lambda: step_bytes([*modules, network], loss))
+    activations = remembered(cache, facts, peak)
     return weights + state_bytes(trainable) + activations
 
 

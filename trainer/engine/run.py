@@ -111,7 +111,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     saved = read_state(folder) if request.resume else None
     model = request.model or load_base(job, places, process, log)
     cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
-    site = Site(places, process, log, folder, cache, lambda: control.stopping)
+    site = Site(places, process, log, folder, cache, lambda: control.stopping, resumed=saved is not None)
     passes = Passes(plan_passes(job), model, site, found, drawn)
     try:
         lines = passes.survey(resumed=saved is not None, dry=request.dry)

@@ -14,7 +14,10 @@ from .process import Process
 
 @dataclass(frozen=True)
 class Site:
-    """Folders, processes, the log, the run's own folder, the cache its passes share, and whether it is asked to end."""
+    """Folders, processes, the log, the run's own folder, the cache its passes share, and whether it is asked to end.
+
+    `resumed`: every pass that begins from a LoRA file has begun already, and goes on with what the run itself kept.
+    """
 
     places: Places
     process: Process
@@ -22,3 +25,4 @@ class Site:
     folder: Path
     cache: TensorCache
     stopping: Callable[[], bool] = lambda: False
+    resumed: bool = False

@@ -32,6 +32,24 @@ def kron_layer(
     return y
 
 
+def kron_inner(weight: Tensor, w1: Tensor, w2: Tensor, on_input: bool) -> Tensor:
+    """⟨W, kron(w1, w2)⟩ for each input (m·n,) or output (l·k,) of a weight shaped like the product, float32.
+
+    One pass over W, read in place as a stack of matrices in W's precision, and a second one over a piece of its size.
+    """
+    (fan_l, fan_m), (fan_k, fan_n) = w1.shape, w2.shape[:2]
+    w1, w2 = w1.to(weight.dtype), w2.to(weight.dtype).reshape(fan_k, fan_n, -1)
+    if on_input:  # Σ_l w1[l, m]·W[l, k, m, n, q], then Σ_kq with w2[k, n, q]
+        stack = weight.reshape(fan_l, fan_k * fan_m, -1).transpose(0, 1)
+        by = w1.t().expand(fan_k, -1, -1).reshape(fan_k * fan_m, 1, fan_l)
+        pieces = torch.bmm(by, stack).view(fan_k, fan_m, fan_n, -1)
+        return (pieces.float() * w2[:, None].float()).sum((0, 3)).flatten()
+    stack = weight.reshape(fan_l * fan_k, fan_m, -1)  # Σ_nq W[l, k, m, n, q]·w2[k, n, q], then Σ_m with w1[l, m]
+    by = w2.reshape(fan_k, -1, 1).expand(fan_l, -1, -1, -1).reshape(fan_l * fan_k, -1, 1)
+    pieces = torch.bmm(stack, by).view(fan_l, fan_k, fan_m)
+    return (pieces.float() * w1[:, None].float()).sum(2).flatten()
+
+
 class KronLinear(torch.autograd.Function):
     """See `kron_layer`. The pieces come first in every middle, (m, rows, k), so that all products are large ones."""
 

@@ -21,7 +21,8 @@ from torch.nn import functional
 Geometry = tuple[Any, Any, Any]  # stride, padding, dilation of a convolution
 Scale = float | Tensor
 _POINTWISE = [[1, 1], [0, 0]]
-_EXACT = (torch.float32, torch.float64)
+EXACT = (torch.float32, torch.float64)
+"""Precisions in which a weight and a small change of it may be added."""
 
 
 def kaiming_down(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -68,7 +69,7 @@ def merging_pays(rows: int, fan_in: int, fan_out: int, rank: int) -> bool:
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Scale) -> Tensor:
     """W·x + b + s·U·D·x for x (B, …, in), computed in x's precision; gradients reach x, D and U."""
-    if not isinstance(scale, Tensor) and x.dtype in _EXACT:
+    if not isinstance(scale, Tensor) and x.dtype in EXACT:
         fan_out, fan_in = weight.shape
         if merging_pays(x.numel() // fan_in, fan_in, fan_out, down.shape[0]):
             merged = torch.addmm(_cast(weight, x), _cast(up, x), _cast(down, x), alpha=scale)
@@ -80,9 +81,9 @@ def low_rank_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Scale, geometry: Geometry
 ) -> Tensor:
     """The same for a 2-D convolution of x (B, in, h, w) with zero padding: the kernel is on the down side."""
-    if not isinstance(scale, Tensor) and x.dtype in _EXACT:
+    if not isinstance(scale, Tensor) and x.dtype in EXACT:
         fan_out, fan_in = weight.shape[0], weight[0].numel()
-        rows = x.numel() // x.shape[1] // _stride_area(geometry)
+        rows = x.numel() // x.shape[1] // stride_area(geometry)
         if merging_pays(rows, fan_in, fan_out, down.shape[0]):
             merged = torch.addmm(
                 _cast(weight, x).view(fan_out, -1), _cast(up, x), _cast(down, x).view(-1, fan_in), alpha=scale
@@ -260,5 +261,6 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _stride_area(geometry: Geometry) -> int:
-    return math.prod(_pair(geometry[0]))
+def stride_area(geometry: Geometry | None) -> int:
+    """By how much a convolution of this geometry has fewer outputs than inputs; 1 for a linear layer."""
+    return 1 if geometry is None else math.prod(_pair(geometry[0]))

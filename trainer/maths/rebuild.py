@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .lowrank import Geometry, conv_backward
+from .lowrank import EXACT, Geometry, conv_backward
 
 Build = Callable[..., Tensor]
 
@@ -25,7 +25,8 @@ def rebuilt(
     """(W + s·Δ)·x + b with Δ = build(*parameters), shaped like the layer's weight; gradients reach x and `parameters`.
 
     x: (…, in), or (B, in, h, w) with the `geometry` (stride, padding, dilation) of a convolution. `weight` None leaves
-    W out. Computed in x's precision; W may be stored in another, Δ is built in its own.
+    W out. Computed in x's precision; W may be stored in another, Δ is built in its own. In half precision W·x and s·Δ·x
+    are added, not W and s·Δ: a Δ below the last digit of W would have no effect.
     """
     y: Tensor = Rebuilt.apply(x, weight, bias, scale, build, geometry, *parameters)
     return y
@@ -41,9 +42,12 @@ class Rebuilt(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, *parameters)
         ctx.scale, ctx.build, ctx.geometry = scale, build, geometry
-        total = _total(weight, build(*parameters), scale, x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        return functional.linear(x, total, bias) if geometry is None else functional.conv2d(x, total, bias, *geometry)
+        first, *rest = (
+            functional.linear(x, part, its) if geometry is None else functional.conv2d(x, part, its, *geometry)
+            for part, its in zip(_parts(weight, build(*parameters), scale, x.dtype), (bias, None), strict=False)
+        )
+        return first.add_(rest[0]) if rest else first
 
     @staticmethod
     @once_differentiable
@@ -53,8 +57,11 @@ class Rebuilt(torch.autograd.Function):
         with torch.enable_grad():
             given = [p.detach().requires_grad_(need) for p, need in zip(parameters, needs, strict=True)]
             delta = ctx.build(*given)
-        total = _total(weight, delta.detach(), ctx.scale, grad.dtype)
-        grad_x, grad_total = _gradients(grad, x, total, ctx.geometry, (ctx.needs_input_grad[0], any(needs)))
+        need_x = ctx.needs_input_grad[0]
+        first, *rest = _parts(weight, delta.detach(), ctx.scale, grad.dtype)
+        grad_x, grad_total = _gradients(grad, x, first, ctx.geometry, (need_x, any(needs)))
+        if rest and need_x:
+            grad_x = grad_x + _gradients(grad, x, rest[0], ctx.geometry, (True, False))[0]
         wanted = [p for p, need in zip(given, needs, strict=True) if need]
         found = iter(())
         if grad_total is not None:
@@ -63,11 +70,14 @@ class Rebuilt(torch.autograd.Function):
         return grad_x, None, None, None, None, None, *(next(found) if need else None for need in needs)
 
 
-def _total(weight: Tensor | None, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W + s·Δ, or s·Δ without W."""
+def _parts(weight: Tensor | None, delta: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What x is multiplied with: W + s·Δ, or s·Δ without W, or both one by one where their sum would lose digits."""
     if weight is None:
-        return delta.to(dtype) * scale
-    return torch.add(weight.to(dtype), delta.to(dtype).view(weight.shape), alpha=scale)
+        return (delta.to(dtype) * scale,)
+    delta = delta.view(weight.shape)
+    if dtype in EXACT:
+        return (torch.add(weight.to(dtype), delta.to(dtype), alpha=scale),)
+    return weight.to(dtype), (delta * scale).to(dtype)
 
 
 def _gradients(

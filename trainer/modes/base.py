@@ -169,7 +169,7 @@ class Mode:
         raise TypeError(f"{type(self).__name__} takes the rank of the job")
 
     def prepare(self, at: Preparation) -> None:
-        """Runs once after the stages and before the first step."""
+        """Runs once before the stages and the first step; the adapter has no effect yet, unless it is continued."""
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """Loss per sample, (B,), differentiable in the adapter."""

@@ -67,6 +67,10 @@ class Abm(Stage):
     def wanted(cls, settings: Settings) -> bool:
         return settings[AbmParams].abm_enabled
 
+    @property
+    def rows(self) -> int:
+        return self.settings[AbmParams].abm_batch_size or 0
+
     def prepare(self, at: Preparation) -> None:
         own, gates = self.settings[AbmParams], _gates(at.model.unet)
         if at.resumed:

@@ -32,6 +32,11 @@ class Stage:
         """Whether the job asks for this stage."""
         raise NotImplementedError
 
+    @property
+    def rows(self) -> int:
+        """Samples it differentiates at once beside a step's own, which decide the memory where they are more."""
+        return 0
+
     def prompts(self) -> tuple[str, ...]:
         """Prompts whose conditioning it will ask the kit for."""
         return ()

@@ -52,14 +52,18 @@ class Prior(Stage):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._own = settings[PriorParams]
-        self._rows = self._own.prior_batch_size or settings[Train].train_batch_size
         self._states: list[State] = []
+        self._usual = settings[Train].train_batch_size
         self._kit: Any = None
         self._seed = self._step = 0
 
     @classmethod
     def wanted(cls, settings: Settings) -> bool:
         return settings[PriorParams].prior_loss_weight > 0
+
+    @property
+    def rows(self) -> int:
+        return self._own.prior_batch_size or self._usual
 
     def prompts(self) -> tuple[str, ...]:
         return lines(self._own.prior_prompts)
@@ -81,7 +85,7 @@ class Prior(Stage):
     def penalty(self, network: Any) -> Tensor | None:
         if not self._states:
             return None
-        chosen = rng.uniform("prior", self._seed, self._step, range(self._rows)) * len(self._states)
+        chosen = rng.uniform("prior", self._seed, self._step, range(self.rows)) * len(self._states)
         rows = [self._states[int(place)] for place in chosen]
         x, t, target = (torch.cat([getattr(row, name) for row in rows]) for name in ("x", "t", "target"))
         sizes = [row.time_ids for row in rows if row.time_ids is not None]
