@@ -13,10 +13,30 @@ def cayley_minus_identity(blocks: Tensor) -> Tensor:
 
     1 − Q is never singular for an antisymmetric Q, so nothing has to be checked on the device.
     """
-    skew = blocks.float() - blocks.float().transpose(-1, -2)
-    identity = torch.eye(skew.shape[-1], device=skew.device)
-    inverse, _ = torch.linalg.inv_ex(identity - skew)
-    return 2 * skew @ inverse
+    turns: Tensor = Cayley.apply(blocks)
+    return turns
+
+
+class Cayley(torch.autograd.Function):
+    """See `cayley_minus_identity`. With M = (1 − Q)⁻¹ = 1 + (R − 1)/2 it is dR = 2·M·dQ·M."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor) -> Tensor:
+        skew = blocks.float() - blocks.float().transpose(-1, -2)
+        identity = torch.eye(skew.shape[-1], device=skew.device)
+        turns = 2 * skew @ torch.linalg.inv_ex(identity - skew)[0]
+        ctx.save_for_backward(turns)
+        ctx.dtype = blocks.dtype
+        return turns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (turns,) = ctx.saved_tensors
+        back = turns.transpose(-1, -2) * 0.5
+        back.diagonal(dim1=-2, dim2=-1).add_(1)
+        moved = back @ grad.float() @ back
+        return (2 * (moved - moved.transpose(-1, -2))).to(ctx.dtype)
 
 
 def turn(outputs: Tensor, turns: Tensor) -> Tensor:
@@ -41,29 +61,56 @@ class Butterfly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, turns: Tensor) -> Tensor:
         ctx.save_for_backward(outputs, turns)
-        return _stages(outputs, turns)
+        return _stages(outputs, turns.to(outputs.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:2]
-        with torch.enable_grad():
-            given = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-            turned = _stages(*given)
-        found = iter(torch.autograd.grad(turned, [t for t in given if t.requires_grad], grad))
-        return tuple(next(found) if need else None for need in needed)
+        outputs, turns = ctx.saved_tensors
+        need_outputs, need_turns = ctx.needs_input_grad[:2]
+        turned, met = turns.to(grad.dtype), list[Tensor]()
+        if need_turns:
+            _stages(outputs, turned, met)
+        grad_turns, pieces = torch.empty_like(turns), _grouped(grad, turns, len(turns) - 1)
+        for stage in reversed(range(len(turns))):
+            if need_turns:
+                grad_turns[stage] = torch.bmm(pieces, met.pop().transpose(1, 2))
+            if stage or need_outputs:
+                pieces = torch.baddbmm(pieces, turned[stage].transpose(1, 2), pieces)
+            if stage:
+                pieces = _regrouped(pieces, stage, stage - 1)
+        grad_outputs = _ungrouped(pieces, 0).reshape(outputs.shape) if need_outputs else None
+        return grad_outputs, grad_turns if need_turns else None
 
 
-def _stages(rows: Tensor, turns: Tensor) -> Tensor:
-    """Putting the rows back and regrouping them for the next stage are one copy."""
-    stages, count, size, _ = turns.shape
-    stride, width = size // 2, rows.shape[1]
-    pieces = rows.reshape(count, 2, stride, width).transpose(1, 2)  # (groups, stride, halves, N)
-    for stage in range(stages):
+def _stages(rows: Tensor, turns: Tensor, met: list[Tensor] | None = None) -> Tensor:
+    """The stages one after the other; `met` takes what each of them met, as (n, b, N)."""
+    pieces = _grouped(rows, turns, 0)
+    for stage, own in enumerate(turns):
         if stage:
-            stride *= 2
-            split = pieces.view(-1, 2, stride // 2, 2, width)  # (groups, which of two, old stride, old halves, N)
-            pieces = split.permute(0, 3, 2, 1, 4)
-        grouped = pieces.reshape(count, size, width)
-        pieces = torch.baddbmm(grouped, turns[stage].to(rows.dtype), grouped).view(-1, stride, 2, width)
-    return pieces.transpose(1, 2).reshape(rows.shape)
+            pieces = _regrouped(pieces, stage - 1, stage)
+        if met is not None:
+            met.append(pieces)
+        pieces = torch.baddbmm(pieces, own, pieces)
+    return _ungrouped(pieces, len(turns) - 1).reshape(rows.shape)
+
+
+def _grouped(rows: Tensor, turns: Tensor, stage: int) -> Tensor:
+    """Rows (n·b, N) as the groups (n, b, N) of a stage: out of 2·2ⁱ·b/2 rows, every one with the one half further."""
+    _, count, size, _ = turns.shape
+    half = size // 2 << stage
+    return rows.reshape(-1, 2, half, rows.shape[1]).transpose(1, 2).reshape(count, size, -1)
+
+
+def _ungrouped(pieces: Tensor, stage: int) -> Tensor:
+    """The groups of a stage back in the order of rows, as a view (…, N)."""
+    half = pieces.shape[1] // 2 << stage
+    return pieces.view(-1, half, 2, pieces.shape[2]).transpose(1, 2)
+
+
+def _regrouped(pieces: Tensor, old: int, new: int) -> Tensor:
+    """From the groups of a stage to those of the next or the former one, in one copy."""
+    count, size, width = pieces.shape
+    half = size // 2 << min(old, new)
+    # Up: (groups, which of two, place, half, N), two groups become one of twice the size; down: the same backwards.
+    return pieces.view(-1, 2, half, 2, width).permute(0, 3, 2, 1, 4).reshape(count, size, width)
