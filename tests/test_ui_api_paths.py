@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -288,3 +289,23 @@ def test_folders_open_only_where_nobody_else_can_ask(case: Case, monkeypatch: py
         assert case.post("open", {"folder": name}).status == 422
     case.host.listens_beyond_loopback = True
     assert case.post("open", {"folder": "loras"}).status == 422 and len(shown) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stands in for the opener of Linux desktops")
+@pytest.mark.parametrize("opener", ["", "exit 3", 'echo "$1" > "$0.told"'], ids=["none", "without a screen", "right"])
+def test_where_no_file_manager_opens_the_folder_is_told(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: str
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    program = programs / "xdg-open"
+    if opener:
+        program.write_text(f"#!/bin/sh\n{opener}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    answer, folder = case.post("open", {"folder": "loras"}), case.host.places().loras.resolve()
+    if opener.startswith("echo"):
+        assert answer.status == 200 and (programs / "xdg-open.told").read_text().strip() == str(folder)
+    else:
+        assert answer.status == 422
+        assert answer.json["error"] == f"No file manager opens on this machine. The folder is {folder}."

@@ -22,6 +22,9 @@ from ..places import BASE_PICTURES, Places
 from .fence import DEMO, NotServedError, inside, served
 
 MOST_LISTED = 200
+OPENING = 3.0
+"""Seconds in which an opener that cannot open a folder says so."""
+
 CSV, JSON = frozenset({".csv"}), frozenset({".json"})
 IMAGES = "images"
 """Folder below the logs for what the picture tools write, and for pictures that were dropped on the page."""
@@ -178,12 +181,18 @@ def _latest(folder: Path, suffix: str) -> list[str]:
 
 
 def _show(folder: Path) -> None:
-    """Open the file manager of this machine. Raises AtelierError when there is none."""
+    """Open the file manager of this machine. Raises AtelierError, which says where the folder is, when none opens."""
     try:
         if os.name == "nt":
             os.startfile(folder)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            program = "open" if sys.platform == "darwin" else "xdg-open"
-            subprocess.Popen([program, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    except OSError as fault:
-        raise AtelierError(f"The folder {folder.name} cannot be shown here: {fault.strerror or fault}.") from fault
+            return
+        program = "open" if sys.platform == "darwin" else "xdg-open"
+        quiet = subprocess.DEVNULL
+        opener = subprocess.Popen([program, str(folder)], stdin=quiet, stdout=quiet, stderr=quiet)
+        failed = opener.wait(OPENING) != 0
+    except subprocess.TimeoutExpired:
+        return  # a file manager that is itself what was started
+    except OSError:
+        failed = True
+    if failed:
+        raise AtelierError(f"No file manager opens on this machine. The folder is {folder.resolve()}.")
