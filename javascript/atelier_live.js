@@ -246,6 +246,7 @@
         for (const name of ["open_loras", "compare_now"]) Atelier.$(name).hidden = !now.lora;
         Atelier.$("use_in_prompt").hidden = !now.lora || !promptBox();
         Atelier.form.refreshLists(false).catch(() => null);
+        Atelier.form.checkSoon(); // what the next one will take is known now
         announce(now);
     }
 

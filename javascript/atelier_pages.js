@@ -189,7 +189,12 @@
             [body.strength, body.model] = [String(wish.strength), Atelier.form.value("model")];
             try {
                 const picture = await Atelier.ask("POST", "picture", body);
-                grid.append(figure(picture.data, wish.label));
+                const drawn = figure(picture.data, wish.label);
+                grid.append(drawn);
+                const image = drawn.querySelector("img");
+                image.loading = "eager"; // below the window it would never be decoded
+                await image.decode().catch(() => null);
+                drawn.scrollIntoView({ block: "nearest" });
             } catch (error) {
                 say($("draw_note"), showProblems("try", TRY, error));
                 return;

@@ -10,6 +10,7 @@
 
     function tell(text, values) {
         Atelier.say(Atelier.$("drop"), text, values);
+        Atelier.$("drop").title = Atelier.$("drop").textContent; // it has room for two lines
     }
 
     /** Fill the form from a route's answer. */
@@ -189,7 +190,13 @@
     }
 
     async function openFolder(button) {
-        await Atelier.ask("POST", "open", { folder: button.dataset.open });
+        const note = noteNear(button);
+        try {
+            await Atelier.ask("POST", "open", { folder: button.dataset.open });
+        } catch (error) {
+            if (note === Atelier.$("drop")) tell(error.message);
+            else Atelier.say(note, error.message);
+        }
     }
 
     settings.start = () => {
@@ -221,7 +228,7 @@
             settings.dropOn(button, take);
         }
         for (const button of Atelier.root().querySelectorAll("[data-open]")) {
-            onClick(button, openFolder, noteNear(button));
+            onClick(button, openFolder);
         }
     };
 

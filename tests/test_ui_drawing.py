@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import threading
 import time
 import types
@@ -17,10 +18,11 @@ pytest.importorskip("pandas")
 from asgi import Client
 from data_pictures import noise
 from PIL import Image
-from queue_case import until
+from queue_case import step, until
 from service_case import Case, make, settings
 
 from trainer.ui.drawing import ASSETS
+from trainer.ui.plot import live_log
 
 
 @pytest.fixture
@@ -62,6 +64,24 @@ def test_plots_show_the_logs_asked_for(case: Case) -> None:
     for name in ("../../secret.csv", str(case.root / "secret.csv"), "..\\secret.csv"):
         assert case.post("plot", {"logs": [name]}).status == 404
     assert case.post("plot", {"logs": "a"}).status == 422 and case.post("plot", {"colour": "red"}).status == 400
+
+
+def test_a_run_that_writes_no_log_is_shown_while_it_is_the_latest(case: Case) -> None:
+    write_log(case, "2026-01-01/a/a.csv", [1.0, 0.5])
+    os.utime(case.host.places().logs / "2026-01-01/a/a.csv", (0, 0))
+    case.post("start", {"settings": settings("silent")})
+    until(lambda: case.queue.live.facts() and case.queue.live.facts().step)
+    for number, loss in ((2, 0.5), (3, 0.25)):
+        case.queue.live(step(number, loss=loss))
+    answer = case.post("plot", {"smoothing": "0"}).json
+    assert answer["shown"] == ["silent"] and answer["svg"].count('id="atelier_loss_') == 1
+    drawn = live_log("x", case.queue.live.curve()["points"]).rows  # type: ignore[arg-type]
+    assert drawn.to_numpy().tolist() == [[1, 1.0, 1e-4], [2, 0.5, 1e-4], [3, 0.25, 1e-4]]
+    case.gate.let_go("silent")
+    assert case.queue.wait(10)
+    assert case.post("plot", {"smoothing": "0"}).json["shown"] == ["silent"]
+    write_log(case, "2026-01-02/b/b.csv", [0.25, 0.125])
+    assert case.post("plot", {"smoothing": "0"}).json["shown"] == ["2026-01-02/b/b.csv"]
 
 
 def test_pictures_are_written_into_new_folders_of_ours(case: Case, tmp_path: Path) -> None:
@@ -149,7 +169,7 @@ def test_the_end_of_a_run_is_waited_for_without_a_thread(case: Case) -> None:
     until(lambda: len(answers) == 3)
     assert time.monotonic() - before < 5
     assert {(answer.json["ended"], answer.json["state"]) for answer in answers} == {(True, "done")}
-    assert case.client.get("/atelier/v1/finished", "id=unknown").json == {"ended": True}
+    assert case.client.get("/atelier/v1/finished", "id=unknown").json == {"ended": True, "next": None}
 
 
 def test_reload_ui_need_not_wait_for_the_end_of_a_run(case: Case) -> None:

@@ -22,7 +22,7 @@ from ..tools.picture_files import check_picture, pictures_of, read_picture
 from ..tools.resize_pictures import ResizeSettings, name_at, parse_resize, resize_pictures, resized
 from .fence import NotServedError
 from .http import Call
-from .plot import MOST_LOGS, draw, load_log, parse_plot, read_log
+from .plot import MOST_LOGS, Log, draw, live_log, load_log, parse_plot, read_log
 from .shelf import IMAGES
 
 if TYPE_CHECKING:
@@ -50,16 +50,29 @@ def asset(service: Service, call: Call) -> Path:
 
 
 def plot(service: Service, call: Call) -> dict[str, object]:
-    """The figure of the logs named, or of the latest one, as SVG; `dropped` are logs from the user's own disk."""
+    """The figure of the logs named, or of the latest run, as SVG; `dropped` are logs from the user's own disk."""
     settings = parse_plot(_typed(call, "smoothing"), _flag(call, "logarithmic"), _flag(call, "rates", True))
     folder = service.host.places().logs
     names = [str(name) for name in _list(call, "logs")][:MOST_LOGS]
     dropped = [part for part in _list(call, "dropped") if isinstance(part, Mapping)][:MOST_LOGS]
-    if not names and not dropped:
+    latest = _unwritten(service) if not names and not dropped else None
+    if not names and not dropped and latest is None:
         names = service.shelf.logs()[:1]
-    logs = [load_log(service.shelf.log(name), name) for name in names]
+    logs = [load_log(service.shelf.log(name), name) for name in names] + ([latest] if latest else [])
     logs += [read_log(str(part.get("name", "")), str(part.get("text", ""))) for part in dropped]
     return {"svg": draw(logs, settings), "shown": [log.name for log in logs], "folder": folder.name}
+
+
+def _unwritten(service: Service) -> Log | None:
+    """The run that goes on or was the last one, when it writes no log and no log is newer."""
+    facts = service.queue.live.facts()
+    points: Any = service.queue.live.curve()["points"]
+    if facts is None or not points or facts.entry.job.get("logging_save_csv"):
+        return None
+    newest = service.shelf.logs()[:1]
+    if newest and service.shelf.log(newest[0]).stat().st_mtime > facts.entry.started:
+        return None
+    return live_log(facts.entry.name, points)
 
 
 # -------------------------------------------------------------------- picture tools

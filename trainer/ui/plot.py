@@ -97,6 +97,16 @@ def load_log(path: Path, name: str) -> Log:
         raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
 
 
+def live_log(name: str, points: Sequence[Sequence[Any]]) -> Log:
+    """The log of a run that writes none, from the points of its curve (see `jobs.curve`)."""
+    import pandas
+
+    rates = max((len(point[3]) for point in points), default=0)
+    columns = ["Step", "Loss", *(f"Learning Rate {number + 1}" for number in range(rates))]
+    rows = [[point[0], point[1], *point[3], *[None] * (rates - len(point[3]))] for point in points]
+    return Log(name, {}, pandas.DataFrame(rows, columns=columns, dtype=float))
+
+
 def smoothed(losses: pandas.Series[float], smoothing: float) -> pandas.Series[float]:
     """Moving average whose weights fall by `smoothing` per step into the past, normalised to 1 from the first step."""
     return losses.ewm(alpha=1 - smoothing, adjust=True).mean()
@@ -105,7 +115,7 @@ def smoothed(losses: pandas.Series[float], smoothing: float) -> pandas.Series[fl
 def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
     """SVG of the logs over one another. Raises DataError when there is nothing to draw."""
     if not logs:
-        raise DataError("There is no log yet. Switch logging_save_csv on, and each run writes one.")
+        raise DataError("There is no log yet. With logging_save_csv each run writes one; without it only the last is shown.")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
