@@ -37,6 +37,7 @@ def job(**changes):
         ("image_disable_upscale", True, arguments.image_settings, "disable_upscale", True),
         ("data_skip_broken", True, arguments.image_settings, "skip_broken", True),
         ("train_loss_function", "L1", arguments.loss_settings, "distance", "L1"),
+        ("train_loss_weighting", "velocity", arguments.loss_settings, "weighting", "velocity"),
         ("train_snr_gamma", 2.5, arguments.loss_settings, "snr_gamma", 2.5),
         ("train_min_timesteps", 123, arguments.loss_settings, "low", 123),
         ("train_max_timesteps", 456, arguments.loss_settings, "high", 456),

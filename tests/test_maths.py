@@ -46,6 +46,27 @@ def test_min_snr_weights_by_hand():
     torch.testing.assert_close(loss.min_snr_weight(v, t, 0), torch.ones(3))
 
 
+def test_the_weights_of_noisy_samples_by_hand():
+    alphas = torch.tensor([0.9, 0.5, 0.1, 0.0])  # snr 9, 1, 1/9, 0
+    t = torch.arange(4)
+    epsilon, v = NoiseSchedule(alphas), NoiseSchedule(alphas, "v_prediction")
+    weights = {name: [weight(schedule, t) for schedule in (epsilon, v)] for name, weight in loss.WEIGHTS.items()}
+    torch.testing.assert_close(weights["none"], [torch.ones(4), torch.ones(4)])
+    torch.testing.assert_close(weights["debiased"][0], torch.tensor([1 / 3, 1.0, 3.0, 20.0]))
+    torch.testing.assert_close(weights["debiased"][1], torch.tensor([0.1, 0.5, 0.9, 1.0]))
+    torch.testing.assert_close(weights["velocity"], [torch.tensor([10 / 9, 2.0, 10.0, 20.0]), torch.ones(4)])
+
+
+def test_the_velocity_weight_makes_the_distance_of_noise_one_of_v():
+    schedule = NoiseSchedule(scaled_linear_alphas())
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 700])
+    one, other = torch.randn(2, 2, 4, 8, 8)
+    a, s = schedule.signal(t, x)
+    v = [a * noise - s * schedule.x0(noise, x, t) for noise in (one, other)]
+    expected = loss.distance("MSE", *v)
+    torch.testing.assert_close(loss.velocity_weight(schedule, t) * loss.distance("MSE", one, other), expected)
+
+
 def test_a_mask_weights_but_keeps_the_scale():
     predicted, target = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     mask = torch.rand(2, 1, 4, 4) + 0.1

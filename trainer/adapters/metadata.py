@@ -86,6 +86,7 @@ class FileFacts:
     max_grad_norm: float | None = None
     min_snr_gamma: float | None = None
     loss: str = ""
+    loss_weighting: str = "none"
     mixed_precision: str = ""
     gradient_checkpointing: bool = False
     job: Mapping[str, Any] = field(default_factory=dict)
@@ -175,6 +176,7 @@ def _full(facts: FileFacts) -> dict[str, Any]:
         "ss_max_grad_norm": facts.max_grad_norm,
         "ss_min_snr_gamma": facts.min_snr_gamma,
         "ss_loss_type": facts.loss,
+        "ss_debiased_estimation": facts.loss_weighting == "debiased",
         "ss_mixed_precision": facts.mixed_precision,
         "ss_seed": facts.seed,
         "ss_steps": facts.step,

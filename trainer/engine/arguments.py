@@ -101,6 +101,7 @@ def loss_settings(job: Job) -> LossSettings:
     train = job[core.Train]
     return LossSettings(
         distance=train.train_loss_function,
+        weighting=train.train_loss_weighting,
         snr_gamma=train.train_snr_gamma,
         low=train.train_min_timesteps,
         high=train.train_max_timesteps,

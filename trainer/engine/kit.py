@@ -22,11 +22,12 @@ from .samples import SampleSettings, sample_latents
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the job says about losses: distance name, min-SNR γ (0 off), timestep range [low, high), one timestep per
-    batch.
+    """What the job says about losses: names of distance and weighting, min-SNR γ (0 off), timestep range [low, high),
+    one timestep per batch.
     """
 
     distance: str = "MSE"
+    weighting: str = "none"
     snr_gamma: float = 0.0
     low: int = 0
     high: int = 1000
@@ -147,9 +148,10 @@ class Kit:
             yield
 
     def loss(self, predicted: Tensor, target: Tensor, t_B: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The job's distance × its min-SNR weight, per sample, (B,) float32."""
+        """The job's distance × its weights by noise (weighting and min-SNR), per sample, (B,) float32."""
         per_sample = losses.distance(self._settings.distance, predicted, target, mask)
-        return per_sample * losses.min_snr_weight(self.schedule, t_B, self._settings.snr_gamma)
+        weight = losses.WEIGHTS[self._settings.weighting](self.schedule, t_B)
+        return per_sample * weight * losses.min_snr_weight(self.schedule, t_B, self._settings.snr_gamma)
 
     def _normal(self, purpose: str, batch: Batch, like: Tensor) -> Tensor:
         return rng.normal(like.shape[1:], purpose, self._seed, batch.index, batch.samples).to(like.device)

@@ -70,6 +70,7 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         max_grad_norm=train.train_max_grad_norm,
         min_snr_gamma=train.train_snr_gamma or None,
         loss=train.train_loss_function,
+        loss_weighting=train.train_loss_weighting,
         mixed_precision=_PRECISION.get(model.compute, "no"),
         gradient_checkpointing=train.use_gradient_checkpointing,
         job=session.asked.to_dict(full=True),

@@ -17,6 +17,9 @@ DISTANCES: dict[str, Callable[..., Tensor]] = {
     "Smooth-L1": F.smooth_l1_loss,
 }
 
+MOST = 20.0
+"""Highest weight of a noisy sample: a schedule may end without any signal."""
+
 
 def distance(name: str, predicted_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None = None) -> Tensor:
     """Mean distance per sample, (B,) float32. A mask weights the elements and is normalised by its own mean."""
@@ -38,6 +41,31 @@ def min_snr_weight(schedule: NoiseSchedule, t_B: Tensor, gamma: float) -> Tensor
     if schedule.prediction == EPSILON:
         return torch.clamp(gamma / snr.clamp_min(1e-12), max=1.0)
     return snr.clamp_max(gamma) / (snr + 1)
+
+
+def debiased_weight(schedule: NoiseSchedule, t_B: Tensor) -> Tensor:
+    """Debiased estimation (Yu et al. 2310.08442), (B,): 1/√snr for ε, as in sd-scripts 1/(snr+1) for v."""
+    snr = schedule.snr(t_B)
+    if schedule.prediction == EPSILON:
+        return (1 / snr.clamp(min=MOST**-2, max=1000.0)).sqrt()
+    return 1 / (snr + 1)
+
+
+def velocity_weight(schedule: NoiseSchedule, t_B: Tensor) -> Tensor:
+    """What makes a distance of ε one of v (Salimans & Ho 2202.00512, section 4), (B,): (snr+1)/snr, at most `MOST`;
+    ones for v.
+    """
+    snr = schedule.snr(t_B)
+    if schedule.prediction == EPSILON:
+        return ((snr + 1) / snr.clamp_min(1e-12)).clamp_max(MOST)
+    return torch.ones_like(snr)
+
+
+WEIGHTS: dict[str, Callable[[NoiseSchedule, Tensor], Tensor]] = {
+    "none": lambda schedule, t_B: torch.ones_like(schedule.snr(t_B)),
+    "debiased": debiased_weight,
+    "velocity": velocity_weight,
+}
 
 
 def uniform_timesteps(uniforms_B: Tensor, low: int, high: int) -> Tensor:

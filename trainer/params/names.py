@@ -26,6 +26,7 @@ SCHEDULERS = (
 )  # fmt: skip
 
 LOSSES = ("MSE", "L1", "Smooth-L1")
+LOSS_WEIGHTINGS = ("none", "debiased", "velocity")
 ELEMENTS = ("Full", "CrossAttention", "SelfAttention")
 PRECISIONS = ("fp32", "bf16", "fp16")
 MODEL_PRECISIONS = ("model", "fp32", "bf16", "fp16", "int8")
