@@ -194,8 +194,8 @@ class Train:
         5.0, "Limit of the weight of slightly noisy pictures (min-SNR); 0 weights all alike.", OPTION,
         needs="steps", low=0, high=1000)
     train_loss_weighting: str = param(
-        "none", "What very noisy pictures count, in which colours and shapes are decided: none weights all alike,"
-        " debiased raises them by 1/√SNR, velocity more, as if v were predicted. min-SNR counts besides.", OPTION,
+        "none", "How much very noisy pictures, which decide colours and shapes, count: none like others, debiased more,"
+        " velocity most.", OPTION,
         needs="steps", choices=LOSS_WEIGHTINGS)
     train_clip_skip: int = param(
         1, "Layer of the text encoder that is used, counted from its end: 1 is the last, 2 the one before.", OPTION,
