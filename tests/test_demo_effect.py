@@ -16,10 +16,10 @@ def test_the_demo_teaches_its_word_and_measures_it(tmp_path, capfd):
 
     found = json.loads(last)
     before, after = found["asked_before"], found["asked_after"]
-    assert before["n"] == after["n"] == 50
-    assert before["ci95"][1] < after["ci95"][0] and after["rate"] >= 0.5
+    assert before["n"] == after["n"] == 100
+    assert before["ci95"][1] < after["ci95"][0] and after["rate"] >= 0.8
     kept = found["unrelated_before"]
     assert kept["colour"]["n"] == 200 and kept["background"]["rate"] >= 0.95
     assert kept["colour"]["rate"] >= 0.9 and kept["shape"]["rate"] >= 0.85
-    assert found["worst_fall"] <= 0.2
+    assert found["worst_fall"] <= 0.05
     assert found["steps"] <= 150

@@ -37,7 +37,7 @@ def demo(places: Places, overrides: Sequence[str], control: Control) -> int:
     trained = time.perf_counter() - started
     if result.path is None or result.folder is None:
         return 130
-    log.note("Sampling 500 pictures with and without the LoRA.")
+    log.note("Sampling 600 pictures with and without the LoRA.")
     effect, picture = _after(job, places, result.path, result.folder, log)
     print(f"LoRA:    {result.path}")
     print(f"Picture: {picture}")

@@ -28,6 +28,10 @@ SCHEDULE = {
 BUDGET = common.Budget(steps=7500, batch=64, rate=1.5e-3, warmup=200, save_every=300.0)
 POOL = 24_000  # pictures encoded once
 NOISE_OFFSET = 0.05
+HARD = {"small": 2.0, "white": 1.5, "triangle": 1.5, "cross": 1.5}
+"""How much more often a picture with these words is drawn: their colours came out wrong most often."""
+SHAPE_WEIGHT = 4.0
+"""What an error at a latent of the shape counts; one of the background counts 1."""
 
 
 def build() -> UNet2DConditionModel:
@@ -92,6 +96,19 @@ def make_pool(folder: Path, path: Path, seed: int, count: int = POOL) -> tuple[l
     return scenes, state["latents"]
 
 
+def odds(scenes: list[world.Scene]) -> np.ndarray:
+    """How likely each scene is drawn, `N`, sum 1."""
+    likely = np.array([np.prod([HARD.get(word, 1.0) for word in vars(scene).values()]) for scene in scenes])
+    return likely / likely.sum()
+
+
+def shape_weights(latents: torch.Tensor) -> torch.Tensor:
+    """Weight of each place of latents `N x 4 x 8 x 8`, `N x 1 x 8 x 8`: more where they differ from the background."""
+    background = latents.flatten(2).median(-1).values[:, :, None, None]
+    shape = (latents - background).norm(dim=1, keepdim=True) > 0.8
+    return 1.0 + (SHAPE_WEIGHT - 1.0) * shape
+
+
 def epsilon_loss(unet: UNet2DConditionModel, latents: torch.Tensor, states: torch.Tensor, alphas: torch.Tensor,
                  weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Weighted epsilon loss of latents `B x 4 x 8 x 8` under text states `B x 32 x 128`; timesteps are stratified."""
@@ -102,8 +119,8 @@ def epsilon_loss(unet: UNet2DConditionModel, latents: torch.Tensor, states: torc
     noise = noise + NOISE_OFFSET * torch.randn(count, latents.shape[1], 1, 1, generator=generator)
     alpha = alphas[steps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    error = (unet(noisy, steps, states).sample - noise).square().mean(dim=(1, 2, 3))
-    return (weights[steps] * error).mean()
+    error = (unet(noisy, steps, states).sample - noise).square() * shape_weights(latents)
+    return (weights[steps] * error.mean(dim=(1, 2, 3))).mean()
 
 
 def scheduler(kind: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
@@ -151,39 +168,44 @@ def prompt_gap(unet: UNet2DConditionModel, captions: Captions, step: int = 950) 
 
 def train(work: Path, budget: common.Budget = BUDGET, seed: int = 3, ship: Path | None = None,
           count: int = 120) -> None:
-    """Train or continue the UNet in `work`; the best averaged weights so far go to `work/base/unet` and to `ship`."""
+    """Train or continue the UNet in `work`; the best weights so far go to `work/base/unet` and to `ship`."""
     folder = work / "base"
     scenes, latents = make_pool(folder, work / "pool.pt", seed)
     captions, alphas = Captions(folder), alphas_cumprod()
-    weights = loss_weights(alphas)
+    weights, likely = loss_weights(alphas), odds(scenes).cumsum()
     torch.manual_seed(seed)
     unet = build().to(memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)
 
     def loss_at(step: int) -> torch.Tensor:
         rng, generator = common.step_rng(seed, step)
-        rows = rng.integers(0, len(scenes), budget.batch // common.processes())
+        rows = np.searchsorted(likely, likely[-1] * rng.random(budget.batch // common.processes()), side="right")
         states = captions([world.draw_caption(scenes[row], rng) for row in rows])
         return epsilon_loss(unet, latents[torch.from_numpy(rows)], states, alphas, weights, generator)
 
-    on_save = keep_best(ema, folder, captions, budget, ship, count)
+    on_save = keep_best({"trained": unet, "averaged": ema}, folder, captions, budget, ship, count)
     common.train("unet", unet, loss_at, budget, work / "unet.pt", on_save, ema)
 
 
-def keep_best(ema: UNet2DConditionModel, folder: Path, captions: Captions, budget: common.Budget, ship: Path | None,
-              count: int) -> Callable[[int], None]:
-    """A callback that scores the averaged UNet and exports it when it is the best of its training so far."""
+def keep_best(unets: dict[str, UNet2DConditionModel], folder: Path, captions: Captions, budget: common.Budget,
+              ship: Path | None, count: int) -> Callable[[int], None]:
+    """A callback that scores the UNets (the trained one, and the averaged one, which lags behind when the rate falls)
+    and exports the better one when it is the best of its training so far.
+    """
     note = folder.parent / "unet-score.json"
 
     def on_save(step: int) -> None:
-        ema.eval()
-        found = score(ema, folder, count, 40_000, captions)
-        print(f"unet step {step} prompt gap {prompt_gap(ema, captions):.4f} score {found}", flush=True)
+        scores = {}
+        for name, unet in unets.items():
+            scores[name] = score(unet.eval(), folder, count, 40_000, captions)
+            gap = prompt_gap(unet, captions)
+            print(f"unet step {step} {name}: prompt gap {gap:.4f} score {scores[name]}", flush=True)
+        name = max(scores, key=lambda one: scores[one]["all"])
         best = common.read_json(note)["all"] if note.exists() else -1.0
-        if found["all"] >= best or step == budget.steps:
-            common.export(ema, folder / "unet", WEIGHTS,
+        if scores[name]["all"] >= best or step == budget.steps:
+            common.export(unets[name], folder / "unet", WEIGHTS,
                           {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.31.0", **CONFIG})
-            common.write_json(note, {"step": step, **found})
+            common.write_json(note, {"step": step, "weights": name, **scores[name]})
             if ship is not None:
                 common.copy_part(folder / "unet", ship / "unet")
                 print(f"shipped at step {step}", flush=True)

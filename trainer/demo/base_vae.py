@@ -66,7 +66,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = 64) -> np.nda
 def painting_error(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean L1 + MSE of `B x 3 x 64 x 64`; the shape and 4 pixels around it count four times.
 
-    Without the rim, paint outside costs less than paint missing inside: crosses grow into diamonds and rings fill up.
+    Without the rim, paint outside costs less than paint missing inside: crosses grow into lozenges and rings fill up.
     """
     error = painted - target
     inside = (target - target[:, :, :1, :1]).abs().amax(dim=1, keepdim=True) > 0.1
@@ -76,7 +76,7 @@ def painting_error(painted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def hard_scenes(count: int, rng: np.random.Generator) -> list[world.Scene]:
     """Random small shapes whose inside is fine: what a decoder paints right last."""
-    pool = [s for s in world.all_scenes(held_out=True) if s.size == "small" and s.shape in ("cross", "ring", "diamond")]
+    pool = [s for s in world.all_scenes(held_out=True) if s.size == "small" and s.shape in ("cross", "ring", "lozenge")]
     return [pool[index] for index in rng.integers(0, len(pool), count)]
 
 

@@ -61,7 +61,7 @@ def unrelated_scenes(count: int, seed: int = 8) -> list[world.Scene]:
     return world.draw_scenes(count, np.random.default_rng(seed), "base")
 
 
-def measure_effect(model: Model, network: Network, asked: int = 50, unrelated: int = 200) -> Effect:
+def measure_effect(model: Model, network: Network, asked: int = 100, unrelated: int = 200) -> Effect:
     """Sample and read both sets of prompts with the adapter at strength 0 and 1 (the same noise for both)."""
     concept, others = concept_scenes(asked), unrelated_scenes(unrelated)
     found: dict[float, tuple[Rate, dict[str, Rate]]] = {}

@@ -100,7 +100,7 @@ def fit(alpha: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Best shape, its soft intersection over union and its radius in pixels, for coverages `N x 64 x 64`.
 
     Each template gets the radius and place that give it the picture's area and centroid, and is tried sharp and soft:
-    a blurred cross is nearer to a sharp diamond than to a sharp cross.
+    a blurred cross is nearer to a sharp lozenge than to a sharp cross.
     """
     area, x, y = moments(alpha)
     overlaps, radii = [], []

@@ -75,15 +75,12 @@ def score(folder: Path, settings: dict, count: int = 300, seed: int = 50_000) ->
     print(f"prompt gap {base_unet.prompt_gap(unet, captions):.4f}; sampling {count} took {seconds:.1f} s")
 
 
-def concept_scenes(taught: int = 7, known: int = 5) -> list[world.Scene]:
-    """Scenes of the held-out shape over all colours, backgrounds, sizes and sides, and of shapes it must not become."""
+def concept_scenes(count: int = 12) -> list[world.Scene]:
+    """Scenes of the held-out shape over all colours, backgrounds, sizes and sides."""
     grounds, sizes, sides = list(world.BACKGROUNDS), list(world.SIZES), list(world.SIDES)
     colours = list(world.COLOURS)
-    new = [world.Scene(world.HELD_OUT_SHAPE, colours[n % 6], grounds[(n + n // 6) % 3],
-                       sizes[n % 2 if n < 6 else (n + 1) % 2], sides[n // 2 % 2]) for n in range(taught)]
-    old = [world.Scene(world.SHAPES[n % 5], colours[(2 * n + 1) % 6], grounds[n % 3], sizes[(n + 1) % 2],
-                       sides[n // 2 % 2]) for n in range(known)]
-    return [*new, *old]
+    return [world.Scene(world.HELD_OUT_SHAPE, colours[n % 6], grounds[(n + n // 6) % 3],
+                        sizes[n % 2 if n < 6 else (n + 1) % 2], sides[n // 2 % 2]) for n in range(count)]
 
 
 def arguments() -> argparse.Namespace:
@@ -97,7 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=common.SHIPPED, help="score: the folder to measure")
     parser.add_argument("--sampler", choices=("ddim", "dpm++ 2m"), default="dpm++ 2m", help="score: the sampler")
     parser.add_argument("--sampler-steps", type=int, default=12, help="score: sampler steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="score: classifier-free guidance")
+    parser.add_argument("--guidance", type=float, default=2.0, help="score: classifier-free guidance")
     return parser.parse_args()
 
 

@@ -15,7 +15,7 @@ COLOURS = {
     "blue": (42, 84, 216), "purple": (162, 46, 186), "cyan": (70, 206, 222),
 }
 HELD_OUT_COLOUR = "flamingo"  # a pink that only the VAE has seen, beyond every mixture of the others
-HELD_OUT_SHAPE = "diamond"
+HELD_OUT_SHAPE = "lozenge"
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = {"small": 8.5, "large": 14.5}  # radius in pixels
 SIDES = {"left": 20.0, "right": 44.0}  # x of the centre in pixels
@@ -103,7 +103,7 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np
         return np.minimum(np.maximum(ax - radius, ay - arm), np.maximum(ax - arm, ay - radius))
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.73 * radius) - 0.27 * radius
-    if shape == "diamond":
+    if shape == "lozenge":
         return (ax + ay - 1.15 * radius) / np.sqrt(2.0)
     raise ValueError(f"distance: shape is {shape!r}; it must be one of {', '.join(shapes())}")
 

@@ -34,7 +34,7 @@ COMMON: Mapping[str, object] = {
     "image_buckets_step": 64, "image_min_length": 64, "train_iterations": STEPS, "train_batch_size": 6,
     "train_optimizer": "AdamW", "train_lr_scheduler": "constant", "train_model_precision": "fp32",
     "train_lora_precision": "fp32", "train_VAE_precision": "fp32", "save_precision": "fp32", "network_targets": "unet",
-    "save_per_steps": EVERY,
+    "train_loss_weighting": "velocity", "save_per_steps": EVERY,
 }  # fmt: skip
 
 PROMPTS = "\n".join((

@@ -15,7 +15,7 @@ from ..measure import Probe, Rate, State, ask, held_out_states, share
 from ..reader import Reading
 from .scenario import Trained
 
-DRAWN = dataclasses.replace(SETTINGS, steps=8)
+DRAWN = dataclasses.replace(SETTINGS, steps=12)
 """How pictures are drawn for the figures: in few steps, since a sweep draws thousands."""
 
 
