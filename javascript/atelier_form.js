@@ -140,8 +140,8 @@
             box.hidden = ![...box.querySelectorAll("[data-field]")].some((one) => !one.hidden);
         }
         Atelier.say(Atelier.$("mode_note"), (info[form.value("mode")] || { help: "" }).help);
-        for (const button of document.querySelectorAll("#atelier_try [data-prompts]")) {
-            button.hidden = !(tags[0] && tags[0].has("prompts"));
+        for (const row of document.querySelectorAll("#atelier_form [data-prompts]")) {
+            row.hidden = !(tags[0] && tags[0].has("prompts"));
         }
         markAll();
     };

@@ -181,6 +181,8 @@
         const { strengths, ...values } = valuesOf("try", TRY);
         const grid = $("draw_grid");
         say($("draw_note"), showProblems("try", TRY));
+        $("try").open = true;
+        $("try").scrollIntoView({ block: "nearest" });
         grid.replaceChildren();
         $("draw_save").hidden = true;
         for (const [index, wish] of wishes.entries()) {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..params.table import Catalogue
 from ..params.widgets import Widget, widgets
-from .cards import BLOCKS, CARDS, SECOND, TASK, Card, card_of
+from .cards import BLOCKS, CARDS, LEARN, SECOND, TASK, Card, card_of
 from .fields import Place, button, field
 from .html import Child, Html, element
 
@@ -62,11 +62,25 @@ def _card(card: Card, held: list[Widget], catalogue: Catalogue) -> Html:
             button("", "lists_refresh", kind="small", sign="refresh", title="Look again for models and files"),
             class_="atelier-row",
         )
-    inside: Child = [_fields(everyday, catalogue), _fold(folded, catalogue)]
+    tries = _tries() if card is LEARN else None
+    inside: Child = [_fields(everyday, catalogue), tries, _fold(folded, catalogue)]
     if card is BLOCKS:
         inside = element("details", element("summary", card.title, element("b", data_count=True)), inside)
         heading = None
     return element("section", heading, inside, class_="atelier-card", id=f"atelier_card_{card.name}")
+
+
+def _tries() -> Html:
+    """Buttons that show what the model makes of the two prompts, for modes that have them."""
+    names = {"original": "Generate Original", "target": "Generate Target", "both": "Generate Both"}
+    title = "Draw this now, without training; seed and size stand under Before and after"
+    return element(
+        "div",
+        [button(text, f"draw_{name}", kind="small", title=title) for name, text in names.items()],
+        class_="atelier-row atelier-wrap",
+        data_prompts=True,
+        hidden=True,
+    )
 
 
 def _fields(held: list[Widget], catalogue: Catalogue, second: bool = False) -> Html:

@@ -50,9 +50,6 @@ def try_card() -> Html:
     ]
     buttons = element(
         "div",
-        button("Generate Original", "draw_original", data_prompts=True),
-        button("Generate Target", "draw_target", data_prompts=True),
-        button("Generate Both", "draw_both", data_prompts=True),
         button("Compare strengths", "draw_compare", title="The same picture at each of these strengths"),
         button("Take from txt2img", "draw_take", title="Seed, steps, size and negative prompt of the txt2img tab",
                hidden=True),
