@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from ..maths.lowrank import scaled
 from ..params.field import param
+from ..params.rules import without_effect
 from .base import Adapter, AdapterSpec, LayerLike, LowRank, Strength
 
 MAGNITUDE = "dora_scale"
+DORA_RULES = (without_effect("use_dora", "network_dora_axis"),)
 AXES = ("input", "output")
 SMALLEST = 1e-12
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, per_sample
-from ..params.spaces import ExpertParams
+from ..params.spaces import EXPERT_RULES, ExpertParams
 from .base import ADAPTERS, AdapterSpec, LayerLike, LowRank, Strength
 from .dora import DoraOptions
 from .factored import Factored
@@ -53,6 +53,7 @@ class Experts(Factored):
     help = "Several up matrices per layer, mixed by learned gates, over one shared down matrix; saved as a LoRA."
     needs = frozenset({"dora", "experts"})
     sections = (ExpertParams, DoraOptions)
+    rules = EXPERT_RULES
     factors = (("experts",),)
     ups, downs = ("experts",), ("common.down",)
 

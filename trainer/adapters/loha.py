@@ -11,7 +11,7 @@ from ..maths.lowrank import scaled, stride_area
 from ..maths.rebuild import rebuilt
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
 from .direct import ALPHA, Direct, normal
-from .dora import MAGNITUDE, Decomposed, DoraOptions
+from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .library import EAGER, functional
 from .tucker import TuckerOptions
 from .where import in_any_block
@@ -114,6 +114,7 @@ class Loha(Decomposed, HadamardProduct):
     help = "Two low-rank matrices multiplied number by number: finer changes for the same file size. Rank up to 32."
     needs = frozenset({"tucker", "dora", "dora_axis"})
     sections = (TuckerOptions, DoraOptions)
+    rules = DORA_RULES
     exact = frozenset({ALPHA, MAGNITUDE})
 
 

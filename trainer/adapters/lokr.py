@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..maths.kron import kron_inner, kron_layer
 from ..maths.lowrank import kaiming_down, scaled
-from ..params.field import param
+from ..params.field import ModeInfo, param
 from ..params.job import Job
+from ..params.rules import Rule
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
 from .direct import ALPHA, Direct
-from .dora import MAGNITUDE, Decomposed, DoraOptions
+from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .library import EAGER, functional
 from .tucker import TuckerOptions
 from .where import in_any_block, strength_of_one
@@ -37,6 +38,13 @@ class LokrOptions:
         False, "Make the small matrix low-rank too: a smaller file.", OPTION, needs="lokr")
     network_full_matrix: bool = param(
         False, "Keep both matrices whole, whatever the rank; alpha then counts as the rank.", OPTION, needs="lokr")
+
+
+def both_ways(job: Job, mode: ModeInfo) -> str:
+    """A small matrix that is to be low-rank and whole."""
+    own = job[LokrOptions]
+    both = own.network_full_matrix and own.network_decompose_both
+    return "has no effect together with network_full_matrix." if both else ""
 
 
 def factor_pair(size: int, limit: int) -> tuple[int, int]:
@@ -172,7 +180,11 @@ class Lokr(Decomposed, KroneckerProduct):
     help = "A Kronecker product of two small matrices: large changes of every weight in a very small file."
     needs = frozenset({"tucker", "lokr", "dora", "dora_axis"})
     sections = (TuckerOptions, LokrOptions, DoraOptions)
-    rules = (strength_of_one("lokr", "the two matrices cannot take up a DoRA at part of its strength", _with_dora),)
+    rules = (
+        *DORA_RULES,
+        Rule(("network_decompose_both", "network_full_matrix"), both_ways, warning=True),
+        strength_of_one("lokr", "the two matrices cannot take up a DoRA at part of its strength", _with_dora),
+    )
     exact = frozenset({ALPHA, MAGNITUDE})
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:

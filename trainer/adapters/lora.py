@@ -27,7 +27,7 @@ from .base import (
     Strength,
     is_wide,
 )
-from .dora import MAGNITUDE, Decomposed, DoraOptions
+from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .timesteps import RULES as TIMESTEP_RULES
 from .timesteps import TimestepOptions
 from .tucker import TuckerOptions
@@ -267,7 +267,7 @@ class Lierla(Decomposed, Lora):
     help = "Plain LoRA on the attention blocks: small, fast, read by everything. Rank 4 to 128."
     needs = frozenset({"dora", "dora_axis", "timestep_rank"})
     sections = (DoraOptions, TimestepOptions)
-    rules = TIMESTEP_RULES
+    rules = (*TIMESTEP_RULES, *DORA_RULES)
     file_tensors = (DOWN, UP, ALPHA, MAGNITUDE)
     exact = frozenset({ALPHA, MAGNITUDE})
 
@@ -279,7 +279,7 @@ class Locon(Decomposed, Convolved):
     help = "LoRA on the convolutions too (LoCon): also learns textures and style. Rank up to 64, alpha 1 or less."
     needs = frozenset({"dora", "dora_axis", "timestep_rank", "tucker"})
     sections = (DoraOptions, TimestepOptions, TuckerOptions)
-    rules = (*TIMESTEP_RULES, Rule(("network_tucker", "network_init"), tucker_start))
+    rules = (*TIMESTEP_RULES, *DORA_RULES, Rule(("network_tucker", "network_init"), tucker_start))
     file_tensors = (DOWN, UP, MID, ALPHA, MAGNITUDE)
     exact = frozenset({ALPHA, MAGNITUDE})
 

@@ -217,7 +217,8 @@ class _Reading:
         for parameter in self.catalogue.parameters:
             name = parameter.attribute
             if name in given and values[name] != parameter.default and not parameter.shown_in(tags):
-                where = f"with network_type {kind}" if parameter.spec.needs in owned else f"in mode {info.name}"
+                by_type = parameter.spec.needs in owned and "steps" in info.needs
+                where = f"with network_type {kind}" if by_type else f"in mode {info.name}"
                 self.warnings.append(f"{parameter.key} has no effect {where}.")
 
     def _problem(self, key: str, value: object, message: str) -> None:

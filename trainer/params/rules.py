@@ -25,13 +25,22 @@ class Rule:
     complete: bool = False
 
 
-def without_effect(field: str, weight: str) -> Rule:
-    """A warning: `field` is given, but `weight`, by which it would count, is 0."""
+def without_effect(switch: str, *fields: str, on: str = "") -> Rule:
+    """A warning: `fields` are given, but `switch`, by which they would count, is off (or not `on`)."""
 
     def check(job: Job, mode: ModeInfo) -> str:
-        return f"has no effect while {weight} is 0." if job.value(field) and not job.value(weight) else ""
+        value = job.value(switch)
+        if value == on if on else value:
+            return ""
+        idle = [name for name in fields if job.value(name) != _default(job, name)]
+        return f"is not {on or 'switched on'}, so {' and '.join(idle)} has no effect." if idle else ""
 
-    return Rule((field, weight), check, warning=True)
+    return Rule((switch, *fields), check, warning=True)
+
+
+def _default(job: Job, name: str) -> object:
+    held = next(held for held in job.sections if name in type(held).__dataclass_fields__)  # type: ignore[attr-defined]
+    return type(held).__dataclass_fields__[name].default  # type: ignore[attr-defined]
 
 
 def timesteps(job: Job, mode: ModeInfo) -> str:

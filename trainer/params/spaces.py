@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .core import Network
 from .field import ModeInfo, param
 from .job import Job
-from .rules import Rule
+from .rules import Rule, without_effect
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ def two_ranks(job: Job, mode: ModeInfo) -> str:
     return "is too small for network_type null, which trains one half of the rank on each side; write 2 or more."
 
 
-NULL_RULES = (Rule(("network_rank", "network_type"), two_ranks),)
+NULL_RULES = (
+    Rule(("network_rank", "network_type"), two_ranks),
+    without_effect("network_null_space", "network_null_prompts", on="activations"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,6 @@ class ExpertParams:
     enable_effilora: bool = param(
         False, "Train a mixture of experts; the same as network_type experts.", "option",
         implies=("network_type", "experts"))
+
+
+EXPERT_RULES = (without_effect("network_routing", "network_routing_balance", on="input"),)

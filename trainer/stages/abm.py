@@ -24,6 +24,7 @@ from ..maths import rng
 from ..maths.loss import grad_scaler
 from ..modes.base import Batch, Settings
 from ..params.field import param
+from ..params.rules import without_effect
 from .base import STAGES, Preparation, Stage
 
 POWERS = {"uniform": 0, "linear": 1, "quadratic": 2}
@@ -62,6 +63,7 @@ class Abm(Stage):
     turn = 1  # it trains what other stages begin with
     help = "Starts the training from an adapter that keeps the signs of the gates of the untouched model."
     sections = (AbmParams,)
+    rules = (without_effect(*AbmParams.__dataclass_fields__),)
 
     @classmethod
     def wanted(cls, settings: Settings) -> bool:

@@ -64,7 +64,7 @@ class Lalora(Stage):
     sections = (LaloraParams,)
     rules = (
         Rule(("lalora_context_path", "lalora_lambda"), context_there, complete=True),
-        without_effect("lalora_context_path", "lalora_lambda"),
+        without_effect("lalora_lambda", "lalora_context_path", "lalora_prompts"),
     )
 
     def __init__(self, settings: Settings) -> None:

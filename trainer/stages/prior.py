@@ -47,7 +47,7 @@ class Prior(Stage):
 
     help = "Holds ordinary prompts at what the untouched model makes of them, without any pictures."
     sections = (PriorParams,)
-    rules = (without_effect("prior_prompts", "prior_loss_weight"),)
+    rules = (without_effect("prior_loss_weight", "prior_prompts", "prior_states", "prior_batch_size"),)
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

@@ -15,7 +15,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters.base import ADAPTERS, AdapterSpec
+from ..adapters import null, universal
+from ..adapters.base import ADAPTERS, AdapterSpec, LayerLike
+from ..adapters.bases import Pair
 from ..adapters.network import Network, build_network
 from ..engine.flat import FlatParameters
 from ..errors import AtelierError
@@ -142,7 +144,8 @@ def bench_types(
             unet, seed = _shared(model_unet), torch.Generator().manual_seed(0)
             layers = list(unet_layers(unet, "diffusers"))
             spec, blocks = _spec(name, rank)
-            network = build_network(layers, spec, blocks, "Full", ("unet",), seed)
+            with _random_bases():
+                network = build_network(layers, spec, blocks, "Full", ("unet",), seed)
             network.to(next(model_unet.parameters()).device)
             attached.enter_context(network.attached())
             contenders.append(dataclasses.replace(_ours(unet, data, network), name=name))
@@ -177,6 +180,28 @@ def _spec(name: str, rank: int) -> tuple[AdapterSpec, tuple[str, ...]]:
     if wanted:
         raise AtelierError(f"--types {name}: {kind} has no option {', '.join(wanted)}.")
     return AdapterSpec(kind, rank=rank, alpha=ALPHA, options=options), blocks
+
+
+@contextmanager
+def _random_bases() -> Iterator[None]:
+    """Null and universal get random orthonormal directions inside the block: decomposing all weights of a large model
+    takes minutes and has no part in a step.
+    """
+
+    def drawn(layers: Sequence[LayerLike], counts: Mapping[str, tuple[int, int]], *_: Any) -> dict[str, Pair]:
+        generator, found = torch.Generator().manual_seed(0), {}
+        for layer in layers:
+            sizes = zip(reversed(layer.module.weight.flatten(1).shape), counts[layer.key], strict=True)
+            down, up = (torch.linalg.qr(torch.randn(*size, generator=generator)).Q for size in sizes)
+            found[layer.key] = down.T.contiguous(), up
+        return found
+
+    before = null.weight_bases, universal.weight_bases
+    null.weight_bases = universal.weight_bases = drawn
+    try:
+        yield
+    finally:
+        null.weight_bases, universal.weight_bases = before
 
 
 def _data(unet: Any, batch: int, latents: int) -> Data:
