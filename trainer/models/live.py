@@ -6,10 +6,13 @@ tensors, which autograd refuses; ours are plain modules around normal tensors on
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +30,10 @@ from .texts import replace_texts
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _COMPARED = 4096
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class NotAdoptable(ModelError):
@@ -173,9 +180,23 @@ def _opened(path: Path) -> Iterator[_File]:
         tensors, metadata = read_tensors(path)
         yield _File(frozenset(tensors), metadata, lambda name, count: tensors[name][:count])
         return
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        names = frozenset(file.keys())
-        yield _File(names, dict(file.metadata() or {}), lambda name, count: file.get_slice(name)[:count])
+    with safe_open(str(path), framework="pt", device="cpu") as checked:
+        names, metadata = frozenset(checked.keys()), dict(checked.metadata() or {})
+    # Read, not mapped: each mapped tensor would bring its neighbourhood into memory, tens of megabytes in all.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        yield _File(names, metadata, lambda name, count: _rows(file, 8 + length, header[name], count))
+
+
+def _rows(file: BinaryIO, start: int, entry: Mapping[str, Any], count: int) -> Tensor:
+    """The first `count` rows of the tensor that an entry of a safetensors header describes; its data begin at `start`."""
+    dtype, shape = _DTYPES.get(entry["dtype"]), [min(count, entry["shape"][0]), *entry["shape"][1:]]
+    if dtype is None:
+        raise NotAdoptable(f"its file holds {entry['dtype']}, which cannot be compared")
+    file.seek(start + entry["data_offsets"][0])
+    data = bytearray(file.read(math.prod(shape) * dtype.itemsize))
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _noise(live: Live, names: frozenset[str], metadata: Mapping[str, str]) -> noise.NoiseFacts:
