@@ -234,7 +234,7 @@ def _removals(measure: Measured) -> tuple[Scenario, ...]:
         )  # fmt: skip
 
     return (
-        one("iLECO", ileco(""), around(RATE)),
+        one("iLECO", ileco("", ileco_guidance=1.0), around(RATE)),
         one("iLECO without the instant start", blank("", ileco_guidance=1.0), (BLANK,)),
         one("TrainTrain's rule", seed_rule(""), around(BLANK)),
         one("Instant, UCE", instant("")),
