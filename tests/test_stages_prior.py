@@ -9,7 +9,7 @@ import torch
 from trainer.engine.catalogue import catalogue
 from trainer.engine.preflight import estimated_bytes
 from trainer.engine.reload import written_network
-from trainer.events import EventLog, Note
+from trainer.events import EventLog, Note, Stage
 from trainer.models.load import load_model
 from trainer.params.codec import load
 from trainer.stages.prior import STEPS
@@ -71,6 +71,8 @@ def test_a_run_with_it_stays_nearer_to_the_untouched_model(case) -> None:
         result = case.run(trace, **own)
         notes = [event.text for event in trace.events if isinstance(event, Note)]
         assert any("will be kept as they are" in note for note in notes) == bool(weight)
+        drawn = [event for event in trace.events if isinstance(event, Stage) and event.name.startswith("drawing")]
+        assert drawn[-1].done == drawn[-1].total >= STEPS if weight else not drawn
         job = case.job(**OWN, prior_loss_weight=1.0)
         network = written_network(job, model, result.path, EventLog())
         session = engine_case.session(case, job, model)

@@ -26,7 +26,7 @@ if int(VERSION.split(".")[0]) < 4:
 STATE = "document.querySelector('#atelier_live_state').dataset.state"
 STEP = "Number(document.querySelector('#atelier_live_step').textContent.split(' ')[0])"
 CURVES = "document.querySelectorAll('#atelier_plot_figure [id^=atelier_loss_] path').length"
-SHORT = {"train_iterations": 10, "train_batch_size": 2}
+SHORT = {"train_iterations": 10, "train_batch_size": 2, "prior_states": 8}
 """What makes the demo's preset quick; the rest of it stays."""
 
 

@@ -200,6 +200,7 @@ def build(
             *(network, model, kit, source.batch, site.log.note, seed, partial(mode.loss, kit)),
             resumed=bool(resumed),
             stopping=site.stopping,
+            progress=site.log.progress,
         )
         if resumed is not None:
             mode.prepare(at)

@@ -103,8 +103,8 @@ class Preparation:
     """What stages and modes work with before the first step, the adapter attached.
 
     `batch(i)` gives this process's part of the i-th micro batch, `tell` writes a line into the log, `stopping` says
-    whether the user wants the run to end, `loss(batch)` is the mode's, per sample. A `resumed` run restores its
-    parameters and buffers after the stages.
+    whether the user wants the run to end, `progress(name, done, total)` shows how far something long is, `loss(batch)`
+    is the mode's, per sample. A `resumed` run restores its parameters and buffers after the stages.
     """
 
     network: Any
@@ -116,6 +116,7 @@ class Preparation:
     loss: Callable[[Batch], Tensor]
     resumed: bool = False
     stopping: Callable[[], bool] = lambda: False
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None
 
 
 @dataclass(frozen=True)

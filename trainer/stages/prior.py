@@ -76,6 +76,7 @@ class Prior(Stage):
             if at.stopping():
                 break
             self._states.append(state)
+            at.progress("drawing ordinary prompts", len(self._states), len(drawings) * STEPS)
         named = len(set(drawings))
         at.tell(f"{len(self._states)} noisy pictures of {named} ordinary prompts will be kept as they are.")
 
