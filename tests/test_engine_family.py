@@ -9,8 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.cli.main import main
+from trainer.engine import loop
+from trainer.engine.catalogue import catalogue
 from trainer.engine.control import Control
 from trainer.events import Note, Step
+from trainer.models.load import load_model
+from trainer.params.codec import load
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,81 @@ def test_abm_reports_the_signs_and_moves_the_start(case) -> None:
     assert max(float(value.abs().max()) for name, value in started.items() if "lora_up" in name) > 1e-4
     before, after = (float(found) for found in re.findall(r"([\d.]+)% ", told(trace).split("ABM: ")[1])[:2])
     assert 50 < before < 100 and after > before
+
+
+ABM = {"abm_enabled": True, "abm_steps": 3, "abm_lr": 1e-3}
+NULL = {"network_type": "null", "network_null_space": "activations", "network_null_prompts": "a red circle"}
+LALORA = {"lalora_lambda": 1.0, "lalora_prompts": "a red circle"}
+PRIOR = {"prior_loss_weight": 1.0, "prior_prompts": "a red circle", "prior_states": 8}
+EXPERTS = {"network_type": "experts", "network_routing": "input"}
+OPTIONS = [
+    *((ABM, change) for change in (
+        {"abm_enabled": False}, {"abm_steps": 2}, {"abm_lr": 1e-2}, {"abm_margin": 2.0}, {"abm_batch_size": 1},
+        {"abm_weight_strategy": "quadratic"})),
+    *((NULL, change) for change in ({"network_null_space": "weights"}, {"network_null_prompts": "a ring\na box"})),
+    *((LALORA, change) for change in ({"lalora_lambda": 3.0}, {"lalora_prompts": "a ring\na box"})),
+    *((PRIOR, change) for change in ({"prior_loss_weight": 3.0}, {"prior_prompts": "a ring"}, {"prior_states": 16},
+                                     {"prior_batch_size": 1})),
+    *((EXPERTS, change) for change in ({"num_experts": 3}, {"network_routing": "constant"},
+                                       {"network_routing_balance": 10.0})),
+    *(({}, change) for change in ({"network_element": "CrossAttention"}, {"network_timestep_rank": 1})),
+]  # fmt: skip
+_FACTS: dict[str, dict] = {}
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return load_model(case.model)
+
+
+def facts(case, model, **own):
+    """The start of a session, and the loss and gradients of its first step with all numbers moved off it."""
+    if repr(own) not in _FACTS:
+        session = engine_case.session(case, case.job(**own), model)
+        try:
+            begin = [flat.clone() for flat in session.flat.values]
+            buffers = [buffer.clone() for buffer in session.network.buffers()]
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for flat in session.flat.values:
+                    flat.add_(0.1 * torch.randn(flat.shape, generator=generator))
+            for stage in session.stages:
+                stage.step(session.network, 0, 12)
+            loss = loop.gradients(session, 0)
+            _FACTS[repr(own)] = {"loss": loss, "values": [*begin, *buffers], "gradients": session.flat.gradients}
+        finally:
+            session.network.eject()
+    return _FACTS[repr(own)]
+
+
+@pytest.mark.parametrize(("own", "change"), OPTIONS, ids=lambda given: "-".join(given) or "plain")
+def test_every_setting_acts_on_the_start_or_the_first_step(case, model, own, change) -> None:
+    own = {"network_targets": "unet", "network_blocks(BASE = TextEncoder)": ["M00"], **own}
+    before, after = facts(case, model, **own), facts(case, model, **{**own, **change})
+
+    def differ(name):
+        one, two = before[name], after[name]
+        return len(one) != len(two) or any(a.shape != b.shape or not torch.equal(a, b)
+                                           for a, b in zip(one, two, strict=True))
+
+    assert differ("values") or differ("gradients")
+    if change.keys() & {"abm_enabled", "abm_lr", "network_null_space"}:
+        assert differ("values"), "it is about the start"
+    if change.keys() & {"lalora_lambda", "prior_loss_weight", "network_routing_balance"}:
+        assert not differ("values") and float(after["loss"]) > float(before["loss"]), "it is about the penalty"
+
+
+def test_settings_of_what_is_switched_off_are_told(case) -> None:
+    for given, switch in (
+        ({"abm_steps": 3, "abm_margin": 1}, "abm_enabled"), ({"lalora_prompts": "a"}, "lalora_lambda"),
+        ({"prior_states": 8}, "prior_loss_weight"), ({"network_dora_axis": "output"}, "use_dora"),
+        ({"network_type": "null", "network_null_prompts": "a"}, "network_null_space"),
+        ({"network_type": "experts", "network_routing_balance": 1}, "network_routing"),
+    ):
+        names = [name for name in given if name != "network_type"]
+        told = [line for line in load(case.settings(**given), catalogue()).warnings if line.startswith(switch)]
+        assert len(told) == 1 and all(name in told[0] for name in names) and "no effect" in told[0]
+    both = {"network_type": "lokr", "network_full_matrix": True, "network_decompose_both": True}
+    assert any("network_decompose_both" in line for line in load(case.settings(**both), catalogue()).warnings)
+    on = {**ABM, **LALORA, **PRIOR, "use_dora": True, "network_dora_axis": "output", "train_clip_skip": 1}
+    assert not any("no effect" in line for line in load(case.settings(**on), catalogue()).warnings)

@@ -6,6 +6,7 @@ import json
 import engine_case
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_models_texts import encoder_file
 
 from trainer.adapters.file import read_lora
@@ -15,6 +16,7 @@ from trainer.engine.reload import written_network
 from trainer.engine.run import Request, run
 from trainer.errors import JobError
 from trainer.events import EventLog, Note, Step
+from trainer.models.layers import unet_layers
 from trainer.models.load import load_model
 from trainer.params.codec import load
 
@@ -45,6 +47,9 @@ def short(case, model, name: str, **changes):
     trace = engine_case.Trace()
     result = carry_out(case, model, name, trace, **changes)
     return trace.losses, *read_lora(result.path)
+
+
+_BEGUN: dict[str, tuple] = {}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +139,41 @@ def test_a_written_file_is_put_back_whatever_it_was_made_of(case, model, changes
         down, up = (tensors[f"{adapter.key}.lora_{side}.weight"].flatten(1).float() for side in ("down", "up"))
         wanted = up @ down * tensors[f"{adapter.key}.alpha"] / len(down)
         torch.testing.assert_close(adapter.delta().flatten(1), wanted, rtol=1e-3, atol=1e-6)
+
+
+KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
+SPELLINGS = {
+    "kohya, TrainTrain": (lambda layer: layer.key, KOHYA),
+    "LyCORIS": (lambda layer: layer.key.replace("lora_unet", "lycoris"), KOHYA),
+    "OneTrainer": (lambda layer: f"lora_unet.{layer.path}", KOHYA),
+    "diffusers, PEFT": (lambda layer: f"unet.{layer.path}", ("lora_A.weight", "lora_B.weight", "")),
+}
+
+
+@pytest.mark.parametrize("program", SPELLINGS)
+def test_a_file_of_another_program_is_trained_further(case, model, tmp_path, program) -> None:
+    """The first loss is that of our own file of the same numbers, and the new file has learned more."""
+    own = {"network_targets": "unet", "network_alpha": 1}
+    if "first" not in _BEGUN:
+        result = carry_out(case, model, "begun", train_learning_rate=0.02, **own)
+        trace = engine_case.Trace()
+        carry_out(case, model, "from-ours", trace, network_resume=str(result.path), **own)
+        _BEGUN["first"] = result.path, trace.losses
+    path, losses = _BEGUN["first"]
+    tensors, _ = read_lora(path)
+    name, tails = SPELLINGS[program]
+    theirs = {}
+    for layer in unet_layers(model.unet, "diffusers"):
+        if f"{layer.key}.alpha" in tensors:
+            for ours, tail in zip(KOHYA, tails, strict=True):
+                theirs |= {f"{name(layer)}.{tail}": tensors[f"{layer.key}.{ours}"]} if tail else {}
+    metadata = {} if tails[2] else {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 1})}
+    save_file(theirs, tmp_path / "theirs.safetensors", metadata)
+    trace = engine_case.Trace()
+    result = carry_out(case, model, "further", trace, network_resume=str(tmp_path / "theirs.safetensors"), **own)
+    assert trace.losses == losses
+    further, _ = read_lora(result.path)
+    assert further.keys() == tensors.keys() and any(not torch.equal(further[key], tensors[key]) for key in tensors)
 
 
 def test_every_layer_left_out_of_a_step_is_a_step_without_change(case, model) -> None:

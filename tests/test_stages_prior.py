@@ -94,16 +94,15 @@ def test_prompts_without_weight_are_told(case) -> None:
 
 
 def test_more_ordinary_prompts_than_pictures_in_a_step_are_counted_as_memory(case, tmp_path) -> None:
-    """Twelve rows against one picture: the peak is that of a training with twelve pictures in a step."""
+    """Six rows against one picture: the peak is that of a training with six pictures in a step."""
     model, found = load_model(case.model), {}
     for name, changes in {
-        "plain": {"train_batch_size": 1}, "alike": {"train_batch_size": 1, "prior_loss_weight": 1.0},
-        "more": {"train_batch_size": 1, "prior_loss_weight": 1.0, "prior_batch_size": 12},
-        "pictures": {"train_batch_size": 12},
+        "alike": {"train_batch_size": 1, "prior_loss_weight": 1.0},
+        "more": {"train_batch_size": 1, "prior_loss_weight": 1.0, "prior_batch_size": 6},
+        "pictures": {"train_batch_size": 6},
     }.items():
         session = engine_case.session(case, case.job(**{**OWN, **changes}), model)
         found[name] = estimated_bytes(session, tmp_path)
         session.network.eject()
-    assert found["alike"] == pytest.approx(found["plain"], rel=0.05)
-    assert found["more"] > 1.3 * found["alike"]
-    assert found["more"] == pytest.approx(found["pictures"], rel=0.25)
+    assert found["more"] > 1.2 * found["alike"]
+    assert found["more"] == pytest.approx(found["pictures"], rel=0.1)

@@ -40,7 +40,7 @@ def test_types_are_measured_against_plain_lora() -> None:
         block_out_channels=(8, 16), cross_attention_dim=16, norm_num_groups=4, attention_head_dim=2, layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    types = ["lokr+network_factor=2+use_dora", "lierla+blocks=OUT*"]
+    types = ["lokr+network_factor=2+use_dora", "lierla+blocks=OUT*", "null", "universal"]
     report = json.loads(json.dumps(bench_types(unet, types, steps=2, rank=2)))["types"]
     assert set(report) == {"lierla", "c3lier", *types}
     assert 0 < report["lierla+blocks=OUT*"]["modules"] < report["lierla"]["modules"]
