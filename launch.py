@@ -37,7 +37,7 @@ SETS = {
 }
 # A set that has only what is around the page takes torch and everything else from the set that stands behind it.
 BEHIND = {"a1111": "newest"}
-PAGE_TESTS = ["tests/test_ui_api.py", "tests/test_ui_browser.py", "tests/test_ui_form.py", "tests/test_ui_plot.py"]
+PAGE_TESTS = ["tests/test_ui_%s.py" % name for name in ("api", "browser", "buttons", "form", "plot")]
 # The newest packages no longer support the Python that most WebUIs bring.
 FOR_PYTHON_310 = {"newest.txt": "python310.txt"}
 # Packages of which only a data file is read; their own requirements would be hundreds of megabytes for nothing.
