@@ -3,11 +3,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest
 from children import environment
@@ -16,6 +20,7 @@ from queue_case import Gate, job, make, names, until
 import trainer.jobs.store as store_module
 from trainer.errors import AtelierError
 from trainer.jobs.entry import BadEntryError, new_entry, read_entry
+from trainer.jobs.queue import Queue
 from trainer.jobs.store import DAMAGED, open_store
 
 CHILD = """
@@ -63,6 +68,53 @@ def test_entries_survive_a_restart_in_their_order(tmp_path: Path) -> None:
     again, _ = make(tmp_path)
     assert names(again.waiting()) == ["c", "a", "b"]
     assert again.get(a.id) == queue.get(a.id) and again.get(a.id).job["note"] == "ü 日本"
+    again.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_after_every_operation_the_disk_says_what_memory_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whenever the power goes, the next start finds the same jobs in the same order and states."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    queue, gate = make(tmp_path)
+    random, made = Random(seed), 0
+    for number in range(40):
+        waiting, running = list(queue.waiting()), queue.running()
+        stopped = [entry for entry in queue.ended() if queue.can_resume(entry)]
+        steps: list[Callable[[], object]] = [queue.hold]
+        if len(waiting) < 5:
+            made += 1
+            name = f"job{made}"
+            steps += [partial(random.choice((queue.add, queue.start)), job(name))] * 3
+        if waiting:
+            one = random.choice(waiting)
+            steps += [partial(queue.move, one.id, random.randrange(6)), partial(queue.delete, one.id)]
+            steps += [partial(queue.run_now, one.id), queue.go]
+        if running:
+            steps += [partial(queue.stop, save=random.random() < 0.5), partial(gate.let_go, running.name)]
+        if stopped:
+            steps += [partial(queue.resume, random.choice(stopped).id), partial(queue.delete, stopped[0].id)]
+        random.choice(steps)()
+        if random.random() < 0.5:
+            time.sleep(0.005)
+        same_on_disk(queue, tmp_path / f"copy{number}")
+    assert made > 5 and len(gate.ran) > 3
+    queue.close()
+
+
+def same_on_disk(queue: Queue, copy: Path) -> None:
+    """A queue opened on a copy of the files holds what `queue` holds; what runs is interrupted there."""
+    with queue._lock:
+        shutil.copytree(queue._store.folder, copy / "queue", ignore=shutil.ignore_patterns("*.lock"))
+        held = {entry.id: entry for entry in (*queue.waiting(), *queue.ended())}
+        order, running = names(queue.waiting()), queue.running()
+    again, _ = make(copy)
+    assert names(again.waiting()) == order and not again.problems
+    found = {entry.id: entry for entry in (*again.waiting(), *again.ended())}
+    if running is not None:
+        assert found.pop(running.id).state == "interrupted"
+    assert found == held
     again.close()
 
 
