@@ -151,6 +151,28 @@ def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "there is no such folder" in capsys.readouterr().err
 
 
+def test_every_word_of_the_start_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[AppOptions] = []
+    monkeypatch.setattr("trainer.cli.app.serve", lambda options: seen.append(options) or 0)
+    monkeypatch.delenv("ATELIER_AUTH", raising=False)
+    folders = {name: tmp_path / name for name in ("models", "ckpt", "vae", "lora", "output")}
+    words = [word for name, path in folders.items() for word in (f"--{name}-dir", str(path))]
+    words += ["--port", "7000", "--listen", "--data-root", str(tmp_path), "--auth", "me:word"]
+    assert main(["app", *words, "--allow-host", "one", "--allow-host", "two"]) == 0
+    assert main(["app"]) == 0
+    (full, bare) = seen
+    assert (full.port, full.listen, full.data_root) == (7000, True, tmp_path)
+    assert (full.login, full.names) == ("me:word", ("one", "two"))
+    places = full.places
+    chosen = (places.checkpoints, places.vaes, places.loras)
+    assert chosen == (folders["ckpt"], folders["vae"], folders["lora"])
+    assert places.text_encoders.is_relative_to(folders["models"]) and places.logs.is_relative_to(folders["output"])
+    assert bare == AppOptions(Places.standalone())
+    monkeypatch.setenv("ATELIER_AUTH", "you:word")
+    assert main(["app", "--models-dir", str(tmp_path)]) == 0
+    assert seen[2].login == "you:word" and seen[2].places == Places.standalone(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ a real training
 
 
