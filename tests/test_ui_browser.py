@@ -298,12 +298,16 @@ def test_nothing_overlaps(place: Place, width: int, dark: bool) -> None:
     page = Page(place[0], place[1], width=width, dark=dark, language="ja-JP" if dark else "en-US")
     page.page.evaluate("document.querySelectorAll('#atelier_root details').forEach(box => box.open = true)")
     assert page.id("tab_train").inner_text() == ("学習" if dark else "Train")
-    over = page.page.evaluate(OVERLAPS)
+    over = []
+    for mode in sorted(catalogue().modes, key="LoRA".__eq__):
+        page.page.evaluate("mode => Atelier.form.set('mode', mode)", mode)
+        over += page.page.evaluate(OVERLAPS)
     page.seen(f"{VERSION}-{width}-{'dark' if dark else 'light'}")
     page.page.evaluate("scrollTo(0, 900)")
     page.until("Start stays in view", "document.querySelector('#atelier_start').getBoundingClientRect().top > 0")
-    page.id("tab_pictures").click()
-    over += page.page.evaluate(OVERLAPS)
+    for tab in ("tab_pictures", "tab_plot"):
+        page.id(tab).click()
+        over += page.page.evaluate(OVERLAPS)
     assert over == []
     if not dark:
         page.page.locator("[data-language=ja]").click()
