@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .lowrank import Geometry, LowRankConv, LowRankLinear, Scale
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
-PIECE = 1 << 18  # numbers of a dense ΔW that are made at a time: they stay in a processor's cache
+PIECE = 1 << 17  # numbers of a dense ΔW that are made at a time: they stay in a processor's cache
 
 
 def thin_pays(rows: int, fan_in: int, fan_out: int, rank: int) -> bool:
