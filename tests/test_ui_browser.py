@@ -405,7 +405,7 @@ def asked(page: Page, milliseconds: float) -> int:
 
 def end_is_told_to_who_looks_elsewhere(page: Page, name: str) -> None:
     """A notification and a mark in the title, which goes when somebody looks; of the run that follows, too."""
-    page.fill(save_lora_name=f"{name}b", train_iterations=150)
+    page.fill(save_lora_name=f"{name}b", train_iterations=40)
     page.id("queue_add").click()
     page.page.wait_for_selector(f"#atelier_queue [data-name]:text-is('{name}b')")
     page.page.evaluate(ELSEWHERE)
