@@ -18,6 +18,7 @@ from trainer.places import ROOT
 
 COLOURS = 128
 """A page has few; the files stay small."""
+SAMPLES = "a large red lozenge on the left, white background\na small blue circle on the right, grey background"
 
 
 def keep(picture: bytes, path: Path) -> None:
@@ -39,7 +40,7 @@ def take(page: Page, folder: Path) -> None:
     """Train the demo and keep what is seen."""
     shoot: Any = page.page.screenshot
     page.fill(lora_data_directory="trainer/demo/pictures")  # relative: no folder of this machine in the picture
-    page.fill(sample_prompts="a lozenge\na circle", sample_every=50, sample_steps=12, sample_cfg=2)
+    page.fill(sample_prompts=SAMPLES, sample_every=50, sample_steps=12, sample_cfg=2)
     page.page.evaluate("document.querySelectorAll('#atelier_form details').forEach(box => box.open = false)")
     page.id("start").click()
     page.until("most of it is done", f"{STEP} >= 110", 2400)
@@ -52,7 +53,7 @@ def take(page: Page, folder: Path) -> None:
     keep(shoot(full_page=True, clip=clip(page, "page_plot")), folder / "plot.png")
     page.id("tab_train").click()
     page.page.locator("#atelier_try > summary").click()
-    page.fill(try_width=64, try_height=64, try_steps=12, try_cfg=2, try_prompt="a large red lozenge", try_seed=3)
+    page.fill(try_width=64, try_height=64, try_steps=12, try_cfg=2, try_prompt=SAMPLES.splitlines()[0], try_seed=3)
     page.id("compare_now").click()
     page.until("four pictures", "document.querySelectorAll('#atelier_draw_grid img').length === 4", 2400)
     page.page.evaluate("scrollTo(0, 0)")
