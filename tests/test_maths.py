@@ -7,6 +7,7 @@ import torch
 
 from trainer.maths import loss, rng
 from trainer.maths.schedule import NoiseSchedule, scaled_linear_alphas, zero_terminal_snr
+from trainer.params.names import LOSS_WEIGHTINGS, LOSSES
 
 
 def test_alphas_are_those_of_diffusers():
@@ -50,6 +51,7 @@ def test_the_weights_of_noisy_samples_by_hand():
     alphas = torch.tensor([0.9, 0.5, 0.1, 0.0])  # snr 9, 1, 1/9, 0
     t = torch.arange(4)
     epsilon, v = NoiseSchedule(alphas), NoiseSchedule(alphas, "v_prediction")
+    assert tuple(loss.WEIGHTS) == LOSS_WEIGHTINGS and tuple(loss.DISTANCES) == LOSSES  # what the table offers
     weights = {name: [weight(schedule, t) for schedule in (epsilon, v)] for name, weight in loss.WEIGHTS.items()}
     torch.testing.assert_close(weights["none"], [torch.ones(4), torch.ones(4)])
     torch.testing.assert_close(weights["debiased"][0], torch.tensor([1 / 3, 1.0, 3.0, 20.0]))

@@ -55,24 +55,21 @@ def plot(service: Service, call: Call) -> dict[str, object]:
     folder = service.host.places().logs
     names = [str(name) for name in _list(call, "logs")][:MOST_LOGS]
     dropped = [part for part in _list(call, "dropped") if isinstance(part, Mapping)][:MOST_LOGS]
-    latest = _unwritten(service) if not names and not dropped else None
-    if not names and not dropped and latest is None:
-        names = service.shelf.logs()[:1]
-    logs = [load_log(service.shelf.log(name), name) for name in names] + ([latest] if latest else [])
+    logs = [load_log(service.shelf.log(name), name) for name in names] if names or dropped else _latest(service)
     logs += [read_log(str(part.get("name", "")), str(part.get("text", ""))) for part in dropped]
     return {"svg": draw(logs, settings), "shown": [log.name for log in logs], "folder": folder.name}
 
 
-def _unwritten(service: Service) -> Log | None:
-    """The run that goes on or was the last one, when it writes no log and no log is newer."""
+def _latest(service: Service) -> list[Log]:
+    """The newest log, or in its place the run that goes on or was the last one, when that is newer and writes none."""
+    newest = service.shelf.logs()[:1]
     facts = service.queue.live.facts()
     points: Any = service.queue.live.curve()["points"]
-    if facts is None or not points or facts.entry.job.get("logging_save_csv"):
-        return None
-    newest = service.shelf.logs()[:1]
-    if newest and service.shelf.log(newest[0]).stat().st_mtime > facts.entry.started:
-        return None
-    return live_log(facts.entry.name, points)
+    if facts is not None and points and not facts.entry.job.get("logging_save_csv"):
+        began = facts.entry.started
+        if not any(service.shelf.log(name).stat().st_mtime > began for name in newest):
+            return [live_log(facts.entry.name, points)]
+    return [load_log(service.shelf.log(name), name) for name in newest]
 
 
 # -------------------------------------------------------------------- picture tools
