@@ -12,16 +12,7 @@ import torch
 
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.network import build_network
-from trainer.demo.evaluate.adapters import (
-    EVERY,
-    SIGNS,
-    STEPS,
-    VARIANTS,
-    Variant,
-    reached_half,
-    scenarios,
-    settings,
-)
+from trainer.demo.evaluate.adapters import EVERY, SIGNS, STEPS, VARIANTS, Course, Variant, scenarios, settings
 from trainer.demo.evaluate.forgetting import Drift, Meter, at_success
 from trainer.demo.evaluate.runner import Result, Runner, Summary, beyond
 from trainer.demo.evaluate.scenario import Goal, Scenario
@@ -184,8 +175,15 @@ def written(folder, reached):
 @pytest.mark.parametrize("reached", [8, 16, 24, 32])
 def test_the_first_file_that_is_half_right_is_found_by_halving(tmp_path, reached):
     meter, trained = written(tmp_path, reached)
-    assert reached_half(meter, trained, 0.9, 4.0)[0] == reached and len(trained.asked) == 2
-    assert reached_half(meter, trained, 0.4, 4.0) == (math.inf, math.inf)
+    course = Course(meter, trained, {0: (0.0, 0.0), STEPS: (0.9, 4.0)})
+    assert course.steps_to(0.5) == course.steps_to(0.8) == reached and len(trained.asked) == 2
+
+
+def test_what_the_end_falls_short_of_is_never_reached_and_costs_nothing(tmp_path):
+    meter, trained = written(tmp_path, 8)
+    course = Course(meter, trained, {0: (0.0, 0.0), STEPS: (0.4, 4.0)})
+    assert course.steps_to(0.5) == course.drift_at(0.5) == course.seconds_at(math.inf) == math.inf
+    assert not trained.asked
 
 
 def test_drift_is_nothing_at_the_start_and_grows_with_what_was_trained():

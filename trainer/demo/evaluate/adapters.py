@@ -152,17 +152,20 @@ def value(figures: Mapping[str, float]) -> float:
 
 
 def measure(meter: Meter, trained: Trained) -> Figures:
-    """Success, forgetting, cost, and how soon half of it was there and what it had cost by then."""
+    """Success, forgetting, cost, and how soon half of it and all of it was there and what it had cost by then."""
     asked, fall, drift = meter.asked(trained), meter.fall(trained), meter.drift(trained)
-    reached, there = reached_half(meter, trained, asked.value, drift.moved)
+    course = Course(meter, trained, {0: (meter.asked_before(trained), 0.0), STEPS: (asked.value, drift.moved)})
+    half, goal = course.steps_to(HALF), course.steps_to(GOAL)
     figures: dict[str, object] = {
         "asked": asked,
         "worst fall": fall,
         "drift": drift.moved,
         "signs kept": drift.signs,
-        "steps to half": reached,
-        "CPU seconds to half": trained.trace.at.get(int(reached), math.inf) if math.isfinite(reached) else math.inf,
-        "drift at half": there,
+        "steps to half": half,
+        "steps to goal": goal,
+        "CPU seconds to half": course.seconds_at(half),
+        "CPU seconds to goal": course.seconds_at(goal),
+        "drift at half": course.drift_at(HALF),
         "step time": trained.trace.step_seconds / trained.unit if trained.unit else math.nan,
         "parameters": float(str(trained.trace.report["trainable parameters"])),
         "file KB": trained.path.stat().st_size / 1024,
@@ -174,23 +177,43 @@ def measure(meter: Meter, trained: Trained) -> Figures:
     return figures  # type: ignore[return-value]
 
 
-def reached_half(meter: Meter, trained: Trained, asked: float, drift: float) -> tuple[float, float]:
-    """(steps until HALF of the pictures are right, the drift at exactly that); infinite when the end is short of it.
+@dataclass(frozen=True)
+class Course:
+    """Success and drift on the way: `points` of the start and the end, and of the kept files once they were read."""
 
-    The kept files are halved in search of the first that is there, as if success never fell again on the way.
-    """
-    if asked < HALF:
-        return math.inf, math.inf
-    points = {meter.asked_before(trained): 0.0, asked: drift}
-    failed, reached = 0, STEPS
-    while reached - failed > EVERY:
-        step = (failed + reached) // (2 * EVERY) * EVERY
-        path = trained.path.with_name(f"{trained.path.stem}_{step}steps.safetensors")
-        with trained.network.at_strength(0.0), trained.reload(path).attached():  # type: ignore[misc]
-            rate = meter.asked(trained).value
-            points[rate] = meter.drift(trained).moved
-        failed, reached = (failed, step) if rate >= HALF else (step, reached)
-    return reached, at_success(points, HALF)
+    meter: Meter
+    trained: Trained
+    points: dict[int, tuple[float, float]]
+
+    def steps_to(self, success: float) -> float:
+        """The first kept file that is there; infinite when the end is short of it.
+
+        The files are halved in search of it, as if success never fell again on the way.
+        """
+        if self._at(STEPS)[0] < success:
+            return math.inf
+        failed, reached = 0, STEPS
+        while reached - failed > EVERY:
+            step = (failed + reached) // (2 * EVERY) * EVERY
+            failed, reached = (failed, step) if self._at(step)[0] >= success else (step, reached)
+        return reached
+
+    def seconds_at(self, step: float) -> float:
+        """CPU seconds from the start of the run, preparation included, to a step."""
+        return self.trained.trace.at.get(int(step), math.inf) if math.isfinite(step) else math.inf
+
+    def drift_at(self, success: float) -> float:
+        """The drift when success was exactly that; infinite when the end is short of it."""
+        if self._at(STEPS)[0] < success:
+            return math.inf
+        return at_success(dict(self.points.values()), success)
+
+    def _at(self, step: int) -> tuple[float, float]:
+        if step not in self.points:
+            path = self.trained.path.with_name(f"{self.trained.path.stem}_{step}steps.safetensors")
+            with self.trained.network.at_strength(0.0), self.trained.reload(path).attached():  # type: ignore[misc]
+                self.points[step] = self.meter.asked(self.trained).value, self.meter.drift(self.trained).moved
+        return self.points[step]
 
 
 SUITE = Suite("adapters", scenarios)
