@@ -70,6 +70,14 @@ def test_targets_and_blocks():
     assert not warned(network_targets="both", network_blocks="M00")
 
 
+def test_a_mode_that_leaves_the_text_encoder_alone_is_not_left_without_layers():
+    key, words = "network_train_text_encoder", {"mode": "iLECO"}
+    assert "network_targets is text_encoder" in refused(**words, network_targets="text_encoder")[key]
+    assert "only BASE" in refused(**words, **{"network_blocks(BASE = TextEncoder)": "BASE"})[key]
+    assert load({**words, "network_targets": "text_encoder", key: True}, TABLE)
+    assert load({**words, "network_targets": "both"}, TABLE)
+
+
 def test_rates():
     assert "is 0" in refused(train_learning_rate=0)["train_learning_rate"]
     assert "out of range" in refused(train_learning_rate=-1e-4)["train_learning_rate"]

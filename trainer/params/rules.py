@@ -63,6 +63,18 @@ def blocks(job: Job, mode: ModeInfo) -> str:
     return ""
 
 
+def text_encoder(job: Job, mode: ModeInfo) -> str:
+    """Nothing but the text encoder chosen, in a mode that leaves it alone unless told to."""
+    network = job[Network]
+    if "te_train" not in mode.needs or network.network_train_text_encoder:
+        return ""
+    if network.network_targets == "text_encoder":
+        return "is off, but network_targets is text_encoder; switch it on or train the UNet."
+    if network.network_blocks == ("BASE",):
+        return "is off, but network_blocks has only BASE, the text encoder; switch it on or select blocks of the UNet."
+    return ""
+
+
 def save_name(job: Job, mode: ModeInfo) -> str:
     """A LoRA name that no system takes as a file name."""
     name = job[Save].save_lora_name
@@ -153,6 +165,7 @@ def warmup(job: Job, mode: ModeInfo) -> str:
 CORE_RULES: tuple[Rule, ...] = (
     Rule(("train_min_timesteps", "train_max_timesteps"), timesteps),
     Rule(("network_blocks", "network_targets"), blocks),
+    Rule(("network_train_text_encoder", "network_targets", "mode"), text_encoder),
     Rule(("save_lora_name",), save_name),
     Rule(("lora_data_directory", "mode"), data_folder, complete=True),
     Rule(("original_image", "mode"), pictures, complete=True),
