@@ -8,7 +8,8 @@ import pytest
 from queue_case import Gate, job, make, names, until
 
 from trainer.errors import AtelierError, JobError
-from trainer.jobs.queue import Queue, QueueError
+from trainer.jobs.listing import QueueError
+from trainer.jobs.queue import Queue
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_only_the_latest_that_are_over_stay_listed(
     pair: tuple[Queue, Gate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue, gate = pair
-    monkeypatch.setattr("trainer.jobs.queue.KEPT", 5)
+    monkeypatch.setattr("trainer.jobs.listing.KEPT", 5)
     count = 5 + 3
     for number in range(count):
         gate.let_go(f"j{number}")

@@ -22,7 +22,8 @@ from ..engine.state import STATE_FILE
 from ..errors import DataError, JobError, Problem
 from ..events import EventLog
 from ..jobs.entry import Entry
-from ..jobs.queue import Outcome, QueueError
+from ..jobs.listing import QueueError
+from ..jobs.queue import Outcome
 from ..params import core
 from ..params.codec import load
 from ..params.job import Job

@@ -17,7 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
 from ..errors import AtelierError, JobError
-from ..jobs.queue import QueueError
+from ..jobs.listing import QueueError, UnknownJobError
 from ..params.files import LARGEST_FILE
 from ..params.table import Catalogue
 from .fence import NotServedError
@@ -162,7 +162,7 @@ def refusal(error: AtelierError, catalogue: Catalogue) -> Response:
     found = problems(error.problems, catalogue) if isinstance(error, JobError) else []
     if isinstance(error, RequestError):
         status = error.status
-    elif isinstance(error, NotServedError):
+    elif isinstance(error, (NotServedError, UnknownJobError)):
         status = 404
     else:
         status = 409 if isinstance(error, QueueError) else 422

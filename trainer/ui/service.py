@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from ..errors import AtelierError, JobError, Problem
 from ..jobs.entry import Entry
-from ..jobs.queue import Queue, QueueError
+from ..jobs.listing import UnknownJobError
+from ..jobs.queue import Queue
 from ..params import core
 from ..params.codec import Loaded, load
 from ..params.job import SECOND_PASS, Job
@@ -255,7 +256,7 @@ class Service:
         following = None if running is None else {"id": running.id, "started": running.started}
         try:
             found = self._entry(self.queue.get(identity))
-        except QueueError:
+        except UnknownJobError:
             return {"next": following}
         return {name: found[name] for name in ("id", "name", "started", "state", "error", "lora")} | {"next": following}
 
@@ -274,7 +275,7 @@ class Service:
         }
 
     def settings_of(self, identity: str) -> dict[str, object]:
-        """All settings of a job in the queue, to fill the form. Raises AtelierError when it is gone."""
+        """All settings of a job in the queue, to fill the form. Raises UnknownJobError when it is gone."""
         return dict(self.queue.get(identity).job)
 
     def move(self, identity: str, place: int) -> dict[str, object]:
