@@ -18,6 +18,7 @@ from trainer.engine.csvlog import read_losses
 from trainer.engine.passes import Passes, later_settings, plan_passes
 from trainer.engine.preflight import check_before_loading
 from trainer.engine.process import Process
+from trainer.engine.reload import written_network
 from trainer.engine.run import Request, run
 from trainer.engine.site import Site
 from trainer.errors import JobError, TrainingError
@@ -89,6 +90,9 @@ def test_both_passes_have_their_own_settings_files_and_logs(case):
     assert result.report["writes"] == "two.safetensors"
     metadata = json.loads(json.dumps(read_lora(result.path)[1]))
     assert metadata["ss_network_dim"] == "2" and metadata["ss_learning_rate"] == "0.001"
+    # Put back by the settings it was given, the file is that of the second pass.
+    put_back = written_network(case.job(save_lora_name="two", **TWO), load_model(case.model), result.path, EventLog())
+    assert {adapter.up.shape[1] for adapter in put_back} == {2}
 
     # The same picture again: the first pass is taken from the cache, and the second is the same bit for bit.
     again = Watch()

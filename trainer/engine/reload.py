@@ -24,15 +24,17 @@ from ..params import core
 from ..params.job import Job
 from ..params.network import DIFFERENCE_INITS, NetworkOptions
 from .build import make_network
+from .passes import plan_passes
 
 
 def written_network(job: Job, model: Model, path: Path, log: EventLog) -> Network:
-    """The adapter of the job, filled from the file it wrote, not yet attached.
+    """The adapter of the job's last pass, filled from the file it wrote, not yet attached.
 
     A file that was written as plain LoRA gives plain LoRAs on the layers it names, whatever the job's adapter type; so
     does one of a start that is counted from, which has twice the rank.
     Raises AdapterError when the file leaves a module of the adapter empty.
     """
+    job = plan_passes(job)[-1].job
     tensors, metadata = read_lora(path)
     kind = ADAPTERS.get(job[core.Network].network_type)
     factored = issubclass(kind, Factored) or not issubclass(kind, Lora)
