@@ -10,10 +10,11 @@ from adapter_layers import BLOCKS, PARTS, expected, input_of, layers, network, s
 from test_adapters_contract import SPECS
 from torch import nn
 
-from trainer.adapters.base import ADAPTERS, Adapter, AdapterSpec
+from trainer.adapters.base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
 from trainer.adapters.network import build_network
 from trainer.errors import AdapterError
 from trainer.params.network import NetworkOptions, name_chosen, parse_block_ranks, parse_blocks
+from trainer.stages.base import STAGES, Stage
 
 TYPES = ADAPTERS.names()
 every_type = pytest.mark.parametrize("kind", TYPES)
@@ -340,3 +341,24 @@ def test_tags_follow_from_what_a_type_is_made_of() -> None:
 
     assert Odd.tags() == {"own"}
     assert {"rank", "dropout", "max_norm", "loraplus", "freeze_down", "init"} <= ADAPTERS.get("lierla").tags()
+
+
+def test_a_type_that_leaves_something_open_is_refused_with_its_names() -> None:
+    class Halved(Adapter):
+        @classmethod
+        def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+            return True
+
+        def delta(self) -> torch.Tensor:
+            return torch.zeros(())
+
+    class Kept(Stage):
+        help = "asks for nothing"
+
+    with pytest.raises(TypeError, match=r"network_type 'halved': .*Halved must define read, rescaled, tensors before"):
+        ADAPTERS.register("halved")(Halved)
+    with pytest.raises(TypeError, match=r"stage 'kept': .*Kept must define wanted before"):
+        STAGES.register("kept")(Kept)
+    assert "halved" not in ADAPTERS.names() and "kept" not in STAGES.names()
+    with pytest.raises(TypeError, match="abstract.*rescaled"):
+        Halved(layers()[0], spec(), Strength(), torch.Generator())  # type: ignore[abstract]

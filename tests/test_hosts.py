@@ -460,3 +460,12 @@ def test_tensors_that_are_packed_are_refused(tmp_path) -> None:
     packed = torch.zeros(2).as_subclass(Packed)
     with pytest.raises(NotAdoptable, match="packed"):
         adopt(Live(tmp_path / "x.safetensors", {"model.diffusion_model.a.weight": packed}))
+
+
+def test_a_webui_that_leaves_something_open_is_refused_with_its_names() -> None:
+    class Half(WebUI):
+        def loaded_path(self) -> Path | None:
+            return None
+
+    with pytest.raises(TypeError, match="lay_bare.*loaded_vae.*make_room"):
+        Half()  # type: ignore[abstract]

@@ -28,10 +28,14 @@ class Registry(Generic[T]):
 
     def register(self, name: str, *aliases: str) -> Callable[[T], T]:
         """Decorator: enter the decorated thing under `name`. Raises ValueError when the name is taken by another
-        thing.
+        thing, TypeError for a class that leaves abstract methods open.
         """
 
         def enter(thing: T) -> T:
+            missing = ", ".join(sorted(getattr(thing, "__abstractmethods__", ())))
+            if missing:  # most of them are asked of the class itself, where Python would not notice
+                what = getattr(thing, "__qualname__", thing)
+                raise TypeError(f"{self.kind} {name!r}: {what} must define {missing} before it can be registered")
             if name in self._things:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._things[name] = thing

@@ -5,6 +5,7 @@ A type is one file with one class: which layers it covers, its tensors, ΔW, and
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,7 +138,7 @@ class Strength:
             self._value = float(value)
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """An adapter on one layer. `forward` stands in for the layer's own while attached.
 
     A subclass sets `help`, `file_tensors` (names it writes, without the key), `covers`, `delta`, `tensors`, `read` and
@@ -192,9 +193,9 @@ class Adapter(nn.Module):
     # -- what a type defines -------------------------------------------------------------------------------------------
 
     @classmethod
+    @abstractmethod
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
         """Whether this type sits on this layer."""
-        raise NotImplementedError
 
     @classmethod
     def tags(cls) -> frozenset[str]:
@@ -215,9 +216,9 @@ class Adapter(nn.Module):
         """What the adapters of one network have in common, made once and found as `spec.shared` by each of them."""
         return None
 
+    @abstractmethod
     def delta(self) -> Tensor:
         """ΔW at strength 1 in float32, shaped like the base weight; differentiable."""
-        raise NotImplementedError
 
     def as_lora(self) -> LowRank | None:
         """The factors of a ΔW that is of low rank by its making; None for the others."""
@@ -227,24 +228,24 @@ class Adapter(nn.Module):
         """What is added to the layer's bias at strength 1, (out,) float32; None for types that leave it alone."""
         return None
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What goes into the file, by name without the key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
         """File tensors as new values of this adapter's parameters, with `factor` × the file's ΔW whatever its alpha.
 
         Raises AdapterError when they do not fit. Changes nothing.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """File tensors whose ΔW is `factor` times as large. Raises AdapterError when it is not `scalable`."""
-        raise NotImplementedError
 
     def start(self, down: Tensor, up: Tensor) -> None:
         """Begin at these factors, (r, in·k·k) and (out, r), and count ΔW from there; for types with `inits`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has values of network_init and no way to start at them")
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         """The layer's output at a strength other than 0; here with the weight W + strength·ΔW."""

@@ -1,6 +1,7 @@
 """Types whose ΔW is a product U·D made of fewer or other numbers than U and D: written and computed as plain LoRA."""
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,9 +41,9 @@ class Factored(Lora):
         if self.row_scaled:
             self.rows = nn.Parameter(torch.zeros(self.fan_out))
 
+    @abstractmethod
     def product(self) -> tuple[Tensor, Tensor]:
         """D (r, in[, k, k]) and U (out, r) without the factors of the rows."""
-        raise NotImplementedError
 
     def pair(self) -> tuple[Tensor, Tensor]:
         down, up = self.product()
@@ -73,12 +74,12 @@ class Factored(Lora):
         wide = {"conv_dim": str(spec.rank_of("conv3x3")), "conv_alpha": str(spec.alpha_of("conv3x3"))}
         return {"type": spec.type, **(wide if spec.conv_rank else {})}
 
+    @abstractmethod
     def fit(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:
         """Own tensors whose U·D, no row scaled, is the product of `up` (out, r) and `down` (r, in), float32 on the CPU.
 
         Raises AdapterError where that product is not one this type can make.
         """
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """The plain LoRA, rows of D and columns of U brought to equal norms, so that both keep well in fp16."""

@@ -1,6 +1,8 @@
 """OFT: small rotations of a layer's outputs (2306.07280), one block of neighbouring outputs at a time."""
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -34,9 +36,9 @@ class Rotation(Direct):
         """In these files alpha limits the rotation; 0 sets no limit."""
         return {ALPHA: 0.0}
 
+    @abstractmethod
     def turned(self, outputs: Tensor) -> Tensor:
         """(R − 1) on outputs (out, N)."""
-        raise NotImplementedError
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         y = self._base(x)

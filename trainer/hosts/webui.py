@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from .names import find, problems_to_error
 SAMPLER = "Euler"
 
 
-class WebUI:
+class WebUI(ABC):
     """A WebUI of the AUTOMATIC1111 kind. Its modules are imported when they are needed, never at the start."""
 
     name = "WebUI"
@@ -37,28 +38,28 @@ class WebUI:
 
     # ---------------------------------------------------------------- what one WebUI has and another has not
 
+    @abstractmethod
     def loaded_path(self) -> Path | None:
         """The file of the model that is loaded now."""
-        raise NotImplementedError
 
     def selected_path(self) -> Path | None:
         """The file of the model that is chosen in the WebUI, loaded or not yet."""
         return self.loaded_path()
 
+    @abstractmethod
     def loaded_vae(self) -> Path | None:
         """The file of the VAE that replaces the model's own at the moment."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lay_bare(self, restore: ExitStack) -> Live:
         """The loaded model as plain tensors, the last picture's LoRA taken out and other models moved off the device.
 
         What has to be undone at the end goes into `restore`. Raises NotAdoptable.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def make_room(self, restore: ExitStack) -> None:
         """Move all models off the device, because another one is going to be trained."""
-        raise NotImplementedError
 
     def vocabularies(self) -> tuple[Path, ...]:
         """Folders with CLIP's vocabulary that this WebUI brings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..registry import Registry
 __all__ = ["STAGES", "Preparation", "Stage"]
 
 
-class Stage:
+class Stage(ABC):
     """Base of all stages. `needs` are the tags of the parameters it adds to every form, `sections` the parameter
     classes it declares, `rules` what must hold for them. Stages of a higher `turn` come after the others.
     """
@@ -28,9 +29,9 @@ class Stage:
         self.settings = settings
 
     @classmethod
+    @abstractmethod
     def wanted(cls, settings: Settings) -> bool:
         """Whether the job asks for this stage."""
-        raise NotImplementedError
 
     @property
     def rows(self) -> int:
@@ -41,13 +42,13 @@ class Stage:
         """Prompts whose conditioning it will ask the kit for."""
         return ()
 
-    def prepare(self, at: Preparation) -> None:
+    def prepare(self, at: Preparation) -> None:  # noqa: B027 (most have nothing to do)
         """Runs once before the first step; changes parameters and buffers of the adapter in place only.
 
         Several processes go on with what the leading one has then.
         """
 
-    def step(self, network: Any, done: int, total: int) -> None:
+    def step(self, network: Any, done: int, total: int) -> None:  # noqa: B027
         """Runs before every optimizer step; `done` of `total` steps are behind it."""
 
     def penalty(self, network: Any) -> Tensor | None:
