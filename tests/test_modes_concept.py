@@ -7,8 +7,11 @@ from collections import Counter
 
 import engine_case
 import pytest
+import tiny
 import torch
 
+from trainer.engine import loop
+from trainer.engine.arguments import prompts as prompts_of
 from trainer.engine.catalogue import catalogue
 from trainer.engine.run import Request, run
 from trainer.engine.sources import PromptPairs
@@ -57,6 +60,24 @@ def session(case, model):
     yield make
     for made in reversed(built):
         made.network.eject()
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Sessions on tiny models in memory, by family."""
+    made = []
+
+    def make(case, kind, v_pred=False, **changes):
+        job = case.job(**{**ILECO, **changes})
+        made.append(engine_case.session(case, job, tiny.model(kind, v_pred=v_pred)))
+        stream = torch.Generator().manual_seed(7)
+        for flat in made[-1].flat.values:
+            flat.add_(torch.randn(flat.shape, generator=stream).mul(0.05).to(flat))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.network.eject()
 
 
 def start(case, model, *listeners, **changes):
@@ -147,6 +168,17 @@ def test_the_seeds_rule_is_reproduced(case, model, session):
     assert list(trace.losses.values()) == pytest.approx(losses, rel=1e-4)
 
 
+def test_the_seeds_min_snr_weight_is_that_of_epsilon_for_v_too(case, built):
+    for compatible in (False, True):
+        made = built(case, "sd2", v_pred=True, train_traintrain_compatible=compatible, ileco_anchor_weight=0)
+        x, t = drawn(made, 0)
+        error = predicted(made, x, t, ["red", "red"], 1.0) - predicted(made, x, t, ["blue", "blue"], 0.0)
+        snr = made.model.schedule.snr(t)
+        weight = torch.clamp(5 / snr, max=1) if compatible else snr.clamp(max=5) / (snr + 1)
+        expected = (error**2).mean((1, 2, 3)) * weight
+        assert torch.allclose(made.mode.loss(made.kit, made.source.batch(0)).detach(), expected, rtol=1e-4)
+
+
 class Passes:
     """Counts rows that go through the UNet: forward without and with gradient, and back."""
 
@@ -167,16 +199,42 @@ class Passes:
         return (self.teacher + self.student + self.back) / rows
 
 
-@pytest.mark.parametrize(
-    ("changes", "units"),
-    [({}, 3), ({"train_traintrain_compatible": True}, 3), ({"ileco_bank": 8}, 2), ({"ileco_guidance": 1}, 3.5)],
-)
-def test_passes_through_the_unet_per_step(session, changes, units):
-    made = session(**changes)
+COSTS = [
+    ({}, 3),
+    ({"train_traintrain_compatible": True}, 3),
+    ({"original prompt": "red\ncat\nhat", "target prompt": "blue\ndog\n"}, 3),
+    ({"ileco_guidance": 1}, 3.5),  # one more forward for every second row
+    ({"ileco_bank": 8}, 2),
+    ({"ileco_bank": 8, "ileco_guidance": 1}, 2),
+]
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("changes", "units"), COSTS)
+def test_passes_through_the_unet_per_step(case, built, kind, changes, units):
+    """Rows forward and back in whole optimizer steps, in units of the batch."""
+    made = built(case, kind, **changes)
     counted = Passes(made.model.unet)
-    for index in range(3):
-        made.mode.loss(made.kit, made.source.batch(index)).sum().backward()
+    for _ in range(3):
+        loop.optimizer_step(made, None)
     assert counted.units(3 * 2) == units
+
+
+def test_sizes_are_pixels_and_every_prompt_has_its_own_pooled_text(case, built):
+    """On SDXL: the formula once more, with the sizes written by hand."""
+    made = built(case, "sdxl", **{"image_size(height, width)": "64,128", "ileco_anchors": "green"})
+    batch = made.source.batch(1)
+    x, t = drawn(made, 1)
+    assert x.shape[2:] == (8, 16)
+    ids = torch.tensor([[64.0, 128, 0, 0, 64, 128]]).repeat(2, 1)
+
+    def at(prompts, strength):
+        with torch.no_grad(), made.network.at_strength(strength):
+            return made.model.predict(x, t, made.model.encode_prompts(prompts), ids)
+
+    wanted, student = at(["blue", "green"], 0.0), at(["red", "green"], 1.0)
+    expected = ((student - wanted) ** 2).mean((1, 2, 3)) * torch.clamp(5 / made.model.schedule.snr(t), max=1)
+    assert torch.allclose(made.mode.loss(made.kit, batch).detach(), expected, rtol=1e-4)
 
 
 def test_the_bank_holds_the_models_own_states_and_answers(session):
@@ -258,6 +316,45 @@ def test_bad_prompts_are_told_at_their_field_before_anything_is_loaded(case):
     assert not any("prompt" in line for line in load(removing, catalogue()).warnings)
 
 
+LINES = [
+    ("red", "blue", [("red", "blue")]),
+    (" red \ncat", "blue\n dog", [("red", "blue"), ("cat", "dog")]),
+    ("red\ncat\n", "blue\ndog\n\n", [("red", "blue"), ("cat", "dog")]),
+    ("red\ncat", "blue\n", [("red", "blue"), ("cat", "")]),
+    ("red\ncat", "\ndog", [("red", ""), ("cat", "dog")]),
+    ("red\ncat", "", [("red", ""), ("cat", "")]),
+    ("\ncat", "grey\ndog", [("", "grey"), ("cat", "dog")]),
+]
+
+
+@pytest.mark.parametrize(("original", "target", "expected"), LINES)
+def test_line_i_belongs_to_line_i(case, original, target, expected):
+    pairs = prompts_of(case.job(**{**ILECO, "original prompt": original, "target prompt": target}))
+    assert list(zip(pairs.originals, pairs.targets, strict=True)) == expected
+    rows = {pairs.row(number) for number in range(64)}
+    assert {row for row in rows if row[0] != row[1]} == set(expected)
+
+
+def test_no_anchor_stands_against_what_is_to_change(case):
+    def anchors(**changes):
+        return prompts_of(case.job(**{**ILECO, "target prompt": "x", **changes})).anchors
+
+    plain = anchors()
+    assert plain[0] == "" and {"a photo", "a person", "an animal"} <= set(plain)
+    assert set(plain) - set(anchors(**{"original prompt": "A person with a photo"})) == {"a photo", "a person"}
+    assert anchors(**{"original prompt": ""}) == ()
+    assert anchors(**{"original prompt": "", "ileco_anchors": "cat"}) == ("cat",)
+    assert anchors(ileco_anchors="cat\n\n a person ") == ("", "cat", "a person")
+    told = problems(case, ileco_anchors="green\nred")
+    assert "'red'" in told["ileco_anchors"] and "both change and stay" in told["ileco_anchors"]
+
+
+def test_an_instant_start_needs_words(case):
+    """The preset starts that way: an empty prompt has no word whose meaning could change."""
+    changes = {"original prompt": "", "network_init": "instant"}
+    assert "choose default" in problems(case, **changes)["original prompt"]
+
+
 def test_an_empty_original_is_warned_of(case):
     given = case.settings(**{**ILECO, "original prompt": "red\n\ncat", "target prompt": "a\nb\nc"})
     (line,) = (line for line in load(given, catalogue()).warnings if "prompt" in line)
@@ -267,9 +364,7 @@ def test_an_empty_original_is_warned_of(case):
 def test_traintrains_text_is_one_prompt(case):
     given = json.loads(json.dumps({**case.settings(**ILECO), "original prompt": "red,\nsmall"}))
     given = {key: value for key, value in given.items() if key != "format" and not key.startswith("ileco")}
-    from trainer.engine.arguments import prompts
-
-    assert prompts(load(given, catalogue()).job).originals == ("red,\nsmall",)
+    assert prompts_of(load(given, catalogue()).job).originals == ("red,\nsmall",)
 
 
 def test_prompts_longer_than_the_window_are_told_before_loading(case):

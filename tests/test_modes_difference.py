@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import engine_case
@@ -114,6 +115,55 @@ def test_both_passes_have_their_own_settings_files_and_logs(case):
     assert len(loaded.passes) == 1 and "two_copy.safetensors" in loaded.notes
     for (_, one), (_, same) in zip(loaded.passes[0], watch.passes[1], strict=True):
         assert one == pytest.approx(same, rel=1e-5)
+
+
+def test_the_first_pass_alone_is_there_for_later_runs(case):
+    changes = {**TWO, "data_cache": "disk", "train_seed": 11}
+    alone, both = Watch(), Watch()
+    case.run(alone, save_lora_name="first", **{**changes, "diff_1st_pass_only": True})
+    case.run(both, save_lora_name="then", **changes)
+    assert [len(one) for one in alone.passes] == [4] and [len(one) for one in both.passes] == [3]
+    assert "same picture and settings" in both.notes
+
+
+SAME_COPY = [
+    {"save_lora_name": "x", "network_strength": 2, "train_state_every": 1, "sample_steps": 3, "save_as_json": True},
+    {"target prompt": "black", "use_2nd_pass_settings": True, "2nd pass": SECOND, "diff_save_1st_pass": True},
+]
+OTHER_COPY = [
+    {"train_learning_rate": 2e-3}, {"network_rank": 8}, {"network_type": "loha"}, {"train_iterations": 5},
+    {"train_seed": 4}, {"train_batch_size": 2}, {"original prompt": "a ring"}, {"lora_trigger_word": "sks"},
+    {"train_optimizer": "Lion"}, {"train_min_timesteps": 100}, {"network_max_norm": 1}, {"train_clip_skip": 2},
+]  # fmt: skip
+
+
+def test_what_a_cached_first_pass_depends_on(case, tmp_path):
+    """Everything that is learned with, the picture, the model and its schedule; not what is done afterwards."""
+    model = load_model(case.model)
+
+    def key(picture="a.png", **changes):
+        picture = str(case.pictures / picture)
+        job = case.job(**{"original image": picture, "target image": str(case.pictures / "b_t.png"), **changes})
+        plans = plan_passes(job)
+        where = Site(case.places, Process(), EventLog(), tmp_path, TensorCache(None))
+        passes = Passes(plans, model, where, check_before_loading(job, case.places), drawn=False)
+        try:
+            return passes._cache_key(passes.begin(plans[0], resumed=False))
+        finally:
+            passes.close()
+
+    plain = key()
+    assert [key(**changes) for changes in SAME_COPY] == [plain] * len(SAME_COPY)
+    found = [key(**changes) for changes in OTHER_COPY] + [key(picture="b.png")]
+    weight = model.unet.conv_in.weight
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 0.1
+    found.append(key())
+    with torch.no_grad():
+        weight[0, 0, 0, 0] -= 0.1
+    model.schedule = dataclasses.replace(model.schedule, prediction="v_prediction")
+    found.append(key())
+    assert len({plain, *found}) == 1 + len(found)
 
 
 def test_without_settings_of_its_own_the_second_pass_has_the_first_ones(case):

@@ -17,6 +17,7 @@ from trainer.errors import AdapterError, JobError
 from trainer.events import EventLog, Note
 from trainer.maths import concept
 from trainer.models.load import load_model
+from trainer.modes.instant import Instant
 from trainer.params.codec import load
 
 INSTANT = {
@@ -210,6 +211,57 @@ def test_words_mean_what_they_were_told_and_the_rest_stays(case, model):
         if method == "speed":
             for prompt in ("blue", "green", "a cat", ""):
                 assert (after[prompt] - before[prompt]).abs().max() < 2e-4 * before[prompt].abs().max(), prompt
+
+
+def test_the_file_on_top_of_the_model_is_the_model_with_merged_weights(case, model):
+    """Read again, as anyone reads it, against ΔW by hand added to the weights: the same prediction."""
+    job, result = start(case, model, save_lora_name="merged")
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    t, ids = torch.tensor([700]), model.time_ids((64, 64), (0, 0), (64, 64))
+
+    def predict():
+        with torch.no_grad():
+            return model.predict(x, t, model.encode_prompts(["a red box"]), ids)
+
+    bare = predict()
+    network = make_network(job, model, 0, EventLog())
+    network.load(read_lora(result.path)[0])
+    with network.attached():
+        attached = predict()
+    layers = edited_layers(model)
+    kept = {layer: layer.weight.detach().clone() for layer in layers.values()}
+    with torch.no_grad():
+        for layer in kept:
+            layer.weight += by_hand(model, layer, "uce").to(layer.weight)
+        merged = predict()
+        for layer, weight in kept.items():
+            layer.weight.copy_(weight)
+    assert (attached - merged).abs().max() < 1e-4 * (merged - bare).abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["uce", "speed"])
+def test_two_words_change_places(sd1, method):
+    """A target that is itself an original is not preserved: it could not change then."""
+    swap = {"original prompt": "red\nblue", "target prompt": "blue\nred", "instant_ridge": 1e-5}
+    model = load_model(sd1.model)
+    _, result = start(sd1, model, instant_method=method, instant_preserve="green", save_lora_name="swap", **swap)
+    layer = next(iter(edited_layers(model).values()))
+    weight = layer.weight.double()
+    moved = weight + file_delta(result.path, next(iter(edited_layers(model))))
+    for own, other in (("red", "blue"), ("blue", "red")):
+        old, new = embeddings(model, own)[-1], embeddings(model, other)[-1]
+        assert ((old @ moved.T) - new @ weight.T).norm() < 0.5 * ((old - new) @ weight.T).norm(), own
+
+
+def test_what_is_preserved_by_default():
+    def asked(original):
+        job = load({**INSTANT, "original prompt": original, "target prompt": "", "instant_preserve": ""}, catalogue())
+        return Instant(job.job).prompts()
+
+    everything = asked("xyz")
+    assert everything[0] == "" and len(everything) > 20 and {"a photo", "a person", "red"} <= set(everything)
+    assert set(everything) - set(asked("A Cat, red")) == {"a cat", "red"}
+    assert Instant(load({**INSTANT}, catalogue()).job).prompts() == ("", "green", "a cat")
 
 
 def test_it_starts_a_training_and_nothing_is_lost(case, model):

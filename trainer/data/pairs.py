@@ -38,8 +38,11 @@ class PairScan:
         return PairScan(self.targets, self.originals)
 
 
-def single_pair(original: Path, target: Path, captions: tuple[str, str]) -> PairScan:
-    """The pair that two files make. Raises DataError naming everything that is wrong with them."""
+def single_pair(original: Path, target: Path, captions: tuple[str, str], masked: bool = False) -> PairScan:
+    """The pair that two files make. Raises DataError naming everything that is wrong with them.
+
+    `masked`: only where they differ clearly will be learned, so they must somewhere.
+    """
     sides, faults = [], []
     for field, path, caption in zip(("original image", "target image"), (original, target), captions, strict=True):
         try:
@@ -54,15 +57,16 @@ def single_pair(original: Path, target: Path, captions: tuple[str, str]) -> Pair
         raise DataError(f"The pictures cannot be used: {listed(faults)}. Choose others.")
     first, second = sides
     found = PairScan(*(Scan((side,), (), "one pair") for side in (first, second)))
-    _refuse([*_unequal(first, second)] or [*_identical(first, second)])
+    _refuse([*_unequal(first, second)] or [*_identical(first, second, masked)])
     return found
 
 
-def find_pairs(settings: ImageSettings, suffix: str) -> PairScan:
+def find_pairs(settings: ImageSettings, suffix: str, masked: bool = False) -> PairScan:
     """The pairs below `settings.folder`: `<name><ext>` with `<name><suffix><ext>` beside it.
 
     Raises DataError naming every picture without partner, with several, or with one of another size or the same
-    content; and as `scan` does. With `skip_broken` a pair of which one half cannot be read is left out.
+    content (`masked`: nowhere clearly another); and as `scan` does. With `skip_broken` a pair of which one half cannot
+    be read is left out.
     """
     found = scan(settings)
     by_stem: dict[str, list[Picture]] = {}
@@ -83,7 +87,7 @@ def find_pairs(settings: ImageSettings, suffix: str) -> PairScan:
         elif source not in names and partner not in names:
             faults.append(f"{pictures[0].name} (no {PurePosixPath(partner).name} beside it)")
     for one, other in zip(originals, targets, strict=True):
-        faults += [*_unequal(one, other)] or [*_identical(one, other)]
+        faults += [*_unequal(one, other)] or [*_identical(one, other, masked)]
     _refuse(faults)
     if not originals:
         raise DataError(f"No pair is left: every one has a picture that cannot be read. diff_target_name = {suffix!r}.")
@@ -173,8 +177,7 @@ def difference_mask(
 ) -> torch.Tensor:
     """Where two pictures in [−1, 1] differ, `mask_1HW` of 0 and 1 at the size of the latents (height, width)."""
     rule = rule or MaskRule()
-    summed_1HW = (original_CHW - target_CHW).abs().sum(0, keepdim=True) * 127.5
-    different_1HW = (summed_1HW > DIFFERENT).float()
+    different_1HW = _summed(original_CHW, target_CHW).gt(DIFFERENT).float()
     if rule.traintrain:
         return F.interpolate(F.max_pool2d(different_1HW[None], 33, 1, 16), latents)[0]
     return F.max_pool2d(F.adaptive_max_pool2d(different_1HW, latents), 2 * rule.grow + 1, 1, rule.grow)
@@ -238,7 +241,14 @@ def _mask(originals: Dataset, targets: Dataset, pair: tuple[int, int], cache: Te
             for side, index in zip((originals, targets), pair, strict=True)
         ]
         mean, _ = originals.latents([pair[0]])
-        cache.put(key, {"mask": difference_mask(pictures[0], pictures[1], (mean.shape[-2], mean.shape[-1]), rule)})
+        made = difference_mask(pictures[0], pictures[1], (mean.shape[-2], mean.shape[-1]), rule)
+        if not made.any():
+            name, (width, height) = originals.items[pair[0]].picture.name, placement.bucket
+            raise DataError(
+                f"{name} and its target do not differ clearly any more where they were cut to {width}×{height} pixels,"
+                " so diff_use_diff_mask leaves nothing to learn. Switch it off, or use a larger image_size."
+            )
+        cache.put(key, {"mask": made})
     return key
 
 
@@ -265,12 +275,20 @@ def _unequal(one: Picture, other: Picture) -> Iterator[str]:
         yield f"{one.name} and {other.name} ({_times(one.size)} and {_times(other.size)} pixels; they must be equal)"
 
 
-def _identical(one: Picture, other: Picture) -> Iterator[str]:
+def _identical(one: Picture, other: Picture, masked: bool) -> Iterator[str]:
     try:
-        if torch.equal(load_rgb(one.path)[0], load_rgb(other.path)[0]):
-            yield f"{one.name} and {other.name} (they show the same, so there is nothing to learn)"
+        most = float(_summed(load_rgb(one.path)[0], load_rgb(other.path)[0]).max())
     except BrokenPicture:
         return  # told with its name when all pictures are checked
+    if not most:
+        yield f"{one.name} and {other.name} (they show the same, so there is nothing to learn)"
+    elif masked and most <= DIFFERENT:
+        yield f"{one.name} and {other.name} (no pixel differs clearly, so diff_use_diff_mask leaves nothing to learn)"
+
+
+def _summed(one_CHW: torch.Tensor, other_CHW: torch.Tensor) -> torch.Tensor:
+    """The absolute difference of two pictures in [−1, 1], summed over the channels, (1, H, W) from 0 to 765."""
+    return (one_CHW - other_CHW).abs().sum(0, keepdim=True) * 127.5
 
 
 def _refuse(faults: Sequence[str]) -> None:

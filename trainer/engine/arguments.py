@@ -75,12 +75,13 @@ def pair_settings(job: Job) -> ImageSettings:
 
 def find_pair_data(job: Job) -> PairScan:
     """The pair or pairs of a job, in the direction it asks for. Raises DataError naming what cannot be used."""
-    task, needs = job[core.Task], MODES.get(job[core.Task].mode).needs
+    task, needs, pair = job[core.Task], MODES.get(job[core.Task].mode).needs, job[core.Pair]
+    masked = "pair" in needs and pair.diff_use_diff_mask
     if "pictures" in needs:
-        found = single_pair(folder(task.original_image), folder(task.target_image), pair_prompts(job))
+        found = single_pair(folder(task.original_image), folder(task.target_image), pair_prompts(job), masked)
     else:
-        found = find_pairs(image_settings(job), job[core.Images].diff_target_name)
-    return found.reverted() if "pair" in needs and job[core.Pair].diff_revert_original_target else found
+        found = find_pairs(image_settings(job), job[core.Images].diff_target_name, masked)
+    return found.reverted() if "pair" in needs and pair.diff_revert_original_target else found
 
 
 def pair_prompts(job: Job) -> tuple[str, str]:
@@ -106,6 +107,7 @@ def loss_settings(job: Job) -> LossSettings:
         low=train.train_min_timesteps,
         high=train.train_max_timesteps,
         fixed_timesteps=train.train_fixed_timsteps_in_batch,
+        traintrain=train.train_traintrain_compatible,
     )
 
 

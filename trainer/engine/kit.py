@@ -23,7 +23,7 @@ from .samples import SampleSettings, sample_latents
 @dataclass(frozen=True)
 class LossSettings:
     """What the job says about losses: names of distance and weighting, min-SNR γ (0 off), timestep range [low, high),
-    one timestep per batch.
+    one timestep per batch, TrainTrain's min-SNR for v-prediction.
     """
 
     distance: str = "MSE"
@@ -32,6 +32,7 @@ class LossSettings:
     low: int = 0
     high: int = 1000
     fixed_timesteps: bool = False
+    traintrain: bool = False
 
 
 class Text:
@@ -151,7 +152,8 @@ class Kit:
         """The job's distance × its weights by noise (weighting and min-SNR), per sample, (B,) float32."""
         per_sample = losses.distance(self._settings.distance, predicted, target, mask)
         weight = losses.WEIGHTS[self._settings.weighting](self.schedule, t_B)
-        return per_sample * weight * losses.min_snr_weight(self.schedule, t_B, self._settings.snr_gamma)
+        settings = self._settings
+        return per_sample * weight * losses.min_snr_weight(self.schedule, t_B, settings.snr_gamma, settings.traintrain)
 
     def _normal(self, purpose: str, batch: Batch, like: Tensor) -> Tensor:
         return rng.normal(like.shape[1:], purpose, self._seed, batch.index, batch.samples).to(like.device)

@@ -137,12 +137,13 @@ class Passes:
 
         `trained`: it was trained just now.
         """
+        may_follow = plan.number + 1 < len(MODES.get(plan.asked[core.Task].mode).passes())
+        if may_follow and trained and session.process.leads and self._may_be_cached(plan):
+            self.site.cache.put(self._cache_key(session), session.network.state_dict())
         if plan.final:
             return
         if session.process.leads:
             _write_result(session)
-            if trained and self._may_be_cached(plan):
-                self.site.cache.put(self._cache_key(session), session.network.state_dict())
         session.network.requires_grad_(False)
         for parameter in session.network.parameters():
             parameter.grad = None
@@ -169,6 +170,7 @@ class Passes:
             number=session.number,
             model=devices.fingerprint(self.model.unet, *self.model.text_encoders),
             computed=str(self.model.compute),
+            schedule=(self.model.schedule.prediction, *self.model.schedule.alphas_cumprod_T[[0, -1]].tolist()),
             data=session.source.fingerprint(),
             settings={key: value for key, value in settings.items() if key not in left},
         )

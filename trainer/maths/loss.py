@@ -29,16 +29,16 @@ def distance(name: str, predicted_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: 
     return loss.flatten(1).mean(1)
 
 
-def min_snr_weight(schedule: NoiseSchedule, t_B: Tensor, gamma: float) -> Tensor:
+def min_snr_weight(schedule: NoiseSchedule, t_B: Tensor, gamma: float, always_epsilon: bool = False) -> Tensor:
     """Min-SNR-γ (Hang et al. 2303.09556, eq. 5), (B,): min(snr,γ)/snr for ε, min(snr,γ)/(snr+1) for v; γ = 0 gives
-    ones.
+    ones. `always_epsilon`: the ε weight for v too, as TrainTrain does.
 
     At zero SNR the ε weight tends to 1 and the v weight to 0; neither divides by zero.
     """
     snr = schedule.snr(t_B)
     if gamma == 0:
         return torch.ones_like(snr)
-    if schedule.prediction == EPSILON:
+    if always_epsilon or schedule.prediction == EPSILON:
         return torch.clamp(gamma / snr.clamp_min(1e-12), max=1.0)
     return snr.clamp_max(gamma) / (snr + 1)
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..params.core import Train
-from ..params.field import param
+from ..params.field import ModeInfo, param
+from ..params.job import Job
+from ..params.rules import Rule
 from .base import MODES, Batch, Kit, Mode, Preparation, Settings
-from .prompts import RULES, of_the_seed
+from .prompts import RULES, of_the_seed, prompt_pairs, unrelated
 
 ANCHORS = ("", "a photo", "a painting", "a person", "an animal", "a landscape", "a building", "an object")
 ROLLOUTS = (8, 13, 10, 17, 9, 15, 11, 20)
@@ -49,6 +51,17 @@ class ILecoParams:
     )  # fmt: skip
 
 
+def own_anchors(settings: Settings) -> tuple[str, ...]:
+    """The lines of ileco_anchors."""
+    return tuple(line.strip() for line in settings[ILecoParams].ileco_anchors.splitlines() if line.strip())
+
+
+def held_and_changed(job: Job, mode: ModeInfo) -> str:
+    """An anchor that is an original prompt."""
+    both = sorted(set(own_anchors(job)) & set(prompt_pairs(job)[0])) if "ileco" in mode.needs else []
+    return f"holds {both[0]!r}, which is an original prompt; it cannot both change and stay." if both else ""
+
+
 @MODES.register("iLECO")
 class ILeco(Mode):
     """Makes one prompt mean another."""
@@ -56,7 +69,12 @@ class ILeco(Mode):
     help = "Makes one prompt mean another, without pictures. An empty target removes what the original prompt names."
     needs = frozenset({"prompts", "size", "te_train", "ileco", "instant", "run"})
     sections = (ILecoParams,)
-    rules = (*RULES, of_the_seed("ileco_anchors", "anchors"), of_the_seed("ileco_bank", "a bank"))
+    rules = (
+        *RULES,
+        of_the_seed("ileco_anchors", "anchors"),
+        of_the_seed("ileco_bank", "a bank"),
+        Rule(("ileco_anchors", "original_prompt", "mode"), held_and_changed, complete=True),
+    )
     source = "prompts"
 
     def __init__(self, settings: Settings) -> None:
@@ -69,8 +87,10 @@ class ILeco(Mode):
         """The prompts that must stay; none without weight and by TrainTrain's rule."""
         if self._compatible or not self._own.ileco_anchor_weight:
             return ()
-        lines = tuple(line.strip() for line in self._own.ileco_anchors.splitlines() if line.strip())
-        return ("", *lines) if lines else ANCHORS
+        originals = prompt_pairs(self.settings)[0]
+        if "" in originals:  # everything is to change: whatever is held stands against it
+            return own_anchors(self.settings)
+        return ("", *(own_anchors(self.settings) or unrelated(ANCHORS[1:], originals)))
 
     def prepare(self, at: Preparation) -> None:
         """Fills the bank, when one is asked for."""

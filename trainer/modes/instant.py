@@ -8,7 +8,6 @@ cross-attention and keeps its old meaning.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import MODES, Batch, Kit, Mode, Preparation, Settings
-from .prompts import RULES, prompt_pairs
+from .prompts import RULES, prompt_pairs, unrelated
 
 PRESERVED = (
     "a photo", "a painting", "a person", "a man", "a woman", "a child", "a face", "an animal", "a cat", "a dog",
@@ -58,10 +57,7 @@ def preserved(settings: Settings, originals: Iterable[str]) -> tuple[str, ...]:
     what is edited.
     """
     given = tuple(line.strip() for line in settings[InstantParams].instant_preserve.splitlines() if line.strip())
-    if given:
-        return given
-    edited = {word for original in originals for word in re.findall(r"\w+", original.lower())} - {"a", "an"}
-    return tuple(prompt for prompt in PRESERVED if not edited & set(prompt.split()))
+    return given or unrelated(PRESERVED, originals)
 
 
 def contradiction(job: Job, mode: ModeInfo) -> str:
@@ -166,7 +162,9 @@ def solve(
     edited = torch.stack([reader.rows(originals[line])[position] for line, position, _ in spots])
     wanted = torch.stack([reader.rows(targets[line])[position] for line, _, position in spots])
     ridge = own.instant_ridge * float(edited.square().sum(1).mean())
-    first = torch.cat([reader.rows(prompt) for prompt in dict.fromkeys(("", *targets))])
+    changed = {own for own, other in zip(originals, targets, strict=True) if own != other}
+    still = [prompt for prompt in dict.fromkeys(("", *targets)) if prompt not in changed]  # in a swap none stays
+    first = torch.cat([reader.rows(prompt) for prompt in still])
     others = torch.cat([reader.rows(prompt) for prompt in prompts]) if prompts else first[:0]
     kept = torch.cat([first, others])
     if own.instant_method == "uce":

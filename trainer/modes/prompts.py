@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from ..params.core import Task, Train
 from ..params.field import ModeInfo
 from ..params.job import Job
@@ -16,9 +19,23 @@ def prompt_pairs(job: Job) -> tuple[tuple[str, ...], tuple[str, ...]]:
     task = job[Task]
     if job.traintrain:
         return (task.original_prompt,), (task.target_prompt,)
-    originals = tuple(line.strip() for line in task.original_prompt.strip().splitlines()) or ("",)
-    targets = tuple(line.strip() for line in task.target_prompt.splitlines())
+    originals = _lines(task.original_prompt)
+    targets = _lines(task.target_prompt, len(originals))
     return originals, targets if any(targets) else ("",) * len(originals)
+
+
+def _lines(text: str, wanted: int = 1) -> tuple[str, ...]:
+    """The lines of a field; empty ones at its end count only while fewer than `wanted` stand before them."""
+    lines = [line.strip() for line in text.split("\n")]
+    while len(lines) > wanted and not lines[-1]:
+        lines.pop()
+    return tuple(lines)
+
+
+def unrelated(prompts: Iterable[str], originals: Iterable[str]) -> tuple[str, ...]:
+    """Those of a built-in list that share no word with what is to change, articles aside."""
+    words = {word for original in originals for word in re.findall(r"\w+", original.lower())} - {"a", "an"}
+    return tuple(prompt for prompt in prompts if not words & set(prompt.split()))
 
 
 def _of_words(mode: ModeInfo) -> bool:

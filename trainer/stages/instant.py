@@ -23,12 +23,23 @@ def without_prompts(job: Job, mode: ModeInfo) -> str:
     return f"needs an original and a target prompt to solve for; mode {job[Task].mode} has none. Choose another start."
 
 
+def without_a_word(job: Job, mode: ModeInfo) -> str:
+    """An instant start for an original prompt that is empty: there is no word whose meaning could change."""
+    instant = job[NetworkOptions].network_init == "instant" and "instant" in mode.needs and mode.name != "Instant"
+    if not instant or all(prompt_pairs(job)[0]):
+        return ""
+    return "has an empty line, and network_init instant changes the meaning of words; name them, or choose default."
+
+
 @STAGES.register("instant")
 class InstantStart(Stage):
     """UCE or SPEED for the job's pairs, written into the adapter before the first step."""
 
     help = "Starts from the closed-form answer of the prompt pairs."
-    rules = (Rule(("network_init", "mode"), without_prompts),)
+    rules = (
+        Rule(("network_init", "mode"), without_prompts),
+        Rule(("original_prompt", "network_init", "mode"), without_a_word, complete=True),
+    )
 
     @classmethod
     def wanted(cls, settings: Settings) -> bool:
