@@ -88,7 +88,7 @@ def session(case: Case, job: Job, model: Model) -> Session:
     """A session of a job with one pass, ready for its first step and with nothing written; eject its network."""
     site = Site(case.places, Process(), EventLog(), case.root / "run", TensorCache(None))
     (plan,) = plan_passes(job)
-    return build(plan, model, site, check_before_loading(job, case.places), resumed=False)
+    return build(plan, model, site, check_before_loading(job, case.places))
 
 
 class Trace:

@@ -11,12 +11,15 @@ from pathlib import Path
 import children
 import engine_case
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from trainer.engine.control import Control
-from trainer.engine.run import read_job
-from trainer.errors import JobError, TrainingError
-from trainer.events import Step
+from trainer.engine.run import Request, read_job, run
+from trainer.errors import AdapterError, JobError, TrainingError
+from trainer.events import EventLog, Step
 from trainer.optim.optimizers import OPTIMIZERS
+from trainer.stages.lalora import COLUMNS, MARK, ROWS, VERSION
 
 HERE = Path(__file__).parent
 
@@ -111,3 +114,44 @@ def test_the_lora_that_a_run_began_from_is_not_needed_to_resume_it(case):
         case.run(save_lora_name="anew", **changes)
     assert case.run(parts, resume=stopped.folder, save_lora_name="on", **changes).reason == "done"
     assert parts.losses == whole.losses and sorted(whole.losses) == [1, 2, 3, 4]
+
+
+def test_files_that_a_run_began_from_are_not_needed_to_resume_it(case, tmp_path):
+    """The bases lie in the state: their file may be gone and the cache beside it broken. Curvature does not."""
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    draws = torch.Generator().manual_seed(2)
+    tensors = load_file(case.run(save_lora_name="sizes", train_iterations=1).path)
+    fan_in, fan_out = tensors[f"{layer}.lora_down.weight"].shape[1], tensors[f"{layer}.lora_up.weight"].shape[0]
+    basis, cache, context = (tmp_path / f"{name}.safetensors" for name in ("basis", "cache", "context"))
+    sides = (torch.linalg.qr(torch.randn(size, 4, generator=draws)).Q for size in (fan_in, fan_out))
+    down, up = (side.contiguous() for side in sides)
+    made = {"basis_down": down.T.contiguous(), "basis_up": up, "basis_mean": torch.eye(4)}
+    save_file({f"{layer}.{name}": value for name, value in made.items()}, basis, {"atelier_basis": "1"})
+    sizes = {ROWS: fan_out, COLUMNS: fan_in}
+    curved = {f"{layer}.{side}": torch.rand(size, generator=draws) for side, size in sizes.items()}
+    save_file(curved, context, {MARK: VERSION})
+    for kind, own in (("universal", {"basis_path": str(basis), "network_basis_mean": True}), ("null", {})):
+        changes = {
+            "network_type": kind, "svd_cache_path": str(cache), "lalora_lambda": 1.0, **own,
+            "lalora_context_path": str(context), "train_iterations": 4, "train_state_every": 2,
+        }  # fmt: skip
+        kept = {path: path.read_bytes() for path in (basis, context)}
+        whole, parts, control = engine_case.Trace(), engine_case.Trace(), Control()
+        case.run(whole, save_lora_name=f"{kind}-whole", **changes)
+
+        def stop(event, control=control):
+            if isinstance(event, Step) and event.step == 2:
+                control.stop()
+
+        stopped = case.run(parts, stop, control=control, save_lora_name=kind, **changes)
+        cache.write_bytes(b"not a file of tensors")
+        basis.unlink()
+        context.unlink()
+        again = Request(read_job(stopped.folder), case.places, resume=stopped.folder)
+        with pytest.raises(AdapterError, match=r"lalora_context_path = .*Put it back as .*context\.safetensors"):
+            run(again, EventLog())
+        context.write_bytes(kept[context])
+        assert run(again, EventLog(parts)).reason == "done"
+        assert parts.losses == whole.losses and sorted(whole.losses) == [1, 2, 3, 4]
+        basis.write_bytes(kept[basis])
+        cache.unlink()

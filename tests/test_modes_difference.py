@@ -211,12 +211,12 @@ def test_the_second_pass_trains_on_top_of_the_frozen_first(case):
     with torch.no_grad():
         for module, delta in deltas.items():
             module.weight += delta
-    merged = build(PassPlan(plans[1].job, job, 0, Pass("target")), model, site(case), found, resumed=False)
+    merged = build(PassPlan(plans[1].job, job, 0, Pass("target")), model, site(case), found)
     assert float(loop.gradients(merged, 0)) == pytest.approx(float(loss), rel=1e-4)
     for one, other in zip(merged.flat.gradients, gradients, strict=True):
         assert (one - other).norm() < 1e-3 * other.norm() and other.norm() > 0
     plain = PassPlan(plans[1].job, job, 0, Pass("target"))
-    bare = build(plain, load_model(case.model), site(case), found, resumed=False)
+    bare = build(plain, load_model(case.model), site(case), found)
     assert abs(float(loop.gradients(bare, 0)) - float(loss)) > 1e-3 * float(loss)
 
 

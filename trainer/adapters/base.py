@@ -48,7 +48,8 @@ class AdapterSpec:
     """The settings of a network. Conv rank and alpha of 0 mean the linear ones.
 
     `options`: the parameter sections of single types, by class; `spec[Section]` gives one, its defaults when absent.
-    `shared`: what `Adapter.shared` made for the network that is being built.
+    `shared`: what `Adapter.shared` made for the network that is being built. `restored`: every parameter and buffer
+    will be overwritten from a state, so that only their shapes count.
     """
 
     type: str = "lierla"
@@ -58,6 +59,7 @@ class AdapterSpec:
     conv_alpha: float = 0.0
     options: Mapping[type, Any] = field(default_factory=dict)
     shared: Any = field(default=None, compare=False, repr=False)
+    restored: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.conv_rank < 0:

@@ -64,6 +64,15 @@ def weight_bases(
     return found
 
 
+def blank(layers: Sequence[LayerLike], counts: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
+    """Zeros in the place of what `weight_bases` makes, for adapters that get theirs from a state."""
+    shapes = {layer.key: layer.module.weight.flatten(1).shape for layer in layers}
+    return {
+        key: (torch.zeros(rows, shapes[key][1]), torch.zeros(shapes[key][0], columns))
+        for key, (rows, columns) in counts.items()
+    }
+
+
 def _read(path: str) -> dict[str, Tensor]:
     """The pairs of a cache file; none when there is no such file yet. Raises AdapterError when it is something else."""
     if not path:

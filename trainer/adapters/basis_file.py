@@ -34,6 +34,11 @@ class Basis:
 def read_basis(path: str, layers: Iterable[LayerLike]) -> dict[str, Basis]:
     """The bases a file has for these layers, by key. Raises AdapterError when it has none or is no such file."""
     place = Path(path).expanduser()
+    if not place.is_file():
+        raise AdapterError(
+            f"basis_path = {place.name!r}: there is no such file, and the adapter cannot begin without it. Put it back"
+            f" as {place}, or start a job without basis_path."
+        )
     tensors, metadata = read_lora(place)
     fork = any(name.endswith(_FORK) for name in tensors)
     if not fork and metadata.get(MARK) != VERSION:

@@ -11,7 +11,7 @@ from ..errors import AdapterError
 from ..maths.subspace import is_orthonormal, least_columns, least_rows
 from ..params.spaces import NULL_RULES, NullParams
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
-from .bases import Pair, SvdParams, weight_bases
+from .bases import Pair, SvdParams, blank, weight_bases
 from .factored import LOST, Factored
 
 MOST_HELD = 1024
@@ -51,6 +51,8 @@ class Null(Factored):
         for layer in layers:
             fan_out, fan_in = layer.module.weight.flatten(1).shape
             counts[layer.key] = halves(layer.key, spec.rank_of(layer.kind, layer.block), fan_in, fan_out)
+        if spec.restored:
+            return blank(layers, counts)
         return weight_bases(layers, counts, _least, "null", spec[SvdParams].svd_cache_path, tell)
 
     def product(self) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
-from .bases import Pair, SvdParams, weight_bases
+from .bases import Pair, SvdParams, blank, weight_bases
 from .basis_file import Basis, read_basis
 from .dora import DoraOptions
 from .factored import LOST, Factored
@@ -81,6 +81,9 @@ class Universal(Factored):
                     f"{layer.key}: network_type universal needs a rank of at most {most} in this layer, and got"
                     f" {ranks[layer.key]}."
                 )
+        if spec.restored:
+            pairs = blank(layers, {key: (rank, rank) for key, rank in ranks.items()})
+            return {key: _filled(None, pair, ranks[key]) for key, pair in pairs.items()}
         path = spec[UniversalParams].basis_path.strip()
         given = read_basis(path, layers) if path else {}
         short = [layer for layer in layers if layer.key not in given or len(given[layer.key].down) < ranks[layer.key]]

@@ -111,7 +111,7 @@ def loss_settings(job: Job) -> LossSettings:
     )
 
 
-def adapter_spec(job: Job) -> AdapterSpec:
+def adapter_spec(job: Job, restored: bool = False) -> AdapterSpec:
     """What every adapter of the network is built from. A convolution rank or alpha of 0 means the linear one."""
     network = job[core.Network]
     return AdapterSpec(
@@ -121,6 +121,7 @@ def adapter_spec(job: Job) -> AdapterSpec:
         conv_rank=network.network_conv_rank,
         conv_alpha=network.network_conv_alpha,
         options={section: job[section] for section in (NetworkOptions, *ADAPTERS.get(network.network_type).sections)},
+        restored=restored,
     )
 
 

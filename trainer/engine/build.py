@@ -47,14 +47,15 @@ def draw_seed(job: Job) -> int:
 
 
 def make_network(job: Job, model: Model, seed: int, log: EventLog, restored: bool = False) -> Network:
-    """The adapter of a job, not yet attached; continued from `network_resume` when that is given, and not `restored`
-    from elsewhere.
+    """The adapter of a job, not yet attached; continued from `network_resume` when that is given.
+
+    One that will be `restored` asks for no file: every tensor of it comes from the state of its run.
     """
     wanted = job[core.Network]
     mode = MODES.get(job[core.Task].mode)(job)
     network = build_network(
         [layer for layer in layers_of(model) if mode.covers(layer)],
-        arguments.adapter_spec(job) if mode.steps else arguments.solved_spec(job, mode.rank(model)),
+        arguments.adapter_spec(job, restored) if mode.steps else arguments.solved_spec(job, mode.rank(model)),
         blocks=wanted.network_blocks,
         element=wanted.network_element if mode.steps else None,
         parts=arguments.parts(job, mode.needs) if mode.steps else ("unet",),
@@ -172,18 +173,25 @@ class PassPlan:
 
 
 def build(
-    plan: PassPlan, model: Model, site: Site, found: Any, beneath: Sequence[Network] = (), resumed: bool | None = None
+    plan: PassPlan,
+    model: Model,
+    site: Site,
+    found: Any,
+    beneath: Sequence[Network] = (),
+    *,
+    resumed: bool = False,
+    prepared: bool = True,
 ) -> Session:
     """A session ready to run its first step, the adapter attached. Ejecting it again is the caller's duty.
 
     `found` is what was found of the data before the model was loaded; `beneath` are attached networks of earlier
-    passes. The stages prepare the adapter, knowing whether the run was `resumed`; with None they are left out (enough
-    to report on).
+    passes. A `resumed` pass gets its adapter from the state afterwards. Mode and stages prepare the adapter, unless it
+    is not to be `prepared`, which is enough to report on.
     """
     job, seed = plan.job, draw_seed(plan.job)
     train = job[core.Train]
     mode = MODES.get(job[core.Task].mode)(job)
-    network = make_network(job, model, seed, site.log, site.resumed)
+    network = make_network(job, model, seed, site.log, resumed)
     source = SOURCES[plan.kind.source](job, model, seed, site, found)
     wanted = (stage for _, stage in STAGES.items() if mode.steps and stage.wanted(job))
     stages = tuple(stage(job) for stage in sorted(wanted, key=lambda stage: stage.turn))
@@ -198,11 +206,11 @@ def build(
     try:
         at = Preparation(
             *(network, model, kit, source.batch, site.log.note, seed, partial(mode.loss, kit)),
-            resumed=bool(resumed),
+            resumed=resumed,
             stopping=site.stopping,
             progress=site.log.progress,
         )
-        if resumed is not None:
+        if prepared:
             mode.prepare(at)
             for stage in stages:
                 stage.prepare(at)

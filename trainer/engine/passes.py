@@ -79,18 +79,24 @@ class Passes:
         self._sessions: list[Session] = []
         self._ready: Session | None = None
 
-    def survey(self, resumed: bool, dry: bool) -> dict[str, object]:
-        """What the run will do, told before its first step. A single pass stays built for `begin`."""
+    def survey(self, resumed_pass: int, dry: bool) -> dict[str, object]:
+        """What the run will do, told before its first step. A single pass stays built for `begin`.
+
+        `resumed_pass` is the pass at which the run goes on, −1 when it starts.
+        """
         places = self.site.places
         if len(self.plans) == 1:
-            self._ready = self._build(self.plans[0], resumed)
+            self._ready = self._build(self.plans[0], resumed_pass == 0)
             return report(self._ready, lora_path(self.plans[0].asked, places, self.plans[0].kind.suffix), places.cache)
         site = self.site if dry else dataclasses.replace(self.site, log=EventLog(self._stages_only))
         reports, sessions = [], []
         try:
             for plan in self.plans:
                 beneath = [session.network for session in sessions]
-                sessions.append(build(plan, self.model, site, self.found, beneath))
+                known = plan.number <= resumed_pass
+                sessions.append(
+                    build(plan, self.model, site, self.found, beneath, resumed=known, prepared=False)
+                )
                 reports.append(report(sessions[-1], lora_path(plan.asked, places, plan.kind.suffix), places.cache))
         finally:
             for session in reversed(sessions):
@@ -104,7 +110,7 @@ class Passes:
 
     def _build(self, plan: PassPlan, resumed: bool) -> Session:
         beneath = [session.network for session in self._sessions]
-        self._sessions.append(build(plan, self.model, self.site, self.found, beneath, resumed))
+        self._sessions.append(build(plan, self.model, self.site, self.found, beneath, resumed=resumed))
         return self._sessions[-1]
 
     def begin(self, plan: PassPlan, resumed: bool) -> Session:
@@ -115,7 +121,7 @@ class Passes:
     def fill(self, plan: PassPlan, session: Session, resumed_pass: int) -> str:
         """Put an earlier pass's result into its session where there is one; says where it came from, "" for nowhere.
 
-        `resumed_pass` is the pass at which the run goes on, −1 when it starts.
+        `resumed_pass`: see `survey`.
         """
         if plan.number < resumed_pass:
             _assign(session, _read_result(session))

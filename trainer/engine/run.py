@@ -73,11 +73,13 @@ class Request:
 
 
 def read_job(folder: Path) -> Job:
-    """The job a run folder was started with. Raises TrainingError when it is not a run folder."""
+    """The job a run folder was started with; what it needed to begin may be gone. Raises TrainingError when it is not
+    a run folder.
+    """
     path = folder / JOB_FILE
     if not path.is_file():
         raise TrainingError(f"{folder} is not a run folder: it has no {JOB_FILE}. Run folders are below logs/<date>/.")
-    return load(json.loads(path.read_text(encoding="utf-8")), catalogue()).job
+    return load(json.loads(path.read_text(encoding="utf-8")), catalogue(), complete=False).job
 
 
 def run(request: Request, log: EventLog, control: Control | None = None) -> Result:
@@ -111,10 +113,10 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     saved = read_state(folder) if request.resume else None
     model = request.model or load_base(job, places, process, log)
     cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
-    site = Site(places, process, log, folder, cache, lambda: control.stopping, resumed=saved is not None)
+    site = Site(places, process, log, folder, cache, lambda: control.stopping)
     passes = Passes(plan_passes(job), model, site, found, drawn)
     try:
-        lines = passes.survey(resumed=saved is not None, dry=request.dry)
+        lines = passes.survey(_resumed_pass(saved), dry=request.dry)
         log.tell(Preflight(lines))
         if request.dry:
             return Result("checked", None, None, lines)
@@ -135,7 +137,7 @@ def _run_pass(
 ) -> tuple[str, Path | None]:
     """Carry out one pass, or take its result from where it is already. Returns (reason, LoRA file) as in `Result`."""
     log, places = passes.site.log, passes.site.places
-    resumed_pass = int(saved[1].get("pass", 0)) if saved else -1
+    resumed_pass = _resumed_pass(saved)
     session = passes.begin(plan, resumed=plan.number <= resumed_pass)
     step[0] = 0
     ready = passes.fill(plan, session, resumed_pass)
@@ -157,6 +159,11 @@ def _run_pass(
     if reason == "done":
         passes.settle(plan, session, trained=True)
     return reason, path
+
+
+def _resumed_pass(saved: State | None) -> int:
+    """The pass at which a run goes on, −1 for one that starts."""
+    return int(saved[1].get("pass", 0)) if saved else -1
 
 
 def load_base(job: Job, places: Places, process: Process, log: EventLog) -> Model:

@@ -14,10 +14,7 @@ from .process import Process
 
 @dataclass(frozen=True)
 class Site:
-    """Folders, processes, the log, the run's own folder, the cache its passes share, and whether it is asked to end.
-
-    `resumed`: every pass that begins from a LoRA file has begun already, and goes on with what the run itself kept.
-    """
+    """Folders, processes, the log, the run's own folder, the cache its passes share, and whether it is asked to end."""
 
     places: Places
     process: Process
@@ -25,4 +22,3 @@ class Site:
     folder: Path
     cache: TensorCache
     stopping: Callable[[], bool] = lambda: False
-    resumed: bool = False

@@ -139,6 +139,11 @@ def measure(
 
 def read_context(path: Path, network: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """The curvature factors of a file for the layers of a network, by key. Raises AdapterError when it has none."""
+    if not path.is_file():
+        raise AdapterError(
+            f"lalora_context_path = {path.name!r}: there is no such file, and every step is measured with it, also"
+            f" those of a run that goes on. Put it back as {path}."
+        )
     tensors, metadata = read_lora(path)
     if metadata.get(MARK) != VERSION:
         raise AdapterError(f"lalora_context_path = {path.name!r}: {_not_ours(tensors)}")

@@ -68,7 +68,7 @@ def make_curvature(
     found_data = check_before_loading(job, places, ())
     site = Site(places, process, log, places.logs, TensorCache(None))
     plan = plan_passes(job)[0]
-    session = build(plan, model or load_base(job, places, process, log), site, found_data)
+    session = build(plan, model or load_base(job, places, process, log), site, found_data, prepared=False)
     try:
         pictured = session.mode.source == "pictures"
         if by_data and not pictured:
