@@ -23,13 +23,13 @@ from ..maths import rng
 from ..maths.loss import grad_scaler
 from ..models.base import Model
 from ..models.layers import layers_of
-from ..modes.base import MODES, Pass, Preparation
+from ..modes.base import MODES, Mode, Pass, Preparation
 from ..optim.optimizers import advice, make_optimizer
 from ..optim.schedulers import make_scheduler
 from ..optim.settings import parse_settings
 from ..params import core
 from ..params.job import Job
-from ..stages.base import STAGES
+from ..stages.base import STAGES, Stage
 from . import arguments
 from .devices import encoding, fingerprint, rest_text_encoders, wake_text_encoders
 from .flat import FlatParameters
@@ -204,20 +204,14 @@ def build(
     kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
     try:
-        at = Preparation(
-            *(network, model, kit, source.batch, site.log.note, seed, partial(mode.loss, kit)),
-            resumed=resumed,
-            stopping=site.stopping,
-            progress=site.log.progress,
-        )
         if prepared:
-            mode.prepare(at)
-            for stage in stages:
-                stage.prepare(at)
-            if stages:
-                frozen = (p for p in network.parameters() if not p.requires_grad)
-                buffers = (b for b in network.buffers() if b.is_floating_point())
-                site.process.share([*flat.values, *frozen, *buffers])
+            at = Preparation(
+                *(network, model, kit, source.batch, site.log.note, seed, partial(mode.loss, kit)),
+                resumed=resumed,
+                stopping=site.stopping,
+                progress=site.log.progress,
+            )
+            _prepare(mode, stages, at, flat, site)
     except BaseException:
         network.eject()
         raise
@@ -243,6 +237,17 @@ def build(
         suffix=plan.kind.suffix,
         beneath=tuple(beneath),
     )
+
+
+def _prepare(mode: Mode, stages: Sequence[Stage], at: Preparation, flat: FlatParameters, site: Site) -> None:
+    """Let mode and stages prepare the adapter; all processes go on with what the leading one has then."""
+    mode.prepare(at)
+    for stage in stages:
+        stage.prepare(at)
+    if stages:
+        frozen = (p for p in at.network.parameters() if not p.requires_grad)
+        buffers = (b for b in at.network.buffers() if b.is_floating_point())
+        site.process.share([*flat.values, *frozen, *buffers])
 
 
 def _text_encoder(model: Model, clip_skip: int) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
