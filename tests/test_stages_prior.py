@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import engine_case
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from trainer.data.cache import TensorCache
 from trainer.engine.catalogue import catalogue
 from trainer.engine.preflight import estimated_bytes
 from trainer.engine.reload import written_network
 from trainer.events import EventLog, Note, Stage
 from trainer.models.load import load_model
+from trainer.modes.base import Batch
+from trainer.modes.ileco import Bank, _answered
 from trainer.params.codec import load
-from trainer.stages.prior import STEPS
+from trainer.stages.prior import STEPS, Prior
+from trainer.stages.trajectories import State
 
 PROMPT = "a red circle"
 OWN: dict[str, object] = {"network_targets": "unet", "prior_prompts": PROMPT, "prior_states": STEPS}
@@ -106,3 +113,53 @@ def test_more_ordinary_prompts_than_pictures_in_a_step_are_counted_as_memory(cas
         session.network.eject()
     assert found["more"] > 1.2 * found["alike"]
     assert found["more"] == pytest.approx(found["pictures"], rel=0.1)
+
+
+LATENTS = 4 * 64 * 64 * 4
+"""Bytes of the float32 latents of a picture of 512 × 512."""
+
+
+def test_ordinary_prompts_take_32_mb_of_main_memory_and_none_of_the_device(case, monkeypatch) -> None:
+    """On a device that is not the CPU: tensors without data, whose place is known all the same."""
+    seen: list[torch.device] = []
+
+    def drawn(at, prompts, steps, purpose, answered):
+        with FakeTensorMode():
+            for number in range(len(prompts) * steps):
+                x, target = (torch.zeros(1, 4, 64, 64, device="meta") for _ in range(2))
+                yield State(x, torch.full((1,), number, device="meta"), PROMPT, None, target)
+
+    def predict(x, t, text, ids):
+        seen.extend((x.device, t.device))
+        return x
+
+    monkeypatch.setattr("trainer.stages.prior.trajectories", drawn)
+    kit = SimpleNamespace(predict=predict, text=lambda prompts: None, loss=lambda got, wanted, t: got - wanted)
+    notes: list[str] = []
+    at = SimpleNamespace(
+        kit=kit, seed=1, model=SimpleNamespace(device=torch.device("meta")), tell=notes.append,
+        stopping=lambda: False, progress=lambda *facts: None,
+    )  # fmt: skip
+    stage = Prior(case.job(prior_loss_weight=1.0, prior_batch_size=3))
+    stage.prepare(at)
+    assert len(stage._states) == 256 and {tensor.device.type for state in stage._states
+                                          for tensor in (state.x, state.t, state.target)} == {"cpu"}  # fmt: skip
+    assert sum(state.nbytes for state in stage._states) == 256 * (2 * LATENTS + 8) == 33_556_480
+    assert notes[-1].endswith("they take 32 MB of main memory.")
+    stage.step(None, 0, 10)
+    assert stage.penalty(None).device.type == "meta" and {device.type for device in seen} == {"meta"}
+
+
+def test_the_bank_and_the_latents_of_pictures_take_main_memory_and_none_of_the_device() -> None:
+    with FakeTensorMode():
+        x, t = torch.zeros(2, 4, 64, 64, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    batch = Batch(0, (0, 1), 2, ("a", "b"), x, x, targets=("a", "b"))
+    kept = _answered(SimpleNamespace(), batch, x, t, x, 0.0)
+    assert {tensor.device.type for tensor in (kept.x, kept.t, kept.wanted)} == {"cpu"}
+    assert {tensor.device.type for tensor in Bank([kept], 2).rows(batch)[1:]} == {"meta"}
+    assert sum(tensor.nbytes for tensor in (kept.x, kept.t, kept.wanted)) == 2 * (2 * LATENTS + 8)
+    cache = TensorCache(None)
+    cache.put("picture", {"mean": torch.zeros(4, 64, 64, dtype=torch.float16), "std": torch.ones(4, 64, 64)})
+    entry = cache.get("picture")
+    assert sum(tensor.nbytes for tensor in entry.values()) == 2 * LATENTS == 131_072
+    assert {tensor.device.type for tensor in entry.values()} == {"cpu"}

@@ -55,6 +55,7 @@ class Prior(Stage):
         self._states: list[State] = []
         self._usual = settings[Train].train_batch_size
         self._kit: Any = None
+        self._device = torch.device("cpu")
         self._seed = self._step = 0
 
     @classmethod
@@ -69,16 +70,20 @@ class Prior(Stage):
         return lines(self._own.prior_prompts)
 
     def prepare(self, at: Preparation) -> None:
-        self._kit, self._seed = at.kit, at.seed
+        self._kit, self._seed, self._device = at.kit, at.seed, at.model.device
         prompts = self.prompts()
         drawings = [prompts[n % len(prompts)] for n in range(-(-self._own.prior_states // STEPS))]
         for state in trajectories(at, drawings, STEPS, "prior", answered=True):
             if at.stopping():
                 break
-            self._states.append(state)
+            self._states.append(state.to("cpu"))  # the device has better uses for 32 MB and more
             at.progress("drawing ordinary prompts", len(self._states), len(drawings) * STEPS)
         named = len(set(drawings))
-        at.tell(f"{len(self._states)} noisy pictures of {named} ordinary prompts will be kept as they are.")
+        megabytes = sum(state.nbytes for state in self._states) / 2**20
+        at.tell(
+            f"{len(self._states)} noisy pictures of {named} ordinary prompts will be kept as they are; they take"
+            f" {megabytes:.0f} MB of main memory."
+        )
 
     def step(self, network: Any, done: int, total: int) -> None:
         self._step = done
@@ -87,7 +92,7 @@ class Prior(Stage):
         if not self._states:
             return None
         chosen = rng.uniform("prior", self._seed, self._step, range(self.rows)) * len(self._states)
-        rows = [self._states[int(place)] for place in chosen]
+        rows = [self._states[int(place)].to(self._device) for place in chosen]
         x, t, target = (torch.cat([getattr(row, name) for row in rows]) for name in ("x", "t", "target"))
         sizes = [row.time_ids for row in rows if row.time_ids is not None]
         ids = torch.cat(sizes) if sizes else None

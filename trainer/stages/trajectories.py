@@ -28,6 +28,16 @@ class State:
     time_ids: Tensor | None
     target: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this state alone takes; the sizes are shared with others."""
+        return sum(tensor.nbytes for tensor in (self.x, self.t, self.target) if tensor is not None)
+
+    def to(self, device: torch.device | str) -> State:
+        """The same on another device."""
+        ids, target = (None if one is None else one.to(device) for one in (self.time_ids, self.target))
+        return State(self.x.to(device), self.t.to(device), self.prompt, ids, target)
+
 
 def lines(text: str) -> tuple[str, ...]:
     """The prompts of a field with one prompt per line; the generic ones when it is empty."""
