@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from trainer.hosts.standalone import Standalone
 from trainer.params.job import Job
 from trainer.places import BASE_PICTURES, Places
 from trainer.ui.api import add_routes
+from trainer.ui.wish import Wish
 
 # ------------------------------------------------------------------------------------------------------ the door
 
@@ -264,9 +265,8 @@ def test_from_click_to_file(tmp_path: Path) -> None:
     assert (saved.id, saved.state, saved.folder) == (second.id, "saved_early", second.folder)
     assert Path(saved.path).is_file() and host.asked.count("borrow") == host.asked.count("give back") == 3
 
-    draw = functools.partial(
-        service.backend.pictures, prompt="a red circle", size=(64, 64), steps=1, model="demo"
-    )
-    plain, worn, away = draw(), draw(lora="first.safetensors"), draw(lora="first", strength=0.0)
+    wish = Wish("a red circle", size=(64, 64), steps=1, model="demo")
+    wishes = (wish, replace(wish, lora="first.safetensors"), replace(wish, lora="first", strength=0.0))
+    plain, worn, away = map(service.backend.picture, wishes)
     assert plain.size == (64, 64) and plain.tobytes() == away.tobytes() != worn.tobytes()
     assert service.queue.close(60)

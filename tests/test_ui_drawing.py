@@ -23,6 +23,7 @@ from service_case import Case, make, settings
 
 from trainer.ui.drawing import ASSETS
 from trainer.ui.plot import live_log
+from trainer.ui.wish import Wish
 
 
 @pytest.fixture
@@ -133,20 +134,17 @@ def test_dropped_pictures_are_kept_and_nothing_else(case: Case) -> None:
 
 
 def test_pictures_of_prompts_are_checked_and_drawn(case: Case) -> None:
-    asked: list[dict[str, Any]] = []
+    asked: list[Wish] = []
 
-    def draw(**wish: Any) -> Image.Image:
+    def draw(wish: Wish) -> Image.Image:
         asked.append(wish)
-        return Image.new("RGB", (wish["size"][1], wish["size"][0]), (1, 2, 3))
+        return Image.new("RGB", (wish.size[1], wish.size[0]), (1, 2, 3))
 
-    case.backend.pictures = draw  # type: ignore[attr-defined]
+    case.backend.picture = draw  # type: ignore[attr-defined]
     wish = {"prompt": "a cat", "seed": "7", "steps": 4, "cfg": "2.5", "width": 24, "height": "16", "strength": "-1"}
     drawn = picture_of(case.post("picture", {**wish, "lora": "cat"}).json["data"])
     assert drawn.size == (24, 16) and drawn.getpixel((0, 0)) == (1, 2, 3)
-    assert asked == [{
-        "prompt": "a cat", "negative": "", "seed": 7, "size": (16, 24), "steps": 4, "cfg": 2.5, "lora": "cat",
-        "strength": -1.0, "model": "",
-    }]  # fmt: skip
+    assert asked == [Wish("a cat", "", seed=7, size=(16, 24), steps=4, cfg=2.5, lora="cat", strength=-1.0, model="")]
     bad = {**wish, "seed": "-1", "steps": "1.5", "width": "20", "height": "9000", "cfg": "x", "strength": "11"}
     assert sorted(fields(case.post("picture", bad))) == ["cfg", "height", "seed", "steps", "strength", "width"]
     assert len(asked) == 1

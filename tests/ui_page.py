@@ -25,6 +25,7 @@ from trainer.places import ROOT, Places
 from trainer.ui.api import add_routes
 from trainer.ui.service import Service
 from trainer.ui.shelf import Shelf
+from trainer.ui.wish import Wish
 
 STEP_SECONDS = 0.02
 
@@ -82,9 +83,9 @@ class PageBackend:
     def memory(self) -> Mapping[str, object]:
         return {"device": "CPU", "used_mb": 3100, "total_mb": 24000}
 
-    def pictures(self, *, size: tuple[int, int], strength: float, **_: Any) -> Image.Image:
-        level = int(128 + 60 * max(min(strength, 2), -2))
-        return Image.new("RGB", (size[1], size[0]), (level, 120, 255 - level))
+    def picture(self, wish: Wish) -> Image.Image:
+        level = int(128 + 60 * max(min(wish.strength, 2), -2))
+        return Image.new("RGB", (wish.size[1], wish.size[0]), (level, 120, 255 - level))
 
 
 class PageControl:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,20 +22,7 @@ from ..models.base import Model
 from ..models.load import load_model
 from ..params.codec import load
 from ..params.job import Job
-
-
-@dataclass(frozen=True)
-class Wish:
-    """One picture: `size` is (height, width) in pixels, `lora` a file (None: without), `strength` its factor."""
-
-    prompt: str
-    negative: str
-    seed: int
-    size: tuple[int, int]
-    steps: int
-    cfg: float
-    lora: Path | None = None
-    strength: float = 1.0
+from ..ui.wish import Wish
 
 
 class Easel:
@@ -49,10 +35,12 @@ class Easel:
         """Forget the model, before a training needs the memory."""
         self._held = None
 
-    def draw(self, wish: Wish, model: Path, vae: Path | None, device: torch.device) -> Image.Image:
-        """The picture of a wish. Raises AtelierError for files that cannot be used."""
+    def draw(
+        self, wish: Wish, lora: Path | None, model: Path, vae: Path | None, device: torch.device
+    ) -> Image.Image:
+        """The picture of a wish with these files. Raises AtelierError for those that cannot be used."""
         loaded = self._model(model, vae, device)
-        with _worn(loaded, wish):
+        with _worn(loaded, lora, wish.strength):
             settings = SampleSettings(size=wish.size, steps=wish.steps, cfg=wish.cfg, seed=wish.seed)
             return _picture(loaded, wish, settings)
 
@@ -75,16 +63,16 @@ def _picture(model: Model, wish: Wish, settings: SampleSettings) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _worn(model: Model, wish: Wish) -> Iterator[None]:
-    """The model with the LoRA of a wish attached."""
-    if wish.lora is None or not wish.strength:
+def _worn(model: Model, lora: Path | None, strength: float) -> Iterator[None]:
+    """The model with a LoRA attached."""
+    if lora is None or not strength:
         yield
         return
-    network = network_of(wish.lora, model)
+    network = network_of(lora, model)
     network.to(model.device)
     network.attach()
     try:
-        with network.at_strength(wish.strength):
+        with network.at_strength(strength):
             yield
     finally:
         network.eject()

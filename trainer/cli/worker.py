@@ -28,7 +28,8 @@ from ..params import core
 from ..params.codec import load
 from ..params.job import Job
 from ..places import Places
-from .draw import Easel, Wish
+from ..ui.wish import Wish
+from .draw import Easel
 
 MEGABYTE = 2**20
 
@@ -147,34 +148,21 @@ class Bench:
             found = None
         return costs.plain(job, found)
 
-    def pictures(
-        self,
-        *,
-        prompt: str,
-        negative: str = "",
-        seed: int = 0,
-        size: tuple[int, int] = (512, 512),
-        steps: int = 20,
-        cfg: float = 7.0,
-        lora: str = "",
-        strength: float = 1.0,
-        model: str = "",
-    ) -> Any:
-        """One PIL picture of a prompt, drawn by the host with its loaded model, or else by our own sampler with `model`
-        (a name; empty is the loaded one). `lora` is a name in the LoRA folder. Raises AtelierError.
+    def picture(self, wish: Wish) -> Any:
+        """The PIL picture of a wish, drawn by the host with its loaded model, or else by our own sampler. Raises
+        AtelierError.
         """
-        worn = f"{prompt} <lora:{Path(lora).stem}:{strength:g}>" if lora and strength else prompt
-        drawn = self.host.txt2img(worn, negative, seed, size, steps, cfg)
+        worn = f" <lora:{Path(wish.lora).stem}:{wish.strength:g}>" if wish.lora and wish.strength else ""
+        drawn = self.host.txt2img(wish.prompt + worn, wish.negative, wish.seed, wish.size, wish.steps, wish.cfg)
         if drawn is not None:
             return drawn
-        job = load({"format": 1, "mode": "LoRA", "model": model}, catalogue(), complete=False).job
-        task = self.host.resolve(job)[core.Task]
-        wish = Wish(prompt, negative, seed, size, steps, cfg, self._lora(lora) if lora else None, strength)
+        job = load({"format": 1, "mode": "LoRA", "model": wish.model}, catalogue(), complete=False).job
+        task, lora = self.host.resolve(job)[core.Task], self._lora(wish.lora) if wish.lora else None
         if not self._turn.acquire(blocking=False):
             raise QueueError("A training is running or a picture is being drawn. Draw when it has ended.")
         try:
             vae = Path(task.vae) if task.vae else None
-            return self._easel.draw(wish, Path(task.model), vae, this_process().device())
+            return self._easel.draw(wish, lora, Path(task.model), vae, this_process().device())
         finally:
             self._turn.release()
 

@@ -24,6 +24,7 @@ from .fence import NotServedError
 from .http import Call
 from .plot import MOST_LOGS, Log, draw, live_log, load_log, parse_plot, read_log
 from .shelf import IMAGES
+from .wish import Wish
 
 if TYPE_CHECKING:
     from .service import Service
@@ -198,18 +199,18 @@ def picture(service: Service, call: Call) -> dict[str, object]:
     model = _typed(call, "model")
     if model:
         service.readable(model, "model", "model")
-    drawn = service.pictures(
+    wish = Wish(
         prompt=_typed(call, "prompt"),
         negative=_typed(call, "negative"),
         seed=int(values["seed"]),
         size=(int(values["height"]), int(values["width"])),
         steps=int(values["steps"]),
         cfg=values["cfg"],
-        model=model,
         lora=_typed(call, "lora"),
         strength=values["strength"],
+        model=model,
     )
-    return {"data": _data(drawn)}
+    return {"data": _data(service.picture(wish))}
 
 
 def _number(call: Call, name: str, low: float, high: float, values: dict[str, float]) -> Problem | None:

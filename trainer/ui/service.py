@@ -23,6 +23,7 @@ from ..places import Places
 from . import views
 from .fence import DEMO, Fence
 from .shelf import Shelf
+from .wish import Wish
 
 API_VERSION = 1
 
@@ -85,11 +86,8 @@ class Backend(Protocol):
     def memory(self) -> Mapping[str, object]:
         """`device`, `used_mb` and `total_mb` (None where unknown) of what this process holds."""
 
-    def pictures(self, **wish: Any) -> Any:
-        """A PIL image: `prompt`, `negative`, `seed`, `size` (height, width), `steps`, `cfg`, `model` (where no WebUI
-        draws), `lora` (a name of the LoRA folder, "" for none), `strength`. Raises AtelierError, also while a training
-        holds the model.
-        """
+    def picture(self, wish: Wish) -> Any:
+        """A PIL image. Raises AtelierError, also while a training holds the model."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +174,9 @@ class Service:
             raise JobError([Problem(field, text, fence.why())])
         return Path(text).expanduser()
 
-    def pictures(self, **wish: Any) -> Any:
-        """One picture of a prompt (see `Backend.pictures`). Raises AtelierError."""
-        return self.backend.pictures(**wish)
+    def picture(self, wish: Wish) -> Any:
+        """The PIL image of a wish. Raises AtelierError."""
+        return self.backend.picture(wish)
 
     # ---------------------------------------------------------------- running
 
