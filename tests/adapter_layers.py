@@ -1,6 +1,7 @@
 """Layers for adapter tests: one of every kind that a Stable Diffusion model has, small, with kohya's names."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,3 +97,10 @@ def expected(adapter: Adapter, x: Tensor, strength: float) -> Tensor:
     weight = adapter.module.weight.to(x.dtype) + strength * adapter.delta().to(x.dtype)
     shift = adapter.delta_bias()
     return with_weight(adapter.module, x, weight, None if shift is None else strength * shift.to(x.dtype))
+
+
+def merged(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """ΔW of a layer of a plain LoRA file by its definition: alpha / rank · up · down."""
+    down, up = tensors[f"{key}.lora_down.weight"].double(), tensors[f"{key}.lora_up.weight"].double()
+    product = up.flatten(1) @ down.flatten(1) * (float(tensors[f"{key}.alpha"]) / len(down))
+    return product.view(len(up), *down.shape[1:])

@@ -28,3 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in EVERYWHERE:
             item.add_marker("everywhere")
+
+
+
+@pytest.fixture
+def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predicting the memory of a step would take most of the time of a short run; other tests do it."""
+    monkeypatch.setattr("trainer.engine.preflight.estimated_bytes", lambda *_: 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from adapter_layers import layers, network, shake
+from adapter_layers import layers, merged, network, shake
 
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.export import ExportSettings, export_network
@@ -16,13 +16,6 @@ def built(kind, rank=4, size=0.2):
     net = network(layers(), spec).eval()
     shake(net, size=size)
     return net
-
-
-def merged(tensors, key):
-    """ΔW of a plain LoRA file by its definition: alpha / rank · up · down."""
-    down, up = tensors[f"{key}.lora_down.weight"].double(), tensors[f"{key}.lora_up.weight"].double()
-    product = up.flatten(1) @ down.flatten(1) * (float(tensors[f"{key}.alpha"]) / len(down))
-    return product.view(len(up), *down.shape[1:])
 
 
 def best(net, rank):

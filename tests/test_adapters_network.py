@@ -4,8 +4,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from adapter_layers import BLOCKS, PARTS, Record, input_of, layers, network, shake
-from torch import nn
+from adapter_layers import BLOCKS, PARTS, Record, input_of, layers, network, shake, with_weight
 
 from trainer.adapters.base import ADAPTERS, AdapterSpec
 from trainer.adapters.network import build_network
@@ -84,14 +83,8 @@ def test_a_rank_above_the_width_is_allowed() -> None:
             x = input_of(adapter.module)
             weight = adapter.module.weight + adapter.delta()
             torch.testing.assert_close(
-                adapter.module(x).flatten(), _operate(adapter.module, x, weight).flatten(), rtol=1e-4, atol=1e-5
+                adapter.module(x).flatten(), with_weight(adapter.module, x, weight).flatten(), rtol=1e-4, atol=1e-5
             )
-
-
-def _operate(module: nn.Module, x, weight):
-    if isinstance(module, nn.Conv2d):
-        return module._conv_forward(x, weight, module.bias)
-    return nn.functional.linear(x, weight, module.bias)
 
 
 def test_two_layers_of_one_name_are_refused() -> None:

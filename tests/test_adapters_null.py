@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from adapter_layers import input_of, layers, network, shake, with_weight
+from adapter_layers import input_of, layers, merged, network, shake, with_weight
 
 from trainer.adapters import bases
 from trainer.adapters.base import AdapterSpec
@@ -16,13 +16,6 @@ from trainer.params.spaces import NullParams
 
 SPEC = AdapterSpec("null", rank=4, alpha=6.0)
 WIDE = AdapterSpec("null", rank=4, alpha=6.0, conv_rank=2, conv_alpha=1.0)
-
-
-def merged(tensors, key):
-    """ΔW of a plain LoRA file by its definition: alpha / rank · up · down."""
-    down, up = tensors[f"{key}.lora_down.weight"].double(), tensors[f"{key}.lora_up.weight"].double()
-    product = up.flatten(1) @ down.flatten(1) * (float(tensors[f"{key}.alpha"]) / len(down))
-    return product.view(len(up), *down.shape[1:])
 
 
 @pytest.mark.parametrize(("fan_out", "fan_in", "count"), [(5, 12, 4), (8, 8, 3), (12, 5, 2), (8, 10, 4)])

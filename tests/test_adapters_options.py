@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from adapter_layers import BLOCKS, PARTS, expected, input_of, layers, network, shake
+from adapter_layers import BLOCKS, PARTS, expected, input_of, layers, network, shake, with_weight
 from test_adapters_contract import SPECS
-from torch import nn
 
 from trainer.adapters.base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
 from trainer.adapters.network import build_network
@@ -83,12 +82,6 @@ def test_rank_dropout_by_hand() -> None:
                 weight = adapter.module.weight + value * delta.view(adapter.module.weight.shape)
                 want = with_weight(adapter.module, x[row:row + 1], weight)
                 torch.testing.assert_close(y[row:row + 1], want, rtol=1e-4, atol=1e-5)
-
-
-def with_weight(module: nn.Module, x, weight):
-    if isinstance(module, nn.Conv2d):
-        return module._conv_forward(x, weight, module.bias)
-    return nn.functional.linear(x, weight, module.bias)
 
 
 def test_neuron_dropout_keeps_the_mean_and_drops_as_often_as_asked() -> None:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from adapter_layers import input_of, layers, network, shake, with_weight
+from adapter_layers import input_of, layers, merged, network, shake, with_weight
 
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.file import read_lora, write_lora
@@ -26,12 +26,6 @@ SIZES = {K: (8, 12), Q: (12, 24)}
 def spec(path="", rank=3, **more):
     own = UniversalParams(basis_path=str(path), **more)
     return AdapterSpec("universal", rank=rank, alpha=5.0, options={UniversalParams: own})
-
-
-def merged(tensors, key):
-    """ΔW of a plain LoRA file by its definition: alpha / rank · up · down."""
-    down, up = tensors[f"{key}.lora_down.weight"].double(), tensors[f"{key}.lora_up.weight"].double()
-    return up.flatten(1) @ down.flatten(1) * (float(tensors[f"{key}.alpha"]) / len(down))
 
 
 def orthonormal(rows, columns, seed):

@@ -13,13 +13,15 @@ import tiny
 import torch
 
 from trainer.adapters.base import ADAPTERS
-from trainer.engine import loop, preflight
+from trainer.engine import loop
 from trainer.engine.kit import Kit, LossSettings
 from trainer.errors import AtelierError, DataError, JobError
 from trainer.maths.schedule import NoiseSchedule, scaled_linear_alphas
 from trainer.models.load import load_model
 from trainer.modes.addift import Addift
 from trainer.modes.base import MODES, Batch
+
+pytestmark = pytest.mark.usefixtures("no_estimate")
 
 
 class LinearModel:
@@ -234,12 +236,6 @@ class _Network:
 
 
 # -------------------------------------------------------------------- on real, tiny models
-
-
-@pytest.fixture(autouse=True)
-def no_estimate(monkeypatch):
-    """Predicting the memory of a step would take most of the time; other tests do it."""
-    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")

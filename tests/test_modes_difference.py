@@ -12,7 +12,7 @@ import torch
 
 from trainer.adapters.file import read_lora
 from trainer.data.cache import TensorCache
-from trainer.engine import loop, preflight
+from trainer.engine import loop
 from trainer.engine.build import PassPlan, build
 from trainer.engine.control import Control
 from trainer.engine.csvlog import read_losses
@@ -27,6 +27,8 @@ from trainer.events import EventLog, Note, Saved, Step
 from trainer.models.load import load_model
 from trainer.modes.base import Pass
 from trainer.params.core import Network, Save, Train
+
+pytestmark = pytest.mark.usefixtures("no_estimate")
 
 SECOND = {
     "network_rank": 2,
@@ -44,13 +46,6 @@ TWO = {"use_2nd_pass_settings": True, "2nd pass": SECOND}
 def case(tmp_path_factory):
     made = pair_case.make(tmp_path_factory.mktemp("difference"))
     return DifferenceCase(made.root, made.model, made.pictures)
-
-
-@pytest.fixture(autouse=True)
-def no_estimate(request, monkeypatch):
-    """The memory of a step is predicted in one of these tests; elsewhere that would take most of the time."""
-    if request.function is not test_a_dry_run_reports_both_passes:
-        monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
 
 
 class DifferenceCase(pair_case.PairCase):
@@ -294,7 +289,8 @@ def test_what_can_be_refused_is_refused_before_the_first_pass(case, monkeypatch)
     assert not watch.losses and not list(case.places.loras.glob("bad*"))
 
 
-def test_a_dry_run_reports_both_passes(case):
+def test_a_dry_run_reports_both_passes(case, monkeypatch):
+    monkeypatch.undo()  # with the estimate
     result = case.run(dry=True, save_lora_name="dry", **TWO)
     second = result.report["second pass"]
     assert result.reason == "checked" and 0 < second["trainable parameters"] < result.report["trainable parameters"]

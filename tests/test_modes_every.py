@@ -15,7 +15,7 @@ from ldm_names import checkpoint
 from trainer.adapters.base import ADAPTERS
 from trainer.adapters.file import read_lora
 from trainer.data.cache import TensorCache
-from trainer.engine import loop, preflight
+from trainer.engine import loop
 from trainer.engine.catalogue import catalogue
 from trainer.engine.passes import Passes, plan_passes
 from trainer.engine.preflight import check_before_loading
@@ -26,17 +26,13 @@ from trainer.events import EventLog, Note
 from trainer.models.load import load_model
 from trainer.params.codec import load
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 ILECO = {
     "mode": "iLECO", "lora_data_directory": "", "original prompt": "red", "target prompt": "blue",
     "data_cache": "memory",
 }  # fmt: skip
 FEW = {"network_blocks(BASE = TextEncoder)": ["M00", "OUT00"]}
-
-
-@pytest.fixture(autouse=True)
-def no_estimate(monkeypatch):
-    """Predicting the memory of a step would take most of the time; other tests do it."""
-    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from trainer.events import EventLog
 from trainer.models.load import load_model
 from trainer.modes.base import MODES
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 FAMILIES = {"sd1": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
 TRAINING = [name for name in MODES.names() if MODES.get(name).steps and name != "LoRA"]
 WORDS = {"original prompt": "red", "target prompt": "blue"}
@@ -40,12 +42,6 @@ def test_every_two_meet():
     assert {(mode, kind) for _, mode, kind in found} == {(m, k) for m in TRAINING for k in ADAPTERS.names()}
     assert {(family, kind) for family, _, kind in found} == {(f, k) for f in FAMILIES for k in ADAPTERS.names()}
     assert {(family, mode) for family, mode, _ in found} == {(f, m) for f in FAMILIES for m in TRAINING}
-
-
-@pytest.fixture(autouse=True)
-def no_estimate(monkeypatch):
-    """Predicting the memory of a step would take most of the time; other tests do it."""
-    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,10 @@ import tiny
 import torch
 
 from trainer.data import pairs
-from trainer.engine import loop, preflight
+from trainer.engine import loop
 from trainer.maths import rng
 
-
-@pytest.fixture(autouse=True)
-def no_estimate(monkeypatch):
-    """Predicting the memory of a step would take most of the time; other tests do it."""
-    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
+pytestmark = pytest.mark.usefixtures("no_estimate")
 
 
 BLUE = dataclasses.replace(pair_case.BEFORE, colour="blue")  # differs on a part of the picture

@@ -75,7 +75,7 @@ def score(folder: Path, settings: dict, count: int = 300, seed: int = 50_000) ->
     print(f"prompt gap {base_unet.prompt_gap(unet, captions):.4f}; sampling {count} took {seconds:.1f} s")
 
 
-def concept_scenes(count: int = 12) -> list[world.Scene]:
+def new_shape_scenes(count: int = 12) -> list[world.Scene]:
     """Scenes of the held-out shape over all colours, backgrounds, sizes and sides."""
     grounds, sizes, sides = list(world.BACKGROUNDS), list(world.SIZES), list(world.SIDES)
     colours = list(world.COLOURS)
@@ -118,7 +118,7 @@ def main() -> None:
         if common.rank() == 0:
             ship_parts(work, ship, folders)
     if options.part == "pictures":
-        world.write_folder(Path(__file__).parent / "pictures", concept_scenes(), seed=7)
+        world.write_folder(Path(__file__).parent / "pictures", new_shape_scenes(), seed=7)
     if options.part in ("score", "all"):
         settings = {"kind": options.sampler, "steps": options.sampler_steps, "guidance": options.guidance}
         score(work / "base" if options.part == "all" else options.model, settings)
