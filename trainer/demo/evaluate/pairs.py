@@ -17,6 +17,7 @@ from PIL import Image
 from ...adapters.file import read_lora
 from ...maths import rng
 from ...places import ROOT
+from ...stages.prior import STEPS
 from .. import world
 from ..effect import comparison, grid
 from ..measure import Rate, pair_effect, share
@@ -169,11 +170,14 @@ RATE, FIRST, LATER, PLAIN = 1e-3, 4e-3, 4e-3, 4e-3
 """Learning rates on the small model: ADDifT, both passes of Difference, LoRA."""
 SMALL: Mapping[str, object] = {
     "train_iterations": 120, "train_batch_size": 4, "diff_strength": 1, "network_type": "c3lier",
-    "train_min_timesteps": 0, "train_loss_weighting": "velocity", "train_learning_rate": RATE,
+    "network_name_filter": "*resnets*", "train_min_timesteps": 0, "train_loss_weighting": "velocity",
+    "train_learning_rate": RATE,
 }  # fmt: skip
 """What ADDifT's settings here differ in from the shipped presets, which are made for full-size models: the exaggeration
-of a strength of 0.25 breaks this model's pictures, and what is learned has to end where little noise is left, for which
-it needs layers that see the timestep (docs/modes.md)."""
+of a strength of 0.25 breaks this model's pictures; what is learned has to end where little noise is left, for which it
+needs layers that see the timestep; and attention makes other colours of it (docs/modes.md)."""
+ALL, TIME = "*", "*time_emb_proj"
+"""Other layers: everything, and what sees the timestep alone."""
 ORDINARY = 150
 """Captions of this world that prior preservation holds: any of them, since what is left out is forgotten."""
 
@@ -220,7 +224,8 @@ def kept_as_they_are() -> dict[str, object]:
     scenes = world.all_scenes()
     chosen = np.random.default_rng(6).permutation(len(scenes))[:ORDINARY]
     prompts = "\n".join(world.caption(scenes[index]) for index in chosen)
-    return {"prior_loss_weight": 3, "prior_prompts": prompts, "prior_states": 8 * ORDINARY, "prior_batch_size": 8}
+    return {"prior_loss_weight": 1.5, "prior_prompts": prompts, "prior_states": STEPS * ORDINARY,
+            "prior_batch_size": 8}  # fmt: skip
 
 
 def difference(task: Task, folder: Path, **changes: object) -> dict[str, object]:
@@ -250,7 +255,10 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         _scenario(black, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
                   around(RATE)),
         _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
-        _scenario(black, "Multi-ADDifT, eight pairs, prior kept", multi(eight, **kept_as_they_are()), (RATE,)),
+        _scenario(black, "Multi-ADDifT, eight pairs, prior kept", multi(eight, diff_strength=0.8, **kept_as_they_are()),
+                  (RATE,)),
+        _scenario(black, "Multi-ADDifT, eight pairs, all layers", multi(eight, network_name_filter=ALL), (RATE,)),
+        _scenario(black, "Multi-ADDifT, eight pairs, timestep alone", multi(eight, network_name_filter=TIME), (RATE,)),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "ADDifT, one pair", addift(SIZE, grown), around(RATE)),
