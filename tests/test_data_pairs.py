@@ -126,6 +126,19 @@ def test_the_mask_by_hand():
     assert torch.equal(difference_mask(before, after, (8, 8), MaskRule(traintrain=True)), theirs)
 
 
+def test_a_difference_that_is_cut_off_is_told_by_name(tmp_path):
+    """The last of 72 rows differ; the middle 64 of them are trained."""
+    for name, level in (("a.png", 10), ("a_t.png", 200)):
+        grey(tmp_path, name, (64, 72), 10)
+        with Image.open(tmp_path / name) as image:
+            image.paste((level,) * 3, (0, 70, 64, 72))
+            image.save(tmp_path / name)
+    found = find_pairs(settings(tmp_path), "_t", masked=True)
+    build_pairs(settings(tmp_path), found, encoding())
+    with pytest.raises(DataError, match="a.png and its target do not differ clearly.*64×64.*diff_use_diff_mask"):
+        build_pairs(settings(tmp_path), found, encoding(), MaskRule())
+
+
 def test_single_pictures_keep_their_own_size(tmp_path):
     for name, level in (("a.png", 10), ("b.png", 200)):
         grey(tmp_path, name, (83, 132), level)

@@ -199,25 +199,27 @@ class Passes:
         return (self.teacher + self.student + self.back) / rows
 
 
+LINES_3 = {"original prompt": "red\ncat\nhat", "target prompt": "blue\ndog\n"}
 COSTS = [
-    ({}, 3),
-    ({"train_traintrain_compatible": True}, 3),
-    ({"original prompt": "red\ncat\nhat", "target prompt": "blue\ndog\n"}, 3),
-    ({"ileco_guidance": 1}, 3.5),  # one more forward for every second row
-    ({"ileco_bank": 8}, 2),
-    ({"ileco_bank": 8, "ileco_guidance": 1}, 2),
+    ("sd1", {}, 3),
+    ("sd1", {"train_traintrain_compatible": True}, 3),
+    ("sd1", LINES_3, 3),
+    ("sd1", {"ileco_guidance": 1}, 3.5),  # one more forward for every second row
+    ("sd1", {"ileco_bank": 8}, 2),
+    ("sd1", {"ileco_bank": 8, "ileco_guidance": 1}, 2),
+    ("sdxl", LINES_3, 3),
+    ("sdxl", {"ileco_bank": 8}, 2),
 ]
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize(("changes", "units"), COSTS)
+@pytest.mark.parametrize(("kind", "changes", "units"), COSTS)
 def test_passes_through_the_unet_per_step(case, built, kind, changes, units):
     """Rows forward and back in whole optimizer steps, in units of the batch."""
     made = built(case, kind, **changes)
     counted = Passes(made.model.unet)
-    for _ in range(3):
+    for _ in range(2):
         loop.optimizer_step(made, None)
-    assert counted.units(3 * 2) == units
+    assert counted.units(2 * 2) == units
 
 
 def test_sizes_are_pixels_and_every_prompt_has_its_own_pooled_text(case, built):
@@ -255,24 +257,10 @@ def test_the_bank_holds_the_models_own_states_and_answers(session):
     assert {own for own, *_ in seen} == {"red", "", "green"}  # each state of each column comes up once a round
 
 
-def test_a_run_with_a_bank_resumes_with_the_same_losses(case, model):
-    from trainer.engine.control import Control
-    from trainer.events import Step
-
-    changes = {"ileco_bank": 12, "train_iterations": 30, "train_state_every": 10}
-    whole, first, rest = engine_case.Trace(), engine_case.Trace(), engine_case.Trace()
-    start(case, model, whole, save_lora_name="bank", **changes)
-    control = Control()
-
-    def stop(event):
-        if isinstance(event, Step) and event.step == 10:
-            control.stop()
-
-    request = Request(case.job(**{**ILECO, **changes, "save_lora_name": "halved"}), case.places, model=model)
-    folder = run(request, EventLog(first, stop), control).folder
-    request.resume = folder
-    run(request, EventLog(rest))
-    assert {**first.losses, **rest.losses} == whole.losses and len(rest.losses) == 20
+def test_a_run_with_a_bank_resumes_with_the_same_losses(case):
+    changes = {**ILECO, "ileco_bank": 12, "train_iterations": 9}
+    resumed, whole = engine_case.stopped_and_resumed(case, "bank", **changes)
+    assert resumed == whole and len(whole) == 9
 
 
 def test_lora_ga_starts_from_the_gradient_of_the_loss_with_the_bank(case, model):

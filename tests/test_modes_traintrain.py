@@ -12,6 +12,7 @@ import torch
 
 from trainer.data import pairs
 from trainer.engine import loop
+from trainer.engine.arguments import find_pair_data
 from trainer.maths import rng
 
 pytestmark = pytest.mark.usefixtures("no_estimate")
@@ -146,5 +147,28 @@ def test_pictures_that_hardly_differ_have_no_mask(tmp_path):
     assert len(pairs.single_pair(*files).originals.pictures) == 1
     with pytest.raises(pairs.DataError, match=r"a.png and a_t.png \(no pixel differs clearly, so diff_use_diff_mask"):
         pairs.single_pair(*files, masked=True)
+    case = pair_case.PairCase(tmp_path, tmp_path, tmp_path)
+    given = {"original image": str(files[0]), "target image": str(files[1]), "lora_data_directory": str(tmp_path)}
+    for mode in ("ADDifT", "Multi-ADDifT"):
+        assert find_pair_data(case.job(mode=mode, **given))
+        with pytest.raises(pairs.DataError, match="no pixel differs clearly"):
+            find_pair_data(case.job(mode=mode, diff_use_diff_mask=True, **given))
     Image.new("RGB", (64, 64), (104,) * 3).save(tmp_path / "a_t.png")
     assert pairs.single_pair(*files, masked=True)
+
+
+def test_ten_samples_meet_every_tenth_of_the_range(session):
+    made = session(train_batch_size=5, train_min_timesteps=200, train_max_timesteps=400)
+    seen = []
+    hook = made.model.unet.register_forward_pre_hook(lambda _, given: seen.append(given[1].tolist()))
+    for step in range(2):
+        made.mode.loss(made.kit, made.source.batch(step))
+    hook.remove()
+    teacher, student = seen[::2], seen[1::2]
+    assert teacher == student and [t[:5] for t in teacher] == [t[5:] for t in teacher]  # one for both directions
+    assert sorted((t - 200) // 20 for one in teacher for t in one[:5]) == list(range(10))
+
+
+def test_sdxl_is_told_the_sizes_of_a_pair_in_pixels(session):
+    made = session("sdxl")
+    assert made.source.batch(0).time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]

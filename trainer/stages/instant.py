@@ -26,7 +26,8 @@ def without_prompts(job: Job, mode: ModeInfo) -> str:
 def without_a_word(job: Job, mode: ModeInfo) -> str:
     """An instant start for an original prompt that is empty: there is no word whose meaning could change."""
     instant = job[NetworkOptions].network_init == "instant" and "instant" in mode.needs and mode.name != "Instant"
-    if not instant or all(prompt_pairs(job)[0]):
+    originals, targets = prompt_pairs(job)
+    if not instant or all(originals) or originals == targets:  # two empty prompts are told of elsewhere
         return ""
     return "has an empty line, and network_init instant changes the meaning of words; name them, or choose default."
 
