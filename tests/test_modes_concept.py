@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from trainer.engine import loop
+from trainer.engine import loop, preflight
 from trainer.engine.arguments import prompts as prompts_of
 from trainer.engine.catalogue import catalogue
 from trainer.engine.run import Request, run
@@ -32,6 +32,12 @@ ILECO = {
     "network_element": "CrossAttention",
     "data_cache": "memory",
 }
+
+
+@pytest.fixture(autouse=True)
+def no_estimate(monkeypatch):
+    """Predicting the memory of a step would take most of the time; other tests do it."""
+    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")

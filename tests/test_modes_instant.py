@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.adapters.file import read_lora
+from trainer.engine import preflight
 from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
 from trainer.engine.run import Request, run
@@ -36,6 +37,12 @@ TRAINED = {
     **INSTANT, "mode": "iLECO", "network_init": "instant", "network_element": "CrossAttention", "network_rank": 12,
     "train_seed": 1, "train_iterations": 1, "image_size(height, width)": 64,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_estimate(monkeypatch):
+    """Predicting the memory of a step would take most of the time; other tests do it."""
+    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
 
 
 def rows(count, width, seed):
