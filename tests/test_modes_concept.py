@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from trainer.engine import loop, preflight
+from trainer.engine import loop
 from trainer.engine.arguments import prompts as prompts_of
 from trainer.engine.catalogue import catalogue
 from trainer.engine.run import Request, run
@@ -34,10 +34,7 @@ ILECO = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_estimate(monkeypatch):
-    """Predicting the memory of a step would take most of the time; other tests do it."""
-    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
+pytestmark = pytest.mark.usefixtures("no_estimate")
 
 
 @pytest.fixture(scope="module")

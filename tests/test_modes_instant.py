@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.adapters.file import read_lora
-from trainer.engine import preflight
 from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
 from trainer.engine.run import Request, run
@@ -39,10 +38,7 @@ TRAINED = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_estimate(monkeypatch):
-    """Predicting the memory of a step would take most of the time; other tests do it."""
-    monkeypatch.setattr(preflight, "estimated_bytes", lambda *_: 0)
+pytestmark = pytest.mark.usefixtures("no_estimate")
 
 
 def rows(count, width, seed):
