@@ -12,12 +12,14 @@ import torch
 
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.network import build_network
-from trainer.demo.evaluate.adapters import EVERY, SIGNS, STEPS, VARIANTS, Course, Variant, scenarios, settings
+from trainer.demo.evaluate import workers
+from trainer.demo.evaluate.adapters import EVERY, SIGNS, STEPS, VARIANTS, Course, Variant, prepare, scenarios, settings
 from trainer.demo.evaluate.forgetting import Drift, Meter, at_success
 from trainer.demo.evaluate.runner import Result, Runner, Summary, beyond
 from trainer.demo.evaluate.scenario import Goal, Scenario
 from trainer.demo.evaluate.table import insert, markdown, number, sweeps
 from trainer.demo.evaluate.trace import Trace, step_seconds
+from trainer.demo.evaluate.workers import Chosen
 from trainer.demo.measure import Rate
 from trainer.engine.catalogue import catalogue
 from trainer.events import EventLog, Note, Preflight
@@ -70,6 +72,36 @@ def test_nothing_is_measured_twice_and_another_job_is(tmp_path):
     assert again.calls == 1
 
 
+def test_workers_fill_the_folder_and_the_summaries_come_in_order(tmp_path, monkeypatch):
+    chosen = Chosen("adapters", tmp_path, (2, 0))
+    assert [one.variant for one in chosen.scenarios()] == ["null, weights", "lierla (plain LoRA)"]
+    # What one worker does, in this process: its result lies in the folder afterwards.
+    monkeypatch.setattr(workers, "Runner", Flat)
+    monkeypatch.setattr(workers, "_WORKER", [])
+    monkeypatch.setattr(workers.torch, "set_num_threads", lambda count: None)
+    workers._begin(chosen)
+    for place in (1, 0):
+        workers._fill(place, quick=True)
+        assert len(list((tmp_path / "results").glob("*.json"))) == 2 - place
+    # Processes of their own find it there, and so does who asked.
+    found = list(workers.summaries(chosen, Unable(tmp_path, EventLog()), quick=True, workers=2))
+    assert [summary.scenario.variant for summary in found] == [one.variant for one in chosen.scenarios()]
+
+
+class Flat(Runner):
+    """A runner to whom every job is as good."""
+
+    def _measured(self, scenario, raw):
+        return {"asked": Rate(1, 2), "worst fall": 0.0}
+
+
+class Unable(Runner):
+    """A runner that may measure nothing itself."""
+
+    def _measured(self, scenario, raw):
+        raise AssertionError("measured in the process that asked")
+
+
 def test_tables_and_marks(tmp_path):
     scenario = a_scenario()
     results = tuple(Result(0.2, seed, {"good": 0.4 + seed / 100, "bad": math.inf}) for seed in (1, 2, 3))
@@ -88,6 +120,7 @@ def test_tables_and_marks(tmp_path):
 
 
 def test_a_real_job_is_trained_written_loaded_and_measured(tmp_path):
+    prepare(tmp_path)
     job = {**scenarios(tmp_path)[0].job, "train_iterations": 2, "save_per_steps": 0, "train_learning_rate": 0.01}
 
     def measure(trained):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..demo.evaluate.runner import Runner, Summary, tell
-from ..demo.evaluate.scenario import Suite
 from ..demo.evaluate.table import insert, markdown, sweeps
+from ..demo.evaluate.workers import Chosen, suite_of, summaries
 from ..events import EventLog
 from ..places import ROOT
 from .terminal import Terminal
@@ -18,30 +18,40 @@ from .terminal import Terminal
 SUITES = ("modes", "adapters")
 
 
-def evaluate(name: str, folder: Path, *, quick: bool, as_json: bool, only: str, write: bool) -> int:
-    """Run one suite (the scenarios whose task or variant holds `only`); returns the exit status."""
-    suite: Suite = importlib.import_module(f"..demo.evaluate.{name}", __package__).SUITE
-    folder = folder / name
-    scenarios = [
-        scenario for scenario in suite.scenarios(folder)
-        if only.lower() in f"{scenario.task} {scenario.variant}".lower()
+@dataclass(frozen=True)
+class How:
+    """How a suite is run and told: `quick` is one seed at the shipped settings, `only` what names must hold."""
+
+    quick: bool = False
+    as_json: bool = False
+    only: str = ""
+    write: bool = False
+    workers: int = 1
+
+
+def evaluate(name: str, folder: Path, how: How) -> int:
+    """Run one suite; returns the exit status."""
+    suite, folder = suite_of(name), folder / name
+    wanted = [
+        place for place, scenario in enumerate(suite.scenarios(folder))
+        if how.only.lower() in f"{scenario.task} {scenario.variant}".lower()
     ]  # fmt: skip
-    if not scenarios:
-        print(f"No scenario of {name} holds {only!r}.")
+    if not wanted:
+        print(f"No scenario of {name} holds {how.only!r}.")
         return 2
-    log = EventLog() if as_json else EventLog(Terminal())
-    runner = Runner(folder, log)
-    summaries = tell(runner.summaries(scenarios, quick), _printer(as_json))
-    for summary in summaries:
+    suite.prepare(folder)
+    runner = Runner(folder, EventLog() if how.as_json else EventLog(Terminal()))
+    found = tell(summaries(Chosen(name, folder, tuple(wanted)), runner, how.quick, how.workers), _printer(how.as_json))
+    for summary in found:
         picture = runner.picture(summary)
-        if picture is not None and not as_json:
+        if picture is not None and not how.as_json:
             print(picture)
-        if picture is not None and write and summary.scenario.shown:
+        if picture is not None and how.write and summary.scenario.shown:
             shutil.copyfile(picture, ROOT / "docs" / summary.scenario.shown)
-    if write:
+    if how.write:
         page = ROOT / "docs" / f"{name}.md"
-        insert(page, "results", markdown(summaries))
-        insert(page, "sweep", sweeps(summaries))
+        insert(page, "results", markdown(found))
+        insert(page, "sweep", sweeps(found))
         print(page)
     return 0
 

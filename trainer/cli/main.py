@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="one JSON object per line")
     evaluate.add_argument("--only", default="", metavar="TEXT", help="only scenarios whose name holds this text")
     evaluate.add_argument("--write", action="store_true", help="write the tables into docs/")
+    evaluate.add_argument(
+        "--workers", type=_workers, default=min(os.cpu_count() or 1, 8), metavar="N",
+        help="processes that share the work, one thread each (default: one per core)")
     evaluate.add_argument("--output-dir", type=Path, default=ROOT / "logs" / "evaluate", help="where results are kept")
     evaluate.set_defaults(run=_evaluate)
 
@@ -140,6 +143,12 @@ def _port(text: str) -> int:
     if not 0 < port < 65536:
         raise argparse.ArgumentTypeError("a port is a number from 1 to 65535")
     return port
+
+
+def _workers(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("the number of processes is at least 1")
+    return int(text)
 
 
 def _app(options: argparse.Namespace) -> int:
@@ -209,16 +218,10 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluate import evaluate
+    from .evaluate import How, evaluate
 
-    return evaluate(
-        options.suite,
-        options.output_dir,
-        quick=options.quick,
-        as_json=options.json,
-        only=options.only,
-        write=options.write,
-    )
+    how = How(options.quick, options.json, options.only, options.write, options.workers)
+    return evaluate(options.suite, options.output_dir, how)
 
 
 def _test(options: argparse.Namespace) -> int:

@@ -104,11 +104,15 @@ OF_TYPE = ("network_", "lalora_", "abm_", "num_experts", "use_dora", "loraplus_"
 MOST_RANK = 16
 
 
+def prepare(folder: Path) -> None:
+    """Draw the twelve pictures below `folder`."""
+    world.write_folder(folder / "pictures", concept_scenes(12, seed=3), seed=3)
+
+
 def scenarios(folder: Path) -> tuple[Scenario, ...]:
-    """One scenario per variant; the pictures are drawn below `folder`."""
-    pictures = folder / "pictures"
-    world.write_folder(pictures, concept_scenes(12, seed=3), seed=3)
-    common = {**COMMON, "lora_data_directory": str(pictures), "svd_cache_path": str(folder / "svd.safetensors")}
+    """One scenario per variant, on the pictures below `folder`."""
+    pictures, cache = folder / "pictures", folder / "svd.safetensors"
+    common = {**COMMON, "lora_data_directory": str(pictures), "svd_cache_path": str(cache)}
     meter = Meter(ASKED, UNRELATED)
     return tuple(_scenario(label, variant, common, meter) for label, variant in VARIANTS.items())
 
@@ -216,4 +220,4 @@ class Course:
         return self.points[step]
 
 
-SUITE = Suite("adapters", scenarios)
+SUITE = Suite("adapters", prepare, scenarios)

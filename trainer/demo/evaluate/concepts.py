@@ -234,8 +234,8 @@ def _removals(measure: Measured) -> tuple[Scenario, ...]:
         )  # fmt: skip
 
     return (
-        one("iLECO", ileco("", ileco_guidance=1.0), around(RATE)),
-        one("iLECO without the instant start", blank("", ileco_guidance=1.0), around(BLANK)),
+        one("iLECO", ileco("", ileco_guidance=0.75, ileco_anchor_weight=4), around(RATE)),
+        one("iLECO without the instant start", blank("", ileco_guidance=0.75, ileco_anchor_weight=4), around(BLANK)),
         one("TrainTrain's rule", seed_rule(""), around(BLANK)),
         one("Instant, UCE", instant("")),
         one("Instant, SPEED", instant("", instant_method="speed")),

@@ -9,10 +9,15 @@ from .before import Before
 from .scenario import Scenario, Suite
 
 
+def prepare(folder: Path) -> None:
+    """Draw the pairs of pictures below `folder`."""
+    pairs.prepare(folder / "pictures")
+
+
 def scenarios(folder: Path) -> tuple[Scenario, ...]:
-    """Every line of docs/modes.md; the pictures of the pairs are written below `folder`."""
+    """Every line of docs/modes.md; the pictures of the pairs lie below `folder`."""
     before = Before()
     return (*concepts.scenarios(before), *pairs.scenarios(folder / "pictures", before))
 
 
-SUITE = Suite("modes", scenarios)
+SUITE = Suite("modes", prepare, scenarios)

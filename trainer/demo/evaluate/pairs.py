@@ -242,14 +242,21 @@ def plain(folder: Path) -> dict[str, object]:
     return {**preset("demo", train_learning_rate=PLAIN, train_batch_size=4, train_iterations=100), **folder_of(folder)}
 
 
+ONE, EIGHT, AFTER, GROWN = "one", "eight", "after", "grown"
+
+
+def prepare(folder: Path) -> None:
+    """Draw the pictures that are learned from: one pair, eight, the targets of eight, and one of SIZE."""
+    BACKGROUND.write(folder / ONE, 1)
+    BACKGROUND.write(folder / EIGHT, len(PAIRS))
+    BACKGROUND.write(folder / AFTER, len(PAIRS), (SUFFIX,))
+    SIZE.write(folder / GROWN, 1)
+
+
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
-    """Writes the pictures below `folder` and says what is trained on them."""
+    """What is trained on the pictures below `folder`."""
     black, large = Measured(BACKGROUND, before), Measured(SIZE, before)
-    one, eight, grown, after = (folder / name for name in ("one", "eight", "grown", "after"))
-    BACKGROUND.write(one, 1)
-    BACKGROUND.write(eight, len(PAIRS))
-    BACKGROUND.write(after, len(PAIRS), (SUFFIX,))
-    SIZE.write(grown, 1)
+    one, eight, after, grown = (folder / name for name in (ONE, EIGHT, AFTER, GROWN))
     return (
         _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
         _scenario(black, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),

@@ -96,7 +96,10 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Suite:
-    """Scenarios that share one page; `prepare` makes what their jobs need (pictures, files) below a folder."""
+    """Scenarios that share one page. Below the folder that both are given, `prepare` writes the pictures that the jobs
+    of `scenarios` learn from.
+    """
 
     name: str
+    prepare: Callable[[Path], None]
     scenarios: Callable[[Path], tuple[Scenario, ...]]
