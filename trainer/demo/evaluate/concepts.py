@@ -215,8 +215,8 @@ def _mappings(measure: Measured) -> tuple[Scenario, ...]:
 
     return (
         one("iLECO", ileco(TO), around(RATE)),
-        one("iLECO, bank of 256", ileco(TO, ileco_bank=256), around(RATE)),
-        one("iLECO without the instant start", blank(TO), around(BLANK)),
+        one("iLECO, bank of 256", ileco(TO, ileco_bank=256), (RATE,)),
+        one("iLECO without the instant start", blank(TO), (BLANK,)),
         one("TrainTrain's rule", seed_rule(TO), around(BLANK)),
         one("Instant, UCE", instant(TO), shown="modes-words.png"),
         one("Instant, SPEED", instant(TO, instant_method="speed")),
@@ -235,7 +235,7 @@ def _removals(measure: Measured) -> tuple[Scenario, ...]:
 
     return (
         one("iLECO", ileco("", ileco_guidance=0.75, ileco_anchor_weight=4), around(RATE)),
-        one("iLECO without the instant start", blank("", ileco_guidance=0.75, ileco_anchor_weight=4), around(BLANK)),
+        one("iLECO without the instant start", blank("", ileco_guidance=0.75, ileco_anchor_weight=4), (BLANK,)),
         one("TrainTrain's rule", seed_rule(""), around(BLANK)),
         one("Instant, UCE", instant("")),
         one("Instant, SPEED", instant("", instant_method="speed")),

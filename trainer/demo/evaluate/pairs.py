@@ -262,7 +262,7 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         _scenario(black, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
                   around(RATE)),
         _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
-        _scenario(black, "Multi-ADDifT, eight pairs, prior kept", multi(eight, **kept_as_they_are()), (RATE,)),
+        _scenario(black, "Multi-ADDifT, eight pairs, prior kept", multi(eight, **kept_as_they_are())),
         _scenario(black, "Multi-ADDifT, eight pairs, all layers", multi(eight, network_name_filter=ALL)),
         _scenario(black, "Multi-ADDifT, eight pairs, timestep alone", multi(eight, network_name_filter=TIME)),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
