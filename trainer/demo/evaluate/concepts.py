@@ -198,6 +198,11 @@ def noises(trained: Trained, job: Mapping[str, object], kind: str) -> list[State
     return [State(noise.to(trained.model.device), time) for time in TIMES]
 
 
+def lost(figures: Mapping[str, float]) -> float:
+    """What a result loses by what it changes elsewhere: pictures beyond the goal, and between equals, predictions."""
+    return 4 * max(0.0, figures["others changed"] - 0.03) + 0.1 * figures["worst leak"]
+
+
 def scenarios(before: Before) -> tuple[Scenario, ...]:
     """Both tasks: iLECO as shipped, with a bank, from an instant start, by TrainTrain's rule; both instant maps."""
     return (*_mappings(Measured(TO, before)), *_removals(Measured("", before)))
@@ -209,7 +214,7 @@ def _mappings(measure: Measured) -> tuple[Scenario, ...]:
     def one(variant: str, job: dict[str, object], rates: tuple[float, ...] = (), shown: str = "") -> Scenario:
         return Scenario(
             task=f"{FROM} becomes {TO}", variant=variant, job=job, measure=measure, rates=rates, goals=goals,
-            value=lambda figures: figures[f"reads {TO}"] - 4 * max(0.0, figures["others changed"] - 0.03),
+            value=lambda figures: figures[f"reads {TO}"] - lost(figures),
             grid=measure.sheet, shown=shown,
         )  # fmt: skip
 
@@ -229,7 +234,7 @@ def _removals(measure: Measured) -> tuple[Scenario, ...]:
     def one(variant: str, job: dict[str, object], rates: tuple[float, ...] = ()) -> Scenario:
         return Scenario(
             task=f"{FROM} is taken away", variant=variant, job=job, measure=measure, rates=rates, goals=goals,
-            value=lambda figures: -figures[f"reads {FROM}"] - 4 * max(0.0, figures["others changed"] - 0.03),
+            value=lambda figures: -figures[f"reads {FROM}"] - lost(figures),
             grid=measure.sheet,
         )  # fmt: skip
 
