@@ -10,7 +10,6 @@ import torch
 
 from trainer.adapters.base import ADAPTERS
 from trainer.adapters.file import read_lora
-from trainer.engine import preflight
 
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"
 SMALL = {
@@ -27,9 +26,9 @@ def case(tmp_path_factory) -> engine_case.Case:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("LoRA*.json")))
-def test_a_preset_of_a_type_runs(case: engine_case.Case, name: str, monkeypatch) -> None:
+def test_a_preset_of_a_type_runs(case: engine_case.Case, name: str, request) -> None:
     if name not in ESTIMATED:  # seconds each on fake tensors
-        monkeypatch.setattr(preflight, "estimated_bytes", lambda *inputs: 0)
+        request.getfixturevalue("no_estimate")
     preset = json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
     result = case.run(**{**preset, **SMALL, "save_lora_name": name, "logging_save_csv": False})
     tensors, metadata = read_lora(result.path)

@@ -16,6 +16,8 @@ from trainer.events import Note, Step
 from trainer.models.load import load_model
 from trainer.params.codec import load
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):

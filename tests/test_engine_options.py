@@ -20,6 +20,8 @@ from trainer.models.layers import unet_layers
 from trainer.models.load import load_model
 from trainer.params.codec import load
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 SHORT = {
     "train_iterations": 3, "network_type": "lierla", "network_rank": 2, "train_batch_size": 1, "save_overwrite": True,
     "network_blocks(BASE = TextEncoder)": ["BASE", "M00"],

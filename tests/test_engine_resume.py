@@ -21,6 +21,8 @@ from trainer.events import EventLog, Step
 from trainer.optim.optimizers import OPTIMIZERS
 from trainer.stages.lalora import COLUMNS, MARK, ROWS, VERSION
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 HERE = Path(__file__).parent
 
 
@@ -29,6 +31,7 @@ def case(tmp_path_factory):
     return engine_case.make(tmp_path_factory.mktemp("case"))
 
 
+@pytest.mark.everywhere  # all sets have the same torch and the same library of optimizers
 @pytest.mark.parametrize("name", [name for name, traits in OPTIMIZERS.items() if not traits.needs_cuda])
 def test_every_optimizer_resumes_bit_for_bit(case, name):
     rate = 1.0 if OPTIMIZERS.get(name).wants_lr_one else 1e-3

@@ -18,13 +18,16 @@ from trainer.engine.control import Control
 from trainer.errors import AdapterError, AtelierError, DataError, JobError, TrainingError
 from trainer.events import Finished, Note, Preflight, Saved, Step
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return engine_case.make(tmp_path_factory.mktemp("case"))
 
 
-def test_a_job_becomes_a_file_a_log_and_events(case):
+def test_a_job_becomes_a_file_a_log_and_events(case, monkeypatch):
+    monkeypatch.undo()  # with the estimate
     trace = engine_case.Trace()
     result = case.run(trace, save_lora_name="whole", save_as_json=True, save_per_steps=5)
     assert result.reason == "done" and result.path.is_file()
@@ -36,6 +39,7 @@ def test_a_job_becomes_a_file_a_log_and_events(case):
     assert json.loads(settings.read_text())["train_seed"] == 3
     report = next(event.report for event in trace.events if isinstance(event, Preflight))
     assert report["modules"] == {"unet": report["modules"]["unet"], "te1": 12}
+    assert report["estimated memory (MB)"] > 1
     with open(result.folder / "whole.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["network_rank", "4"] and rows[8] == ["Step", "Loss", "Learning Rate 1", "Learning Rate 2"]

@@ -9,6 +9,8 @@ from pathlib import Path
 import engine_case
 import pytest
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 OWN: dict[str, object] = {
     "train_iterations": 10, "network_rank": 2, "sample_every": 10, "sample_prompts": "a red circle", "sample_steps": 2,
     "train_optimizer": "adamw",

@@ -22,6 +22,8 @@ from trainer.models.load import load_model
 from trainer.params.codec import load
 from trainer.stages.start import factors, weight_gradients
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 ILECO = {
     "mode": "iLECO",
     "lora_data_directory": "",

@@ -21,6 +21,8 @@ from trainer.params.codec import load
 from trainer.stages.prior import STEPS, Prior
 from trainer.stages.trajectories import State
 
+pytestmark = pytest.mark.usefixtures("no_estimate")
+
 PROMPT = "a red circle"
 OWN: dict[str, object] = {"network_targets": "unet", "prior_prompts": PROMPT, "prior_states": STEPS}
 

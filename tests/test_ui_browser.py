@@ -364,6 +364,7 @@ def test_the_page_waits_for_routes_that_come_after_it(place: Place) -> None:
         page.close()
 
 
+@pytest.mark.everywhere  # scripts alone, whatever made the page
 def test_it_asks_seldom_and_not_at_all_when_hidden(page: Page) -> None:
     page.page.route("**/finished?*", cut_once())
     page.page.wait_for_timeout(1000)

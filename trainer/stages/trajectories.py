@@ -53,7 +53,8 @@ def trajectories(
     `answered` ones have what it predicts there as their target.
 
     DDIM steps (2010.02502, eq. 12, η = 0) from pure noise, so that every x_t is one the model was trained on. Each
-    prompt is drawn alone: memory stays that of one picture.
+    prompt is drawn alone: memory stays that of one picture. The kit's `rollout` is for the batches of a mode: its own
+    prompts, the job's range of timesteps, draws that belong to the samples, and all states at once.
     """
     first = at.batch(0)
     if first is None:
