@@ -1,4 +1,4 @@
-"""Modes that learn from pairs of pictures, on the painted world: what turns black, what grows, and what stays."""
+"""Modes that learn from pairs of pictures, on the painted world: what turns white, what grows, and what stays."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ class Task:
         """What stands beside a picture, and what the model is asked."""
         return world.caption(scene, self.words)
 
+    def named(self, scene: world.Scene) -> str:
+        """The prompt that asks the untouched model for the new value in words."""
+        new = dataclasses.replace(scene, **{self.attribute: self.new})
+        return world.caption(new, (*self.words, self.attribute))
+
     def scenes(self, count: int) -> list[tuple[world.Scene, world.Scene]]:
         """Both scenes of the first `count` pairs."""
         found = []
@@ -75,7 +80,7 @@ class Task:
                 (folder / f"{number}{end}.txt").write_text(self.prompt(scene), encoding="utf-8")
 
 
-BACKGROUND = Task("white becomes black", "background", "white", "black")
+BACKGROUND = Task("black becomes white", "background", "black", "white")
 SIZE = Task("small becomes large", "size", "small", "large")
 
 
@@ -87,11 +92,13 @@ class Measured:
     before: Before
 
     def __call__(self, trained: Trained) -> Figures:
-        """How many pictures show the new value, the old one at strength −1, and what else they still show."""
+        """How many pictures show the new value, the old one at strength −1, and what else they still show; beside it,
+        what the untouched model still shows when words ask it for the new value.
+        """
         task = self.task
         scenes = pool(lambda scene: True, ASKED, seed=50 + trained.seed)
         prompts = [task.prompt(scene) for scene in scenes]
-        then = self.before.readings(trained, prompts)
+        then, named = (self.before.readings(trained, each) for each in (prompts, [task.named(one) for one in scenes]))
         now, back = drawn(trained, prompts, 1.0), drawn(trained, prompts, -1.0)
         changed = self._share(now, task.new)
         reached = self._reached(trained, prompts[:CHECKED], changed.value)
@@ -102,7 +109,9 @@ class Measured:
             f"{task.old} at −1": self._share(back, task.old),
             f"base {task.old}": self._share(then, task.old),
             "colour kept": kept("colour", then, now, scenes),
+            "base keeps colour": kept("colour", then, named, scenes),
             "shape kept": kept("shape", then, now, scenes),
+            "base keeps shape": kept("shape", then, named, scenes),
             "cosine": cosine,
             "outside": outside,
             f"steps to {GOAL:.0%}": float(reached),
@@ -255,18 +264,18 @@ def prepare(folder: Path) -> None:
 
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
-    black, large = Measured(BACKGROUND, before), Measured(SIZE, before)
+    white, large = Measured(BACKGROUND, before), Measured(SIZE, before)
     one, eight, after, grown = (folder / name for name in (ONE, EIGHT, AFTER, GROWN))
     return (
-        _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
-        _scenario(black, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
-                  around(RATE)),
-        _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
-        _scenario(black, "Multi-ADDifT, eight pairs, prior kept", multi(eight, **kept_as_they_are())),
-        _scenario(black, "Multi-ADDifT, eight pairs, all layers", multi(eight, network_name_filter=ALL)),
-        _scenario(black, "Multi-ADDifT, eight pairs, timestep alone", multi(eight, network_name_filter=TIME)),
-        _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
-        _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
+        _scenario(white, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
+        _scenario(white, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
+                  (RATE,)),
+        _scenario(white, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
+        _scenario(white, "Multi-ADDifT, eight pairs, prior kept", multi(eight, **kept_as_they_are())),
+        _scenario(white, "Multi-ADDifT, eight pairs, all layers", multi(eight, network_name_filter=ALL)),
+        _scenario(white, "Multi-ADDifT, eight pairs, timestep alone", multi(eight, network_name_filter=TIME)),
+        _scenario(white, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
+        _scenario(white, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "ADDifT, one pair", addift(SIZE, grown)),
     )  # fmt: skip
 
