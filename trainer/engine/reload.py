@@ -13,9 +13,10 @@ from ..adapters.base import ADAPTERS, AdapterSpec, Strength
 from ..adapters.choose import spelled, split_name
 from ..adapters.factored import Factored
 from ..adapters.file import read_lora
-from ..adapters.lora import DOWN, Lora
+from ..adapters.lora import DOWN, MID, Lora
 from ..adapters.metadata import baked_strength
 from ..adapters.network import Network
+from ..adapters.tucker import TuckerOptions
 from ..errors import AdapterError
 from ..events import EventLog
 from ..models.base import Model
@@ -31,7 +32,7 @@ def written_network(job: Job, model: Model, path: Path, log: EventLog) -> Networ
     """The adapter of the job's last pass, filled from the file it wrote, not yet attached.
 
     A file that was written as plain LoRA gives plain LoRAs on the layers it names, whatever the job's adapter type; so
-    does one of a start that is counted from, which has twice the rank.
+    does one of a start that is counted from, which has twice the rank, and one whose Tucker cores were multiplied out.
     Raises AdapterError when the file leaves a module of the adapter empty.
     """
     job = plan_passes(job)[-1].job
@@ -40,7 +41,8 @@ def written_network(job: Job, model: Model, path: Path, log: EventLog) -> Networ
     factored = issubclass(kind, Factored) or not issubclass(kind, Lora)
     converted = metadata.get("atelier_export_format") == "lora" and factored
     counted = job[NetworkOptions].network_init in DIFFERENCE_INITS & kind.inits
-    network = plain_network(model, tensors) if converted or counted else make_network(job, model, 0, log)
+    coreless = job[TuckerOptions].network_tucker and issubclass(kind, Lora) and not any(MID in name for name in tensors)
+    network = plain_network(model, tensors) if converted or counted or coreless else make_network(job, model, 0, log)
     if network.load(tensors, baked=baked_strength(metadata)).matched != len(network):
         raise AdapterError(f"{path.name} does not fill every module of the adapter it was written from.")
     return network
