@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from trainer.engine import loop
 from trainer.engine.control import Control
 from trainer.errors import AdapterError, AtelierError, DataError, JobError, TrainingError
 from trainer.events import Finished, Note, Preflight, Saved, Step
+from trainer.models.load import load_model
 
 pytestmark = pytest.mark.usefixtures("no_estimate")
 
@@ -204,14 +206,47 @@ def test_precisions_one_after_the_other_in_one_process(case):
         assert len(trace.losses) == 4 and all(math.isfinite(loss) for loss in trace.losses.values())
 
 
-def test_accumulated_batches_are_one_large_batch(case):
-    def losses(name, **changes):
-        trace = engine_case.Trace()
-        case.run(trace, save_lora_name=name, train_iterations=3, **changes)
-        return trace
+class Given:
+    """A source of these batches and no others."""
 
-    small = losses("accumulated", train_batch_size=3, train_gradient_accumulation=2)
-    assert len(small.losses) == 3
+    def __init__(self, batches):
+        self.batches = batches
+
+    def batch(self, index):
+        return self.batches[index]
+
+
+def cut(batch, part):
+    """Some rows of a batch as a batch of their own, which draws what they draw in the whole one."""
+    rows = {name: getattr(batch, name)[part] for name in ("prompts", "samples", "mean", "std")}
+    return dataclasses.replace(batch, share=len(rows["samples"]), **rows)
+
+
+@pytest.mark.parametrize("dropout", [{}, {"network_dropout": 0.3, "network_rank_dropout": 0.3}])
+def test_accumulated_batches_are_one_large_batch(case, dropout):
+    """Two batches of three with the pictures, noise and timesteps of one of six: the same losses and weights."""
+    model = load_model(case.model)
+    plain = {"train_optimizer": "SGDNesterov", "train_learning_rate": 1.0, "train_max_grad_norm": 0.0, **dropout}
+    sessions = []
+    for size in (6, 3):
+        job = case.job(train_batch_size=size, train_gradient_accumulation=6 // size, train_iterations=3, **plain)
+        sessions.append(engine_case.session(case, job, model))
+        sessions[-1].network.eject()
+    whole, parts = sessions
+    large = [whole.source.batch(step) for step in range(3)]
+    for step, batch in enumerate(large):  # the epoch of six pictures is one step of either
+        small = [parts.source.batch(2 * step + micro).mean for micro in range(2)]
+        assert sorted(torch.cat(small).sum((1, 2, 3)).tolist()) == sorted(batch.mean.sum((1, 2, 3)).tolist())
+    parts.source = Given([cut(batch, part) for batch in large for part in (slice(3), slice(3, 6))])
+    start = torch.cat(whole.flat.values)
+    for step in range(3):
+        losses = []
+        for session in sessions:
+            with session.network.attached():
+                losses.append(float(loop.optimizer_step(session, None)))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5), step
+        ours, theirs = (torch.cat(session.flat.values) for session in sessions)
+        assert (ours - theirs).norm() < 1e-4 * (ours - start).norm(), step
 
 
 def test_sample_pictures_are_drawn_at_their_steps(case):
