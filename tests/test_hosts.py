@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import subprocess
 import sys
 import threading
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from children import environment
-from hosts_fakes import FAKES, LORA, Fake, checkpoint_file
+from hosts_case import Told, addresses, digest, job, parameters, starter, weights
+from hosts_fakes import FAKES, checkpoint_file
 from safetensors.torch import load_file
 from test_models_texts import encoder_file
-from torch import Tensor
 
-from trainer.engine.catalogue import catalogue
 from trainer.errors import JobError
-from trainer.events import EventLog, Note
-from trainer.hosts import detect
+from trainer.events import EventLog
 from trainer.hosts.base import BusyError
 from trainer.hosts.webui import WebUI
 from trainer.maths.rng import generator
 from trainer.models.base import Model
-from trainer.models.live import NotAdoptable, adopt
 from trainer.models.load import load_model
-from trainer.params.codec import load
-from trainer.params.job import Job
 
 CASES = [("a1111", "sd1"), ("a1111", "sd2"), ("a1111", "sdxl"), ("forge", "sd1"), ("forge", "sdxl")]
 CASES += [("neo", "sd1"), ("reforge", "sd1")]
-CLASSES = {"a1111": "A1111", "forge": "Forge", "neo": "Neo", "reforge": "ReForge"}
 
 
 @pytest.fixture(scope="module")
@@ -47,56 +39,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Starts a WebUI with a loaded model and gives it with our host in it."""
-    for name in ("modules", "modules_forge", "backend", "ldm_patched", "networks"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-    def start(kind: str, family: str = "sd1", dtype: torch.dtype = torch.float32) -> tuple[Fake, WebUI]:
-        fake = FAKES[kind](kind, family, tmp_path, monkeypatch, dtype)
-        fake.load()
-        host = detect.webui()
-        assert type(host).__name__ == CLASSES[kind]
-        monkeypatch.setattr(type(host), "vocabularies", lambda self: (tiny.vocabulary(tmp_path / "words"),))
-        return fake, host
-
-    yield start
-
-
-class Told:
-    """A log whose lines can be read."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.log = EventLog(lambda event: self.lines.append(event.text) if isinstance(event, Note) else None)
-
-    def __contains__(self, text: str) -> bool:
-        return any(text in line for line in self.lines)
-
-
-def job(**settings: object) -> Job:
-    settings = {"format": 1, "mode": "LoRA", "train_model_precision": "model", **settings}
-    return load(settings, catalogue(), complete=False).job
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def addresses(tensors: object) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-
-def parameters(model: Model) -> list[Tensor]:
-    return list(weights(model).values())
-
-
-def weights(model: Model) -> dict[str, Tensor]:
-    parts = {"unet": model.unet, "vae": model.vae, **{text.row.part: text for text in model.text_encoders}}
-    return {f"{part}.{name}": tensor for part, tree in parts.items() for name, tensor in tree.named_parameters()}
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    return starter(tmp_path, monkeypatch)
 
 
 # -------------------------------------------------------------------- adoption
@@ -183,131 +127,6 @@ def test_a_fresh_process_grows_by_less_than_two_percent() -> None:
     model, grown = map(float, done.stdout.split())
     assert model > 200
     assert grown < 0.02 * model
-
-
-# -------------------------------------------------------------------- what cannot be adopted
-
-
-def touch(tensor: Tensor) -> None:
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.add_(LORA)
-
-
-def in_eight_bits(fake: Fake) -> None:
-    layer = next(m for m in unet_of(fake).modules() if "weight" in m._parameters)
-    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-
-
-def half_elsewhere(fake: Fake) -> None:
-    layer = next(m for m in unet_of(fake).modules() if "weight" in m._parameters)
-    layer.weight = torch.nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
-
-
-def patched(fake: Fake) -> None:
-    touch(next(m for m in unet_of(fake).modules() if "weight" in m._parameters).weight)
-
-
-def file_gone(fake: Fake) -> None:
-    fake.checkpoint.write_bytes(b"not a model")
-
-
-def unet_of(fake: Fake) -> torch.nn.Module:
-    return fake.data.sd_model.model.diffusion_model if fake.kind == "a1111" else fake.objects.unet.model
-
-
-@pytest.mark.parametrize("kind", list(FAKES))
-@pytest.mark.parametrize(
-    ("harm", "said"),
-    [
-        (in_eight_bits, "quantised"),
-        (half_elsewhere, "not in memory"),
-        (patched, "changed its weights"),
-        (file_gone, "cannot be read to compare"),
-    ],
-)
-def test_what_cannot_be_adopted_is_read_from_its_file_and_said(kind, harm, said, make) -> None:
-    fake, host = make(kind)
-    harm(fake)
-    before, told = digest({n: t for n, t in fake.live().items() if not t.is_meta}), Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None
-        assert said in told and "read from its file" in told
-        assert kind == "a1111" or "to memory" in fake.calls
-    assert digest({n: t for n, t in fake.live().items() if not t.is_meta}) == before
-    assert not fake.lock.held
-
-
-def test_forges_own_reasons_to_read_the_file(make) -> None:
-    fake, host = make("forge")
-    load_gpu = fake.modules["backend.memory_management"].load_models_gpu
-
-    def in_part(patchers: list[object]) -> None:
-        load_gpu(patchers)
-        fake.loaded[0].model_accelerated = True
-
-    fake.modules["backend.memory_management"].load_models_gpu = in_part
-    told = Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None and "does not fit" in told
-    fake.modules["backend.memory_management"].load_models_gpu = load_gpu
-    fake.objects.unet.object_patches["diffusion_model.out"] = object()
-    told = Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None and "replaced parts" in told
-
-
-def test_a1111s_own_reasons_to_read_the_file(make) -> None:
-    fake, host = make("a1111")
-    fake.data.sd_model.lowvram = True
-    told = Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None and "medvram" in told
-        assert fake.calls == ["to memory"]
-    assert fake.calls == ["to memory", "to device"]
-    fake.data.sd_model.lowvram = False
-    fake.modules["modules.sd_unet"].current_unet = object()
-    told = Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None and "TensorRT" in told
-
-
-@pytest.mark.parametrize("kind", list(FAKES))
-def test_a_webui_that_is_not_as_we_know_it_still_trains_from_the_file(kind, make, monkeypatch) -> None:
-    _, host = make(kind)
-    monkeypatch.setattr(type(host), "lay_bare", lambda self, restore: restore.no_such_thing())
-    told = Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None and "AttributeError" in told
-
-
-@pytest.mark.parametrize("kind", list(FAKES))
-def test_another_model_is_read_from_its_file_with_the_loaded_one_out_of_the_way(kind, make) -> None:
-    fake, host = make(kind)
-    told = Told()
-    with host.borrow(host.resolve(job(model="other.safetensors")), told.log) as model:
-        assert model is None and "other.safetensors is not loaded" in told
-        assert kind == "a1111" or fake.calls == ["to memory"]
-
-
-def test_models_kept_beside_the_loaded_one_leave_the_device_meanwhile(make) -> None:
-    fake, host = make("a1111")
-    kept = types.SimpleNamespace(lowvram=False, parameters=lambda: iter([torch.empty(0, device="meta")]))
-    fake.data.loaded_sd_models.append(kept)
-    with pytest.raises(ZeroDivisionError), host.borrow(host.resolve(job()), EventLog()) as model:
-        assert model is not None and fake.calls == ["to memory"]
-        raise ZeroDivisionError
-    assert fake.calls == ["to memory", "to device"]
-
-
-def test_forge_adopts_only_what_the_next_picture_would_be_drawn_with(make) -> None:
-    fake, host = make("forge")
-    fake.data.forge_loading_parameters["checkpoint_info"] = fake.infos[1]  # selected since, not loaded yet
-    assert host.loaded_model() == "other.safetensors"
-    assert Path(host.resolve(job()).to_dict()["model"]) == fake.other
-    fake.data.sd_model = types.SimpleNamespace()  # the stand-in before the first picture
-    told = Told()
-    with host.borrow(host.resolve(job(model="loaded")), told.log) as model:
-        assert model is None and "is not loaded in Forge" in told
 
 
 # -------------------------------------------------------------------- the lock
@@ -449,17 +268,6 @@ def test_the_login_of_the_webui_is_ours(suffix, make) -> None:
     assert host.authorised(Request(app, basic="robot:r2"))
     assert not host.authorised(Request(app, basic="robot:"))
     assert host.authorised(Request(types.SimpleNamespace(auth=None, tokens={})))
-
-
-def test_tensors_that_are_packed_are_refused(tmp_path) -> None:
-    class Packed(Tensor):
-        pass
-
-    from trainer.models.live import Live
-
-    packed = torch.zeros(2).as_subclass(Packed)
-    with pytest.raises(NotAdoptable, match="packed"):
-        adopt(Live(tmp_path / "x.safetensors", {"model.diffusion_model.a.weight": packed}))
 
 
 def test_a_webui_that_leaves_something_open_is_refused_with_its_names() -> None:
