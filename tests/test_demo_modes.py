@@ -214,8 +214,8 @@ def test_the_direction_of_a_pair_is_compared_with_its_difference(tmp_path):
     trained = Trained(model, network, tmp_path / "a.safetensors", tmp_path, 10, 5.0)
     cosine, outside = pairs.Measured(task, Before())._direction(trained)
     cosines, outsides = [], []
-    for number, old in enumerate(compared.pool(lambda scene: scene.background == "black", 4, 52)):
-        new = world.Scene(old.shape, old.colour, "white", old.size, old.side)
+    for number, old in enumerate(compared.pool(lambda scene: scene.background == "white", 4, 52)):
+        new = world.Scene(old.shape, old.colour, "black", old.size, old.side)
         both = [world.render([scene], np.random.default_rng(900 + number))[0] / 127.5 - 1 for scene in (old, new)]
         small = [picture.reshape(8, 8, 8, 8, 3).mean((1, 3)) for picture in both]
         inside = np.abs(both[0] - both[1]).sum(-1).reshape(8, 8, 8, 8).max((1, 3)) * 127.5 > 10
@@ -224,12 +224,12 @@ def test_the_direction_of_a_pair_is_compared_with_its_difference(tmp_path):
         change = np.full(wanted.shape, -1.0)  # ε grows by 0.1, so the implied picture falls
         cosines.append((wanted * change).sum() / np.linalg.norm(wanted) / np.linalg.norm(change))
         outsides.append(1 - inside.mean())
-    assert cosine == pytest.approx(np.mean(cosines), abs=1e-4) and cosine < -0.9
+    assert cosine == pytest.approx(np.mean(cosines), abs=1e-4) and cosine > 0.9
     assert outside == pytest.approx(np.mean(outsides), abs=1e-4)
 
 
 def test_strengths_of_a_pair_and_the_steps_it_took(tmp_path, monkeypatch):
-    """White at 1, black at −1, red becomes green at 1; a file from the way is good enough after step 8. By words, the
+    """Black at 1, white at −1, red becomes green at 1; a file from the way is good enough after step 8. By words, the
     untouched model makes crosses of the circles.
     """
     network, learned = Network(), {"share": 1.0}
@@ -239,9 +239,9 @@ def test_strengths_of_a_pair_and_the_steps_it_took(tmp_path, monkeypatch):
         for number, prompt in enumerate(prompts):
             colour = next(name for name in world.COLOURS if name in prompt)
             shape = next(name for name in world.SHAPES if name in prompt)
-            shape = "cross" if shape == "circle" and "white" in prompt else shape
-            new = "white" if (number % 10) / 10 < learned["share"] else "grey"
-            ground = {0.0: "grey", 1.0: new, -1.0: "black" if number % 2 else None}[network.value]
+            shape = "cross" if shape == "circle" and "black" in prompt else shape
+            new = "black" if (number % 10) / 10 < learned["share"] else "grey"
+            ground = {0.0: "grey", 1.0: new, -1.0: "white" if number % 2 else None}[network.value]
             colour = "green" if colour == "red" and network.value == 1 else colour
             found.append(Reading(shape, colour, ground, "small", "left", 1.0))
         return found
@@ -255,8 +255,8 @@ def test_strengths_of_a_pair_and_the_steps_it_took(tmp_path, monkeypatch):
     network.load_state_dict = lambda values: learned.update(share=1.0)
     trained = Trained(None, network, tmp_path / "a.safetensors", tmp_path, 20, 10.0)
     figures = pairs.Measured(pairs.BACKGROUND, Before())(trained)
-    assert figures["white"].value == 1 and figures["base white"].value == 0
-    assert figures["black at −1"].value == 0.5 and figures["base black"].value == 0
+    assert figures["black"].value == 1 and figures["base black"].value == 0
+    assert figures["white at −1"].value == 0.5 and figures["base white"].value == 0
     scenes = compared.pool(lambda scene: True, pairs.ASKED, 51)
     reds, circles = sum(one.colour == "red" for one in scenes), sum(one.shape == "circle" for one in scenes)
     assert figures["base keeps colour"].value == 1

@@ -1,4 +1,4 @@
-"""Modes that learn from pairs of pictures, on the painted world: what turns white, what grows, and what stays."""
+"""Modes that learn from pairs of pictures, on the painted world: what turns black, what grows, and what stays."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Task:
                 (folder / f"{number}{end}.txt").write_text(self.prompt(scene), encoding="utf-8")
 
 
-BACKGROUND = Task("black becomes white", "background", "black", "white")
+BACKGROUND = Task("white becomes black", "background", "white", "black")
 SIZE = Task("small becomes large", "size", "small", "large")
 
 
@@ -240,8 +240,8 @@ def kept_as_they_are() -> dict[str, object]:
 def difference(task: Task, folder: Path, **changes: object) -> dict[str, object]:
     """The job of Difference with settings of its own for the second pass; its first pass is never taken from a cache.
     """
-    later = {"train_learning_rate": LATER, "train_iterations": 100}
-    first = {"train_learning_rate": FIRST, "train_iterations": 150, "data_cache": "memory"}
+    later = {"train_learning_rate": LATER, "train_iterations": 80}
+    first = {"train_learning_rate": FIRST, "train_iterations": 100, "data_cache": "memory"}
     job = preset("Difference_Use2ndPass", later, **{**first, **changes})
     return {**job, **one_pair(task, folder)}
 
@@ -264,18 +264,18 @@ def prepare(folder: Path) -> None:
 
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
-    white, large = Measured(BACKGROUND, before), Measured(SIZE, before)
+    black, large = Measured(BACKGROUND, before), Measured(SIZE, before)
     one, eight, after, grown = (folder / name for name in (ONE, EIGHT, AFTER, GROWN))
     return (
-        _scenario(white, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
-        _scenario(white, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
+        _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
+        _scenario(black, "ADDifT by TrainTrain's rule", addift(BACKGROUND, one, train_traintrain_compatible=True),
                   (RATE,)),
-        _scenario(white, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
-        _scenario(white, "Multi-ADDifT, eight pairs, prior kept", multi(eight, **kept_as_they_are())),
-        _scenario(white, "Multi-ADDifT, eight pairs, all layers", multi(eight, network_name_filter=ALL)),
-        _scenario(white, "Multi-ADDifT, eight pairs, timestep alone", multi(eight, network_name_filter=TIME)),
-        _scenario(white, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
-        _scenario(white, "LoRA on eight targets", plain(after), around(PLAIN)),
+        _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
+        _scenario(black, "Multi-ADDifT, eight pairs, prior kept", multi(eight, **kept_as_they_are())),
+        _scenario(black, "Multi-ADDifT, eight pairs, all layers", multi(eight, network_name_filter=ALL)),
+        _scenario(black, "Multi-ADDifT, eight pairs, timestep alone", multi(eight, network_name_filter=TIME)),
+        _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
+        _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "ADDifT, one pair", addift(SIZE, grown)),
     )  # fmt: skip
 
