@@ -18,7 +18,8 @@ EVERYWHERE = {
     "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_trackers",
     "test_jobs_live", "test_jobs_queue", "test_jobs_store", "test_launch", "test_maths", "test_modes_table",
     "test_modes_traintrain", "test_optim",
-    "test_params_fuzz", "test_params_load", "test_params_presets", "test_params_rules", "test_params_traintrain",
+    "test_params_family", "test_params_fuzz", "test_params_load", "test_params_presets", "test_params_rules",
+    "test_params_traintrain",
     "test_params_views", "test_readme", "test_recipes", "test_schedulers", "test_stages_abm", "test_stages_lalora",
     "test_stages_prior", "test_tools_bench",
 }  # fmt: skip
@@ -29,7 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in EVERYWHERE:
             item.add_marker("everywhere")
-
 
 
 @pytest.fixture

@@ -114,9 +114,13 @@ def test_one_random_start_and_one_lora_twice_are_found(tmp_path) -> None:
     write_lora(folder / "e.safetensors", {f"{K}.hada_w1_a": up}, {})
     dora = {f"{K}.lora_down.weight": down, f"{K}.lora_up.weight": up, f"{K}.dora_scale": torch.ones(320, 1)}
     write_lora(folder / "f.safetensors", dora, {})
+    for name, size in (("g", 6), ("h", 5)):  # one layer of two sizes: for different base models
+        other = {f"{Q}.lora_{side}.weight": torch.ones(*shape) for side, shape in (("down", (4, size)), ("up", (9, 4)))}
+        write_lora(folder / f"{name}.safetensors", other, {})
     lines: list[str] = []
     report = make_basis(folder, tmp_path / "basis.safetensors", rank=8, tell=lines.append)
-    assert report.groups == (("a.safetensors", "b.safetensors"),) and report.loras == 3
+    assert report.layers == 1 and any("different sizes" in line for line in lines)
+    assert report.groups == (("a.safetensors", "b.safetensors"),) and report.loras == 5
     assert report.left_out["d.safetensors"] == "it is the same as c.safetensors"
     assert "no plain LoRA" in report.left_out["e.safetensors"] and "no plain LoRA" in report.left_out["f.safetensors"]
     assert "began from the same random numbers" in lines[0]
@@ -185,3 +189,8 @@ def test_the_command(collection, tmp_path, capsys) -> None:
     assert report["loras"] == 4 and report["rank"] == 2 and report["explained"] < 0.99 and out.is_file()
     assert main(["basis", str(tmp_path / "none"), "--out", str(out)]) == 1
     assert "holds no .safetensors file" in capsys.readouterr().err
+    assert main(["basis", str(collection[0]), "--out", str(tmp_path / "basis.bin")]) == 1
+    assert main(["basis", str(collection[0]), "--out", str(out), "--rank", "0"]) == 1
+    told = capsys.readouterr().err
+    assert "must end in .safetensors" in told and "at least 1 direction" in told
+    assert not (tmp_path / "basis.bin").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer.adapters.file import read_lora
 from trainer.cli.main import main
 from trainer.engine import loop
 from trainer.engine.catalogue import catalogue
@@ -47,13 +48,16 @@ def test_null_in_the_null_space_of_activations(case) -> None:
         torch.testing.assert_close(rows @ rows.T, torch.eye(2), rtol=0, atol=1e-3)
 
 
-def test_the_curvature_of_a_file_changes_loss_and_result_with_lambda(case, tmp_path) -> None:
+def test_the_curvature_of_a_file_changes_loss_and_result_with_lambda(case, tmp_path, capsys) -> None:
     out = tmp_path / "context.safetensors"
     command = ["curvature", "--model", str(case.model), "--pictures", str(case.pictures), "--out", str(out), "--states",
                "6", "--labels", "data", "--json", "--output-dir", str(case.root / "out")]
     for key, value in (("image_size(height, width)", "64"), ("image_min_length", "64"), ("image_buckets_step", "64"),
                        ("train_model_precision", "fp32"), ("network_targets", "unet")):
         command += ["--set", f"{key}={value}"]
+    for flag, wrong, why in (("--prompts", "none.txt", "'none.txt': cannot be read"),
+                             ("--states", "0", "at least 1 state"), ("--out", "a.bin", "must end in .safetensors")):
+        assert main([*command, flag, wrong]) == 1 and why in capsys.readouterr().err
     assert main(command) == 0
     context = load_file(out)
     layer = next(name.rpartition(".")[0] for name in context if name.endswith("attn2_to_k.curvature_out"))
@@ -185,3 +189,28 @@ def test_settings_of_what_is_switched_off_are_told(case) -> None:
     assert any("network_decompose_both" in line for line in load(case.settings(**both), catalogue()).warnings)
     on = {**ABM, **LALORA, **PRIOR, "use_dora": True, "network_dora_axis": "output", "train_clip_skip": 1}
     assert not any("no effect" in line for line in load(case.settings(**on), catalogue()).warnings)
+
+
+def test_the_file_has_the_form_that_the_job_asks_for(case) -> None:
+    """The error that is told and stored is that of numpy's best matrices of the rank, and the file is those."""
+    small = {"network_type": "loha", "network_blocks(BASE = TextEncoder)": ["M00"], "train_learning_rate": 0.05}
+    own, _ = trained(case, "own_form", **small)
+    plain, trace = trained(case, "plain_form", **small, export_format="lora", export_rank=3, network_strength=-2)
+    rest = whole = 0.0
+    for key in {name.partition(".")[0] for name in own}:
+        one, two, three, four = (own[f"{key}.hada_w{side}"].double() for side in ("1_a", "1_b", "2_a", "2_b"))
+        u, s, v = torch.linalg.svd((one @ two) * (three @ four) * (2 / 4), full_matrices=False)
+        down, up = (plain[f"{key}.lora_{side}.weight"].flatten(1).double() for side in ("down", "up"))
+        merged = up @ down * plain[f"{key}.alpha"] / len(down)
+        wanted = -2 * (u[:, :3] * s[:3]) @ v[:3]
+        assert len(down) == 3 and float((merged - wanted).norm()) < 1e-3 * float(wanted.norm())
+        rest, whole = rest + float((s[3:] ** 2).sum()), whole + float((s**2).sum())
+    error = (rest / whole) ** 0.5
+    assert error > 0.05 and f"differs from what was trained by {error:.2%}, more than" in told(trace)
+    _, noted = read_lora(case.places.loras / "plain_form.safetensors")
+    assert float(noted["atelier_export_error"]) == pytest.approx(error, rel=1e-3)
+    turned = {**small, "network_type": "oft", "network_rank": 4, "train_learning_rate": 1e-3}
+    kept, trace = trained(case, "kept", **turned)
+    assert any(name.endswith("oft_blocks") for name in kept) and "Raise export_rank" in told(trace)
+    loose, trace = trained(case, "loose", **turned, export_max_error=1.0)
+    assert any(name.endswith("lora_up.weight") for name in loose) and "Written as a plain LoRA" in told(trace)

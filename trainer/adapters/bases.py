@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from ..params.field import param
 from .base import LayerLike
-from .file import read_lora, write_lora
+from .file import checked_name, read_lora, write_lora
 
 MARK, VERSION = "atelier_svd_cache", "1"
 Pair = tuple[Tensor, Tensor]
@@ -77,9 +77,7 @@ def _read(path: str) -> dict[str, Tensor]:
     """The pairs of a cache file; none when there is no such file yet. Raises AdapterError when it is something else."""
     if not path:
         return {}
-    if not path.lower().endswith(".safetensors"):
-        raise AdapterError(f"svd_cache_path = {Path(path).name!r}: the name of this file must end in .safetensors.")
-    place = Path(path).expanduser()
+    place = checked_name(Path(path), "svd_cache_path")
     if not place.exists():
         return {}
     tensors, metadata = read_lora(place)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..maths.subspace import product_norm, product_svd, truncated_svd
+from ..params import core
+from ..params.field import ModeInfo
+from ..params.job import Job
+from ..params.rules import Rule
 from .base import ADAPTERS, Adapter
 from .lora import ALPHA, DOWN, UP, Lora
 from .network import Network
@@ -29,6 +33,27 @@ class ExportSettings:
     format: str = "auto"
     rank: int = 0
     max_error: float = 0.05
+
+
+def _idle(name: str) -> Rule:
+    default = core.Export.__dataclass_fields__[name].default
+
+    def check(job: Job, mode: ModeInfo) -> str:
+        given, kind = job[core.Export], ADAPTERS.get(job[core.Network].network_type)
+        if getattr(given, name) == default or given.export_format == "lora":
+            return ""
+        if given.export_format == "native":
+            return "has no effect with export_format native, which writes no LoRA of another type."
+        if not kind.portable or (job.value("use_dora") and "dora" in kind.tags()):
+            return ""
+        own = f"network_type {job[core.Network].network_type}, whose own file every WebUI reads"
+        return f"has no effect with {own}. Set export_format to lora for a plain LoRA."
+
+    return Rule((name, "export_format", "network_type"), check, warning=True)
+
+
+RULES = (_idle("export_rank"), _idle("export_max_error"))
+"""Warnings of settings of a plain LoRA where none will be written."""
 
 
 @dataclass(frozen=True)

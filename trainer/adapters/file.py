@@ -48,6 +48,14 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         temporary.unlink(missing_ok=True)
 
 
+def checked_name(path: Path, field: str) -> Path:
+    """Where a file is going to be written; `field` names the setting. Raises AdapterError for one we would not read."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".safetensors":
+        raise AdapterError(f"{field} = {path.name!r}: the name of this file must end in .safetensors.")
+    return path
+
+
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors (CPU, as stored) and metadata of a LoRA file; the file is closed afterwards. Raises AdapterError."""
     path = Path(path)

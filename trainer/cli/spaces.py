@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import AtelierError
 from ..places import Places
 
 
@@ -59,7 +60,7 @@ def _curvature(places: Callable[[argparse.Namespace], Places], options: argparse
     from ..params.cli import apply_overrides
     from ..tools.curvature import curvature_job, make_curvature
 
-    prompts = options.prompts.read_text(encoding="utf-8") if options.prompts else ""
+    prompts = _text(options.prompts) if options.prompts else ""
     settings = apply_overrides({"model": options.model}, options.set, catalogue())
     job = curvature_job(settings, options.pictures, prompts)
     tell = (lambda line: None) if options.json else print
@@ -69,3 +70,11 @@ def _curvature(places: Callable[[argparse.Namespace], Places], options: argparse
         return 0
     print(f"{report.path}: {report.layers} layers, {report.states} states, {report.seconds:.0f} s")
     return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise AtelierError(f"--prompts = {path.name!r}: cannot be read ({why}). Give a text file in UTF-8.") from error

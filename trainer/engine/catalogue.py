@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ..adapters import export
 from ..adapters.base import ADAPTERS
 from ..modes.base import MODES, Mode
 from ..params import core, network
@@ -25,7 +26,7 @@ def catalogue() -> Catalogue:
         types={name: kind.tags() for name, kind in types.items()},
         always=frozenset[str]().union(*(stage.needs for stage in stages.values())),
         notes={"network_type": {name: kind.help for name, kind in types.items()}},
-        rules=(*network.RULES, *dict.fromkeys(rule for owner in owners for rule in owner.rules)),
+        rules=(*network.RULES, *export.RULES, *dict.fromkeys(rule for owner in owners for rule in owner.rules)),
     )
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters.basis_file import DOWN, MARK, MEAN, UP, VERSION, plain_name
-from ..adapters.file import write_lora
+from ..adapters.file import checked_name, write_lora
 from ..adapters.foreign import our_name
 from ..adapters.lora import ALPHA
 from ..adapters.lora import DOWN as LORA_DOWN
@@ -67,7 +67,9 @@ class _File:
 @torch.no_grad()
 def make_basis(folder: Path, out: Path, rank: int = 16, tell: Callable[[str], None] = lambda line: None) -> BasisReport:
     """Write the bases of all LoRAs in a folder and its sub-folders. Raises AdapterError when none can be used."""
-    folder = Path(folder).expanduser()
+    folder, out = Path(folder).expanduser(), checked_name(out, "--out")
+    if rank < 1:
+        raise AdapterError(f"--rank = {rank}: every layer needs at least 1 direction.")
     paths = sorted(path for path in folder.rglob("*.safetensors") if path.is_file())
     if not paths:
         raise AdapterError(f"{folder} holds no .safetensors file. Give the folder with the LoRAs to learn from.")
@@ -84,12 +86,13 @@ def make_basis(folder: Path, out: Path, rank: int = 16, tell: Callable[[str], No
                 f"{', '.join(group)} began from the same random numbers: what their down matrices share says nothing of"
                 " what they learned. They count once there."
             )
-        tensors, explained, chance, names = _bases(files, groups, rank, tell)
+        tensors, explained, chance = _bases(files, groups, rank, tell)
     for name, why in left_out.items():
         tell(f"{name} was left out: {why}.")
     facts = {MARK: VERSION, "loras": str(len(files)), "rank": str(rank), "explained": f"{explained:.4f}"}
-    written = write_lora(Path(out), tensors, facts)
-    return BasisReport(written, len(files), len(names), rank, groups, left_out, explained, chance)
+    written = write_lora(out, tensors, facts)
+    layers = sum(name.endswith(f".{DOWN}") for name in tensors)
+    return BasisReport(written, len(files), layers, rank, groups, left_out, explained, chance)
 
 
 def shared_starts(files: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
@@ -157,8 +160,8 @@ def _leave_out_twins(files: list[_File], left_out: dict[str, str]) -> None:
 
 def _bases(
     files: Sequence[_File], groups: Sequence[Sequence[str]], rank: int, tell: Callable[[str], None]
-) -> tuple[dict[str, Tensor], float, float, list[str]]:
-    """The tensors of the file, the shares of norm² explained and by chance, and the layers."""
+) -> tuple[dict[str, Tensor], float, float]:
+    """The tensors of the file, and the shares of norm² explained and by chance."""
     later = {name for group in groups for name in group[1:]}
     names = sorted({layer for file in files for layer in file.layers})
     tensors: dict[str, Tensor] = {}
@@ -186,4 +189,4 @@ def _bases(
     if not shares:
         raise AdapterError("No layer of these LoRAs can be used: they are for different base models, or all zero.")
     explained, chance = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-    return tensors, explained, chance, names
+    return tensors, explained, chance

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..adapters.file import write_lora
+from ..adapters.file import checked_name, write_lora
 from ..data.cache import TensorCache
 from ..engine.build import Site, build
 from ..engine.catalogue import catalogue
@@ -62,6 +62,9 @@ def make_curvature(
     model: Model | None = None,
 ) -> CurvatureReport:
     """Measure `count` states for all layers a job could train, and write the file. Raises AtelierError."""
+    out = checked_name(out, "--out")
+    if count < 1:
+        raise AdapterError(f"--states = {count}: at least 1 state has to be measured.")
     started = time.perf_counter()
     log = EventLog(lambda event: tell(event.text) if isinstance(event, Note) else None)
     process = this_process()
@@ -85,7 +88,7 @@ def make_curvature(
     tensors |= {f"{key}.{COLUMNS}": columns for key, (_, columns) in found.items()}
     labels = "data" if by_data else "model"
     facts = {MARK: VERSION, "model": session.model.name, "states": str(count), "labels": labels}
-    path = write_lora(Path(out).expanduser(), tensors, {**facts, "prediction": session.model.schedule.prediction})
+    path = write_lora(out, tensors, {**facts, "prediction": session.model.schedule.prediction})
     return CurvatureReport(path, count, len(found), time.perf_counter() - started)
 
 
