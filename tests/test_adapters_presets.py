@@ -1,5 +1,5 @@
-"""Every shipped preset of an adapter type or a start runs on a tiny model: its file has the type's tensors and moves every
-layer it names.
+"""Every shipped preset of an adapter type or a start runs on a tiny model: its file has the type's tensors and moves
+every layer it names.
 """
 from __future__ import annotations
 
