@@ -21,7 +21,7 @@ EVERYWHERE = {
     "test_params_family", "test_params_fuzz", "test_params_load", "test_params_presets", "test_params_rules",
     "test_params_traintrain",
     "test_params_views", "test_readme", "test_recipes", "test_schedulers", "test_stages_abm", "test_stages_lalora",
-    "test_stages_prior", "test_tools_bench",
+    "test_stages_prior", "test_tools_bench", "test_types",
 }  # fmt: skip
 
 
