@@ -177,14 +177,8 @@ def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
 
 RATE, FIRST, LATER, PLAIN = 5e-4, 4e-3, 4e-3, 4e-3
 """Learning rates on the small model: ADDifT, both passes of Difference, LoRA."""
-SMALL: Mapping[str, object] = {
-    "train_iterations": 240, "train_batch_size": 4, "diff_strength": 1, "network_type": "c3lier",
-    "network_name_filter": "*resnets*", "train_min_timesteps": 0, "train_loss_weighting": "velocity",
-    "train_learning_rate": RATE,
-}  # fmt: skip
-"""What ADDifT's settings here differ in from the shipped presets, which are made for full-size models: the exaggeration
-of a strength of 0.25 breaks this model's pictures; what is learned has to end where little noise is left, for which it
-needs layers that see the timestep; and attention makes other colours of it (docs/modes.md)."""
+SMALL: Mapping[str, object] = {"train_batch_size": 4, "train_learning_rate": RATE}
+"""What ADDifT's settings here differ in from the shipped preset, which is made for full-size models."""
 ALL, TIME = "*", "*time_emb_proj"
 """Other layers: everything, and what sees the timestep alone."""
 ORDINARY = 150
@@ -212,7 +206,7 @@ def one_pair(task: Task, folder: Path) -> dict[str, object]:
 
 def addift(task: Task, folder: Path, **changes: object) -> dict[str, object]:
     """The job of ADDifT on one pair."""
-    job = preset("ADDifT_Action_SD1.5", **{**SMALL, **changes})
+    job = preset("ADDifT_Background", **{**SMALL, **changes})
     return {**job, **one_pair(task, folder)}
 
 
@@ -224,7 +218,7 @@ def folder_of(path: Path) -> dict[str, object]:
 
 def multi(folder: Path, **changes: object) -> dict[str, object]:
     """The job of Multi-ADDifT, of ADDifT's settings."""
-    return {**preset("ADDifT_Action_SD1.5", **{**SMALL, **changes}), **folder_of(folder),
+    return {**preset("ADDifT_Background", **{**SMALL, **changes}), **folder_of(folder),
             "mode": "Multi-ADDifT", "diff_target_name": SUFFIX}  # fmt: skip
 
 
