@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -74,6 +75,32 @@ def test_a_folder_without_state_is_refused(case, tmp_path):
         read_job(tmp_path)
     with pytest.raises(TrainingError, match="state"):
         case.run(resume=tmp_path, save_lora_name="nostate")
+
+
+def test_the_job_of_a_run_is_replaced_as_a_whole(case, monkeypatch):
+    """A power cut while a run is being resumed leaves the job it has; one that is damaged is named."""
+    control = Control()
+
+    def stop(event):
+        if isinstance(event, Step):
+            control.stop()
+
+    changes = {"save_lora_name": "cut", "train_iterations": 4, "train_state_every": 1}
+    folder = case.run(stop, control=control, **changes).folder
+    before, replace = (folder / "job.json").read_bytes(), os.replace
+
+    def cut(source, target):
+        if Path(target).name == "job.json":
+            raise InterruptedError
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr("os.replace", cut)
+        case.run(resume=folder, **changes)
+    assert (folder / "job.json").read_bytes() == before and read_job(folder) == case.job(**changes)
+    (folder / "job.json").write_bytes(before[:40])
+    with pytest.raises(JobError, match=r"job\.json.*is not JSON"):
+        read_job(folder)
 
 
 @pytest.mark.everywhere

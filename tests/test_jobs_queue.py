@@ -236,8 +236,9 @@ def test_closing_ends_the_run_so_that_it_is_offered_again(tmp_path: Path) -> Non
     until(lambda: gate.ran)
     assert queue.close(60)
     assert names(tuple(gate.ran)) == ["a"]
-    with pytest.raises(QueueError, match="ending"):
-        queue.go()
+    for asked in (queue.go, lambda: queue.start(job("c")), lambda: queue.run_now(b.id), lambda: queue.resume(a.id)):
+        with pytest.raises(QueueError, match="ending"):
+            asked()
     again, _ = make(tmp_path, gate)
     assert names(again.resume_offer()) == ["a"] and names(again.waiting()) == ["b"]
     assert (again.get(a.id).state, again.position(b.id), again.going) == ("interrupted", 1, False)

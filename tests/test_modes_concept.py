@@ -36,9 +36,6 @@ ILECO = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("no_estimate")
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return engine_case.make(tmp_path_factory.mktemp("concept"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ..models.load import load_model
 from ..optim.optimizers import evaluating
 from ..params import core
 from ..params.codec import load
+from ..params.files import read_json, write_json
 from ..params.job import Job
 from ..places import Places
 from . import arguments
@@ -74,12 +74,12 @@ class Request:
 
 def read_job(folder: Path) -> Job:
     """The job a run folder was started with; what it needed to begin may be gone. Raises TrainingError when it is not
-    a run folder.
+    a run folder, JobError when its job is damaged.
     """
     path = folder / JOB_FILE
     if not path.is_file():
         raise TrainingError(f"{folder} is not a run folder: it has no {JOB_FILE}. Run folders are below logs/<date>/.")
-    return load(json.loads(path.read_text(encoding="utf-8")), catalogue(), complete=False).job
+    return load(read_json(path), catalogue(), complete=False).job
 
 
 def run(request: Request, log: EventLog, control: Control | None = None) -> Result:
@@ -190,12 +190,9 @@ def load_base(job: Job, places: Places, process: Process, log: EventLog) -> Mode
 def _open_folder(job: Job, places: Places, folder: Path) -> None:
     """Make the run folder with the job in it, and the settings JSON when the job asks for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(job.to_dict(full=True), indent=2, ensure_ascii=False)
-    (folder / JOB_FILE).write_text(text, encoding="utf-8")
+    write_json(folder / JOB_FILE, job.to_dict(full=True))  # as a whole: a run that goes on needs the one it has
     if job[core.Save].save_as_json:
-        settings = places.json / folder.parent.name / f"{folder.name}.json"
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(text, encoding="utf-8")
+        write_json(places.json / folder.parent.name / f"{folder.name}.json", job.to_dict(full=True))
 
 
 @contextlib.contextmanager

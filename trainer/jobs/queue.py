@@ -79,8 +79,11 @@ class Queue(Listing):
     # ---------------------------------------------------------------- running
 
     def start(self, job: Mapping[str, object]) -> Entry:
-        """Start a job now, before those that wait; when one is running, put it at the end. Raises JobError."""
+        """Start a job now, before those that wait; when one is running, put it at the end. Raises JobError, and
+        QueueError when the program is ending.
+        """
         with self._lock:
+            self._refuse_ending()
             entry = self.add(job, first=self.running() is None)
             self.go()
             return self.get(entry.id)
@@ -88,8 +91,7 @@ class Queue(Listing):
     def go(self) -> None:
         """Work off what waits. Raises QueueError when the program is ending."""
         with self._lock:
-            if self._closing:
-                raise QueueError("The program is ending.")
+            self._refuse_ending()
             self._going = True
             if self._thread is None and self._begin_next():  # here: whoever started it finds it running
                 self._thread = threading.Thread(target=self._work, name="atelier-queue", daemon=True)
@@ -104,6 +106,7 @@ class Queue(Listing):
     def run_now(self, identity: str) -> Entry:
         """Make a waiting job the next one and work off the queue. Raises QueueError when it does not wait."""
         with self._lock:
+            self._refuse_ending()
             self.move(identity, 0)
             self.go()
             return self.get(identity)
@@ -113,6 +116,7 @@ class Queue(Listing):
         state, JobError when its name is taken meanwhile.
         """
         with self._lock:
+            self._refuse_ending()
             entry = self.get(identity)
             if not self.can_resume(entry):
                 raise QueueError(f"{entry.name} ({entry.state}) cannot go on: it has no state. Start it anew.")
@@ -155,6 +159,11 @@ class Queue(Listing):
         if thread is not None:
             thread.join(timeout)
         return thread is None or not thread.is_alive()
+
+    def _refuse_ending(self) -> None:
+        """Before anything is changed: what is asked for now would not be done."""
+        if self._closing:
+            raise QueueError("The program is ending.")
 
     # ---------------------------------------------------------------- the thread
 

@@ -162,7 +162,7 @@ def solve(
     edited = torch.stack([reader.rows(originals[line])[position] for line, position, _ in spots])
     wanted = torch.stack([reader.rows(targets[line])[position] for line, _, position in spots])
     ridge = own.instant_ridge * float(edited.square().sum(1).mean())
-    changed = {own for own, other in zip(originals, targets, strict=True) if own != other}
+    changed = {old for old, new in zip(originals, targets, strict=True) if old != new}
     still = [prompt for prompt in dict.fromkeys(("", *targets)) if prompt not in changed]  # in a swap none stays
     first = torch.cat([reader.rows(prompt) for prompt in still])
     others = torch.cat([reader.rows(prompt) for prompt in prompts]) if prompts else first[:0]
