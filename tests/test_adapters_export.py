@@ -1,12 +1,15 @@
 """The form of a file: exact where it can be, the best plain LoRA where it is asked for, the own one otherwise."""
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from adapter_layers import layers, merged, network, shake
 
 from trainer.adapters.base import AdapterSpec
+from trainer.adapters.dora import DoraOptions
 from trainer.adapters.export import ExportSettings, export_network
 from trainer.adapters.metadata import FileFacts, build_metadata
 
@@ -90,3 +93,17 @@ def test_native_is_native_and_a_smaller_rank_beyond_the_limit_is_not_taken() -> 
     kept = export_network(lora, torch.float32, 1.0, ExportSettings("auto", rank=1))
     assert set(kept.tensors) == set(lora.export()) and "Raise export_rank" in kept.message
     assert "not every WebUI" not in kept.message
+
+
+@pytest.mark.parametrize(("axis", "shape"), [("input", (1, 12)), ("output", (8, 1))])
+def test_the_axis_of_dora_stands_in_the_shape_and_in_the_metadata(axis, shape) -> None:
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # 12 inputs, 8 outputs
+    own = {DoraOptions: DoraOptions(use_dora=True, network_dora_axis=axis)}
+    net = network(layers(), AdapterSpec("lierla", rank=4, alpha=6.0, options=own)).eval()
+    shake(net)
+    native = export_network(net, torch.float32, 1.0, ExportSettings("native"))
+    assert native.tensors[f"{key}.dora_scale"].shape == shape
+    noted = json.loads(build_metadata(FileFacts(name="a", **native.facts), "minimal")["ss_network_args"])
+    assert (noted["dora_wd"], noted["wd_on_output"]) == ("True", str(axis == "output"))
+    plain = export_network(net, torch.float32, 1.0, ExportSettings("lora"))
+    assert not {"dora_wd", "wd_on_output"} & set(plain.facts["network_args"])

@@ -33,6 +33,11 @@ class DoraOptions:
         " each output, as PEFT and newer LyCORIS files have it.", "option", needs="dora_axis", choices=AXES)
 
 
+def axis_args(spec: AdapterSpec) -> dict[str, str]:
+    """What the metadata of a file with lengths says of them, under LyCORIS's names."""
+    return {"dora_wd": "True", "wd_on_output": str(spec[DoraOptions].network_dora_axis == "output")}
+
+
 class Decomposed(Adapter):
     """Put before a type with a ΔW of its own (here V), this makes W′ = m ⊙ (W + V) / ‖W + V‖ of it, when asked.
 

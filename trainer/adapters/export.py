@@ -16,6 +16,7 @@ from ..params.field import ModeInfo
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import ADAPTERS, Adapter
+from .dora import MAGNITUDE, axis_args
 from .lora import ALPHA, DOWN, UP, Lora
 from .network import Network
 
@@ -171,7 +172,10 @@ def _as_it_is(
 ) -> Exported:
     tensors = network.export(dtype, strength)
     form = "lora" if all(name.endswith(Lora.file_tensors) for name in tensors) else "native"
-    return Exported(tensors, {**network.file_facts(), "export": _noted(network, form, error)}, form, error, message)
+    facts: dict[str, Any] = {**network.file_facts(), "export": _noted(network, form, error)}
+    if any(name.endswith(MAGNITUDE) for name in tensors):
+        facts["network_args"] = {**facts["network_args"], **axis_args(network.spec)}
+    return Exported(tensors, facts, form, error, message)
 
 
 def _lora_facts(network: Network, settings: ExportSettings, error: float) -> dict[str, Any]:
