@@ -133,7 +133,7 @@ def _scenario(label: str, variant: Variant, common: Mapping[str, object], meter:
         rates=tuple(float(f"{shipped * factor:.2g}") for factor in LADDER),
         goals=(Goal("asked", low=GOAL), Goal("worst fall", high=0.05)),
         widen=2,
-        unit={**plain, "train_iterations": 20, "save_per_steps": 0, "save_lora_name": "unit", "train_seed": 0},
+        unit={**plain, "train_iterations": 20, "save_per_steps": 0, "train_seed": 0},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +167,8 @@ class Runner:
     def _unit_of(self, scenario: Scenario) -> float:
         """CPU seconds per step of the scenario's unit job, found anew when the variant changes."""
         if scenario.unit is not None and self._unit[0] != scenario.variant:
-            trace, job = Trace(), self._job({**scenario.unit, "save_overwrite": True})
+            own = {"save_overwrite": True, "save_lora_name": f"unit-{os.getpid()}"}
+            trace, job = Trace(), self._job({**scenario.unit, **own})
             run(Request(job, self._places(), model=self._base_model()), EventLog(trace))
             self._unit = (scenario.variant, trace.step_seconds)
         return self._unit[1] if scenario.unit is not None else 0.0

@@ -43,9 +43,12 @@ def summaries(chosen: Chosen, runner: Runner, quick: bool, workers: int) -> Iter
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (chosen,)) as pool:
         filled = [pool.submit(_fill, number, quick) for number in range(len(scenarios))]
-        for scenario, done in zip(scenarios, filled, strict=True):
-            done.result()
-            yield from runner.summaries([scenario], quick)
+        try:
+            for scenario, done in zip(scenarios, filled, strict=True):
+                done.result()
+                yield from runner.summaries([scenario], quick)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # broken off, nothing new is begun
 
 
 _WORKER: list[tuple[Sequence[Scenario], Runner]] = []
