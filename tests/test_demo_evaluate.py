@@ -108,6 +108,8 @@ def test_tables_and_marks(tmp_path):
     summary = Summary(scenario, results[:1], results)
     assert "| a variant | 0.2 | 0.42 (0.41–0.43) ✗ | – ✗ |" in markdown([summary])
     assert "| **0.2** | 0.41 |" in sweeps([summary])
+    sometimes = (*results[:2], Result(0.2, 3, {"good": math.inf, "bad": math.inf}))
+    assert "| – (0.41 to –) | – ✗ |" in markdown([Summary(scenario, results[:1], sometimes)])
     assert json.loads(json.dumps(summary.line(), allow_nan=False))["figures"]["bad"] is None
     assert number(1234.5) == "1234" and number(0.01234) == "0.0123"
 

@@ -45,7 +45,8 @@ def _row(summary: Summary, names: Sequence[str]) -> str:
             continue
         low, high = summary.reach(name)
         middle = number(summary.mean(name))
-        spread = "" if number(low) == number(high) else f" ({number(low)}–{number(high)})"
+        between = "–" if math.isfinite(high) else " to "
+        spread = "" if number(low) == number(high) else f" ({number(low)}{between}{number(high)})"
         missed = any(goal.figure == name and not goal.met(summary.mean(name)) for goal in summary.scenario.goals)
         cells.append(f"{middle}{spread}{' ✗' if missed else ''}")
     rate = f"{summary.best[0].rate:g}" if summary.best[0].rate else "–"
