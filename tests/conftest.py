@@ -15,7 +15,7 @@ EVERYWHERE = {
     "test_adapters_lowrank", "test_adapters_null", "test_adapters_options", "test_adapters_presets",
     "test_adapters_types", "test_adapters_universal", "test_architecture", "test_data_buckets", "test_data_cache",
     "test_data_dataset", "test_data_plan", "test_data_scan", "test_demo_effect", "test_demo_evaluate",
-    "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_trackers",
+    "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_resume", "test_engine_trackers",
     "test_jobs_live", "test_jobs_queue", "test_jobs_store", "test_launch", "test_maths", "test_modes_addift",
     "test_modes_concept", "test_modes_difference", "test_modes_table", "test_modes_traintrain", "test_optim",
     "test_params_family", "test_params_fuzz", "test_params_load", "test_params_presets", "test_params_rules",
