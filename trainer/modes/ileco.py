@@ -22,7 +22,7 @@ from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import MODES, Batch, Kit, Mode, Preparation, Settings
-from .prompts import RULES, of_the_seed, prompt_pairs, unrelated
+from .prompts import RULES, of_the_seed, prompt_pairs, unrelated, written_lines
 
 ANCHORS = ("", "a photo", "a painting", "a person", "an animal", "a landscape", "a building", "an object")
 ROLLOUTS = (8, 13, 10, 17, 9, 15, 11, 20)
@@ -53,7 +53,7 @@ class ILecoParams:
 
 def own_anchors(settings: Settings) -> tuple[str, ...]:
     """The lines of ileco_anchors."""
-    return tuple(line.strip() for line in settings[ILecoParams].ileco_anchors.splitlines() if line.strip())
+    return written_lines(settings[ILecoParams].ileco_anchors)
 
 
 def held_and_changed(job: Job, mode: ModeInfo) -> str:

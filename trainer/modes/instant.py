@@ -23,7 +23,7 @@ from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import MODES, Batch, Kit, Mode, Preparation, Settings
-from .prompts import RULES, prompt_pairs, unrelated
+from .prompts import RULES, prompt_pairs, unrelated, written_lines
 
 PRESERVED = (
     "a photo", "a painting", "a person", "a man", "a woman", "a child", "a face", "an animal", "a cat", "a dog",
@@ -56,7 +56,7 @@ def preserved(settings: Settings, originals: Iterable[str]) -> tuple[str, ...]:
     """The prompts to preserve beside targets and the empty prompt; of the built-in ones those that share no word with
     what is edited.
     """
-    given = tuple(line.strip() for line in settings[InstantParams].instant_preserve.splitlines() if line.strip())
+    given = written_lines(settings[InstantParams].instant_preserve)
     return given or unrelated(PRESERVED, originals)
 
 

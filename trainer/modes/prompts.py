@@ -32,6 +32,11 @@ def _lines(text: str, wanted: int = 1) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def written_lines(text: str) -> tuple[str, ...]:
+    """The prompts of a field that is a list of them, without its empty lines."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
 def unrelated(prompts: Iterable[str], originals: Iterable[str]) -> tuple[str, ...]:
     """Those of a built-in list that share no word with what is to change, articles aside."""
     words = {word for original in originals for word in re.findall(r"\w+", original.lower())} - {"a", "an"}

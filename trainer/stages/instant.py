@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from ..modes.base import Settings
-from ..modes.ileco import ILecoParams
+from ..modes.ileco import own_anchors
 from ..modes.instant import InstantParams, install, preserved, solve
 from ..modes.prompts import prompt_pairs
 from ..params.core import Task
@@ -48,7 +48,7 @@ class InstantStart(Stage):
 
     def prompts(self) -> tuple[str, ...]:
         """What is preserved: the own list, else iLECO's anchors, else the built-in one."""
-        anchors = tuple(line.strip() for line in self.settings[ILecoParams].ileco_anchors.splitlines() if line.strip())
+        anchors = own_anchors(self.settings)
         if anchors and not self.settings[InstantParams].instant_preserve.strip():
             return ("", *anchors)
         return ("", *preserved(self.settings, prompt_pairs(self.settings)[0]))

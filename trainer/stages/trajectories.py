@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..maths import rng
+from ..modes.prompts import written_lines
 from .base import Preparation
 
 GENERIC = (
@@ -41,7 +42,7 @@ class State:
 
 def lines(text: str) -> tuple[str, ...]:
     """The prompts of a field with one prompt per line; the generic ones when it is empty."""
-    return tuple(line.strip() for line in text.splitlines() if line.strip()) or GENERIC
+    return written_lines(text) or GENERIC
 
 
 @torch.no_grad()
