@@ -130,7 +130,7 @@ def test_a_start_reports_itself_and_writes_twice_the_rank(case, model) -> None:
 
 @pytest.mark.parametrize("changes", [
     {"network_init": "pissa"}, {"network_type": "c3lier", "network_tucker": True}, {"network_type": "null"},
-    {"network_type": "universal", "use_dora": True},
+    {"network_type": "universal", "use_dora": True}, {"network_timestep_rank": 1},
 ], ids=str)
 def test_a_written_file_is_put_back_whatever_it_was_made_of(case, model, changes) -> None:
     settings = {**SHORT, "save_lora_name": "back", **changes}
