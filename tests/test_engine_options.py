@@ -179,6 +179,31 @@ def test_a_file_of_another_program_is_trained_further(case, model, tmp_path, pro
     assert further.keys() == tensors.keys() and any(not torch.equal(further[key], tensors[key]) for key in tensors)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("blocks, ends_at", [([f"OUT{n:02}" for n in range(12)], "up"), (["IN01", "OUT00"], "down")])
+def test_the_backward_pass_ends_at_the_first_trained_block(case, model, blocks, ends_at, checkpointing) -> None:
+    """What no gradient flows through is known while the UNet predicts: its outputs ask for none."""
+    unet = model.unet
+    parts = {"conv_in": [unet.conv_in], "down": unet.down_blocks, "mid": [unet.mid_block], "up": unet.up_blocks}
+    asking = {name: set() for name in parts}
+
+    def listen(name: str):
+        def heard(_, __, out) -> None:
+            asking[name].add((out[0] if isinstance(out, tuple) else out).requires_grad)
+
+        return heard
+
+    hooks = [module.register_forward_hook(listen(name)) for name, modules in parts.items() for module in modules]
+    try:
+        own = {"network_blocks(BASE = TextEncoder)": blocks, "network_targets": "unet"}
+        carry_out(case, model, "out", **own, use_gradient_checkpointing=checkpointing)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    free = list(parts)[: list(parts).index(ends_at)]
+    assert all(asking[name] == {False} for name in free) and True in asking[ends_at]
+
+
 def test_every_layer_left_out_of_a_step_is_a_step_without_change(case, model) -> None:
     """One layer and a chance of 0.95: most steps have nothing to differentiate."""
     alone = {"network_module_dropout": 0.95, "network_name_filter": "*mid*attn2_to_q"}
