@@ -22,6 +22,7 @@ from trainer.demo.evaluate.trace import Trace, step_seconds
 from trainer.demo.evaluate.workers import Chosen
 from trainer.demo.measure import Rate
 from trainer.engine.catalogue import catalogue
+from trainer.errors import DivergedError
 from trainer.events import EventLog, Note, Preflight
 from trainer.models.layers import BLOCKS, layers_of
 from trainer.models.load import load_model
@@ -57,6 +58,27 @@ def test_the_best_rate_of_the_sweep_gets_all_seeds(tmp_path):
     assert summary.mean("good") == pytest.approx(0.98) and summary.reach("bad") == (0.01, 0.03)
     assert summary.line()["goals_met"] == {"good": True, "bad": True}
     assert summary.interval("good") == Rate(99 + 98 + 97, 300).interval
+
+
+def test_a_rate_at_which_the_loss_breaks_is_the_worst_of_the_sweep(tmp_path):
+    class Breaking(Counted):
+        def _measured(self, scenario, raw):
+            if raw["train_learning_rate"] > limit:
+                raise DivergedError("The loss became nan at step 3.")
+            return super()._measured(scenario, raw)
+
+    notes, limit = [], 0.3
+    runner = Breaking(tmp_path, EventLog(lambda event: notes.append(event.text)))
+    (summary,) = runner.summaries([a_scenario()], quick=False)
+    assert [bool(result.figures) for result in summary.sweep] == [True, True, False]
+    assert {result.rate for result in summary.best} == {0.2} and summary.line()["goals_met"]["good"]
+    assert "| 0.4 | – | the loss broke |" in sweeps([summary]) and "The loss became nan at step 3." in notes
+    again = Counted(tmp_path, EventLog())
+    (kept,) = again.summaries([a_scenario()], quick=False)
+    assert [result.figures for result in kept.sweep] == [result.figures for result in summary.sweep] and not again.calls
+    limit = 0
+    (broken,) = Breaking(tmp_path / "all", EventLog()).summaries([a_scenario()], quick=False)
+    assert broken.line()["goals_met"] == {"good": False, "bad": False} and "| a variant | 0.4 |" in markdown([broken])
 
 
 def test_nothing_is_measured_twice_and_another_job_is(tmp_path):

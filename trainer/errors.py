@@ -74,6 +74,10 @@ class TrainingError(AtelierError):
     """A run that had to stop: non-finite loss, lost state, full disk."""
 
 
+class DivergedError(TrainingError):
+    """A loss that is no longer a number: the learning rate was too high, or the precision too low."""
+
+
 class MissingPackageError(AtelierError):
     """An optional package is not installed; names the setting, the package and the command."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import DivergedError
 from ..events import EventLog, Step
 from ..optim.optimizers import rates as optimizer_rates
 from .control import Control
@@ -81,7 +81,7 @@ def optimizer_step(session: Session, plateau: float | None) -> Tensor:
 
 
 def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing, hooks: Hooks) -> None:
-    """Run optimizer steps from `session.step` to the end or to a stop. Raises TrainingError when the loss breaks."""
+    """Run optimizer steps from `session.step` to the end or to a stop. Raises DivergedError when the loss breaks."""
     limits = session.limits
     while session.step < limits.total_steps and not control.stopping:
         rates = tuple(optimizer_rates(session.optimizer).values())
@@ -101,14 +101,14 @@ def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing,
 
 
 def tell(session: Session, ring: LossRing, log: EventLog) -> None:
-    """Read the pending losses and tell them. Raises TrainingError at the first that is not finite."""
+    """Read the pending losses and tell them. Raises DivergedError at the first that is not finite."""
     readings, seconds = ring.read()
     per_step = seconds / max(len(readings), 1)
     limits = session.limits
     for reading in readings:
         if not math.isfinite(reading.loss):
             rate = max(reading.rates, default=0.0)
-            raise TrainingError(_NOT_FINITE.format(loss=reading.loss, step=reading.step, rate=rate))
+            raise DivergedError(_NOT_FINITE.format(loss=reading.loss, step=reading.step, rate=rate))
         log.tell(
             Step(
                 step=reading.step,

@@ -16,6 +16,7 @@ from ...adapters.network import Network
 from ...engine.catalogue import catalogue
 from ...engine.reload import written_network
 from ...engine.run import Request, run
+from ...errors import DivergedError
 from ...events import EventLog
 from ...models.load import load_model
 from ...params.codec import load
@@ -30,7 +31,9 @@ SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Result:
-    """What one job of a scenario gave. `figures` are plain numbers; `counts` the hits and trials behind the shares."""
+    """What one job of a scenario gave. `figures` are plain numbers; `counts` the hits and trials behind the shares.
+    Without any, the loss broke.
+    """
 
     rate: float
     seed: int
@@ -48,16 +51,16 @@ class Summary:
 
     def mean(self, figure: str) -> float:
         """Mean over the seeds at the best rate."""
-        return mean(result.figures[figure] for result in self.best)
+        return mean(result.figures.get(figure, math.nan) for result in self.best)
 
     def reach(self, figure: str) -> tuple[float, float]:
         """Smallest and largest over the seeds at the best rate."""
-        values = [result.figures[figure] for result in self.best]
+        values = [result.figures.get(figure, math.nan) for result in self.best]
         return min(values), max(values)
 
     def interval(self, figure: str) -> tuple[float, float]:
         """The 95 % interval of a share over the pictures of all seeds."""
-        hits, trials = (sum(result.counts[figure][n] for result in self.best) for n in (0, 1))
+        hits, trials = (sum(result.counts.get(figure, (0, 0))[n] for result in self.best) for n in (0, 1))
         return Rate(hits, trials).interval
 
     def line(self) -> dict[str, object]:
@@ -113,14 +116,20 @@ class Runner:
         return Summary(scenario, tuple(sorted(sweep, key=lambda result: result.rate)), (best, *others))
 
     def result(self, scenario: Scenario, rate: float, job: dict[str, object]) -> Result:
-        """The figures of one job, measured now or remembered from the same job on the same base model."""
+        """The figures of one job, measured now or remembered from the same job on the same base model; none where the
+        loss broke.
+        """
         name = self._name(scenario, job)
         path = self._folder / "results" / f"{name}.json"
         if path.is_file():
             kept = json.loads(path.read_text(encoding="utf-8"))
             return Result(rate, kept["seed"], kept["figures"], kept["counts"])
         self._log.note(f"{scenario.task}, {scenario.variant}: rate {rate:g}, seed {job['train_seed']}")
-        figures = self._measured(scenario, {**job, "save_lora_name": name, "save_overwrite": True})
+        try:
+            figures = self._measured(scenario, {**job, "save_lora_name": name, "save_overwrite": True})
+        except DivergedError as error:
+            self._log.note(str(error))
+            figures = {}
         plain = {key: value.value if isinstance(value, Rate) else float(value) for key, value in figures.items()}
         counts = {key: (value.hits, value.trials) for key, value in figures.items() if isinstance(value, Rate)}
         result = Result(rate, int(str(job["train_seed"])), plain, counts)
@@ -192,7 +201,7 @@ class Runner:
 
 def _best(scenario: Scenario, results: Sequence[Result]) -> Result:
     """The result of the highest value; of equal ones, the one of the highest rate."""
-    return max(results, key=lambda result: (scenario.value(result.figures), result.rate))
+    return max(results, key=lambda result: (scenario.worth(result.figures), result.rate))
 
 
 def beyond(best: float, rates: Sequence[float]) -> float | None:

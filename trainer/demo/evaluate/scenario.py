@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,10 @@ class Scenario:
     def rate(self) -> float:
         """The shipped learning rate."""
         return float(str(self._learned().get("train_learning_rate", 0.0)))
+
+    def worth(self, figures: Mapping[str, float]) -> float:
+        """How good a result is; one without figures, of a run whose loss broke, is worse than any."""
+        return self.value(figures) if figures else -math.inf
 
     def jobs(self, seed: int, rates: tuple[float, ...]) -> Iterator[tuple[float, dict[str, object]]]:
         """Pairs of learning rate and complete job for one seed."""

@@ -27,8 +27,8 @@ def sweeps(summaries: Sequence[Summary]) -> str:
     lines = ["| task | variant | rate | value | figures |", "|---|---|---|---|---|"]
     for summary in summaries:
         for result in summary.sweep:
-            value = summary.scenario.value(result.figures)
-            figures = ", ".join(f"{name} {number(result.figures[name])}" for name in result.figures)
+            value = summary.scenario.worth(result.figures)
+            figures = ", ".join(f"{name} {number(found)}" for name, found in result.figures.items()) or "the loss broke"
             best = "**" if result.rate == summary.best[0].rate else ""
             lines.append(
                 f"| {summary.scenario.task} | {summary.scenario.variant} | {best}{result.rate:g}{best} "
