@@ -65,7 +65,7 @@ def test_all_that_learns_by_steps_is_swept_or_a_variant_of_what_is(suite):
 
 
 def test_the_swept_rate_of_difference_is_the_second_pass(suite):
-    (scenario,) = [one for one in suite if one.job["mode"] == "Difference"]
+    scenario = next(one for one in suite if one.job["mode"] == "Difference")
     ((_, raw),) = scenario.jobs(2, (0.0123,))
     first, second = plan_passes(load({"format": 1, "model": "demo", **raw}, catalogue()).job)
     assert second.job[Train].train_learning_rate == 0.0123 != first.job[Train].train_learning_rate
@@ -73,7 +73,9 @@ def test_the_swept_rate_of_difference_is_the_second_pass(suite):
 
 
 def test_the_two_pictures_of_a_pair_differ_in_one_attribute(folder, suite):
-    for name, task in (("one", pairs.BACKGROUND), ("eight", pairs.BACKGROUND), ("grown", pairs.SIZE)):
+    for name, task in (
+        ("one", pairs.BACKGROUND), ("eight", pairs.BACKGROUND), ("grown", pairs.SIZE), ("moved", pairs.SIDE),
+    ):  # fmt: skip
         files = sorted((folder / "pictures" / name).glob("*.png"))
         assert len(files) == 2 * (8 if name == "eight" else 1)
         found = read(np.stack([_pixels(file) for file in files]))
