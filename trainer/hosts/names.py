@@ -37,3 +37,11 @@ def problems_to_error(problems: list[Problem]) -> None:
     """Raise JobError when there is a problem."""
     if problems:
         raise JobError(problems)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths mean one file, through links too; files that are not there are compared by name."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return one == other
