@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from trainer.adapters.base import ADAPTERS
+from trainer.cli.main import main
 from trainer.errors import AtelierError
-from trainer.tools.bench import EVERY_TYPE, SIZES, bench, bench_types, main
+from trainer.tools.bench import EVERY_TYPE, SIZES, bench, bench_types
 
 pytestmark = pytest.mark.newest
 
@@ -68,5 +69,5 @@ def test_the_sizes_have_the_layout_of_sd1() -> None:
 
 def test_an_unknown_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--size", "huge"])
-    assert "small" in capsys.readouterr().err
+        main(["bench", "--size", "small", "huge"])
+    assert "sd15" in capsys.readouterr().err

@@ -72,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="time a training step against PEFT, LyCORIS and the bare UNet")
-    bench.add_argument("--size", default="small", choices=("small", "sd15"))
-    bench.add_argument("--steps", type=int, default=12)
+    bench.add_argument("--size", nargs="+", default=["small"], choices=("small", "sd15"),
+                       help="sizes of the UNet, one after the other: 5.5 M and 860 M parameters")
+    bench.add_argument("--steps", type=int, default=12, help="rounds that count (two more warm up)")
     bench.add_argument("--batch", type=int, default=None, help="samples per step (small: 8, sd15: 1)")
     bench.add_argument("--latents", type=int, default=8, help="side of the square latents")
     bench.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="wall, or CPU seconds of the process")
@@ -212,8 +213,9 @@ def _bench(options: argparse.Namespace) -> int:
     from ..tools.bench import run
 
     types = tuple(name for name in options.types.split(",") if name)
-    report = run(options.size, options.steps, options.batch, options.latents, options.clock, types)
-    print(json.dumps(report, indent=2))
+    for size in options.size:
+        report = run(size, options.steps, options.batch, options.latents, options.clock, types)
+        print(json.dumps(report, indent=2), flush=True)
     return 0
 
 

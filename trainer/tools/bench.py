@@ -6,12 +6,10 @@ the machine does meets all of them. Times are medians; the ratios are medians of
 """
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import fnmatch
 import importlib.util
-import json
 import logging
 import statistics
 import time
@@ -340,21 +338,3 @@ def _summary(rounds: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     }
     result["ours_to_best"] = {name: min(ours) / min(steps) for name, steps in whole.items()}
     return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints the measurement as JSON."""
-    parser = argparse.ArgumentParser(prog="bench", description="Time a training step against PEFT and LyCORIS.")
-    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="small: 5.5 M parameters; sd15: 860 M")
-    parser.add_argument("--steps", type=int, default=20, help="rounds that count (two more warm up)")
-    parser.add_argument("--batch", type=int, default=None, help="samples per step (small: 8, sd15: 1)")
-    parser.add_argument("--latents", type=int, default=8, help="side of the square latents")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="wall, or CPU seconds of this process")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as torch decides)")
-    parser.add_argument("--types", default="", help="types against plain LoRA, as in loha,lokr+use_dora, or all")
-    given = parser.parse_args(argv)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    types = tuple(name for name in given.types.split(",") if name)
-    print(json.dumps(run(given.size, given.steps, given.batch, given.latents, given.clock, types), indent=2))
-    return 0
