@@ -9,14 +9,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adapter_layers import input_of, layers, network, with_weight
+from adapter_layers import BLOCKS, PARTS, input_of, layers, network, with_weight
 from test_adapters_contract import SPECS
 from torch import Tensor
 
 from trainer.adapters.base import ADAPTERS, AdapterSpec
 from trainer.adapters.dylora import DyloraOptions
 from trainer.adapters.file import read_lora, write_lora
+from trainer.adapters.lokr import LokrOptions
+from trainer.adapters.network import build_network
 from trainer.adapters.timesteps import TimestepOptions
+from trainer.adapters.tucker import TuckerOptions
 
 Tensors = dict[str, Tensor]
 Merged = tuple[Tensor, Tensor | None]  # the weight, and what is added to the bias
@@ -245,3 +248,19 @@ def test_fewer_ranks_at_noisier_timesteps(name: str) -> None:
             with net.at_timesteps(torch.tensor([0, 750, 999])):
                 want = with_weight(adapter.module, x, bare + adapter.delta())
                 torch.testing.assert_close(adapter.module(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["network_decompose_both", "network_tucker"])
+@pytest.mark.parametrize("rank, full, idle", [(1, False, False), (16, False, True), (1, True, True)])
+def test_lokr_tells_of_options_without_effect(option: str, rank: int, full: bool, idle: bool) -> None:
+    lokr = LokrOptions(network_factor=4, network_full_matrix=full)
+    plain = AdapterSpec("lokr", rank, options={LokrOptions: lokr})
+    section = TuckerOptions if option == "network_tucker" else LokrOptions
+    changed = {**plain.options, section: dataclasses.replace(plain[section], **{option: True})}
+    lines: list[str] = []
+    shapes = []
+    for spec in (plain, dataclasses.replace(plain, options=changed)):
+        built = build_network(layers(), spec, BLOCKS, "Full", PARTS, torch.Generator().manual_seed(0), lines.append)
+        shapes.append({name: value.shape for name, value in built.state_dict().items()})
+    assert (shapes[0] == shapes[1]) is idle
+    assert [line.split()[0] for line in lines] == ([option] if idle else [])

@@ -21,6 +21,7 @@ from trainer.demo.evaluate.table import insert, markdown, number, sweeps
 from trainer.demo.evaluate.trace import Trace, step_seconds
 from trainer.demo.evaluate.workers import Chosen
 from trainer.demo.measure import Rate
+from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
 from trainer.errors import DivergedError
 from trainer.events import EventLog, Note, Preflight
@@ -163,6 +164,16 @@ def test_every_adapter_scenario_is_a_job_that_loads(tmp_path):
         assert len(scenario.rates) == 5 and scenario.rate in scenario.rates
         job = load({**scenario.job, "model": "demo", "lora_data_directory": str(BASE_PICTURES)}, catalogue()).job
         assert not [line for line in job.unknown]
+
+
+def test_no_option_of_lokr_is_without_effect_on_these_layers(tmp_path):
+    model, told = load_model(BASE_MODEL), []
+    own = [scenario.job for scenario in scenarios(tmp_path) if scenario.job["network_type"] == "lokr"]
+    assert {"network_tucker", "network_decompose_both"} <= {name for job in own for name in job}
+    for raw in own:
+        job = load({**raw, "model": "demo", "lora_data_directory": str(BASE_PICTURES)}, catalogue()).job
+        make_network(job, model, 0, EventLog(lambda event: told.append(event.text)))
+    assert not [line for line in told if "changes nothing" in line]
 
 
 def test_settings_come_from_the_preset_with_ranks_these_layers_hold():

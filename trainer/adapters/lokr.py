@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,22 @@ def factor_pair(size: int, limit: int) -> tuple[int, int]:
     return small, size // small
 
 
+def sizes(layer: LayerLike, spec: AdapterSpec) -> tuple[int, int, int, int]:
+    """(l, m, k, n) of a layer's two matrices."""
+    fan_out, fan_in = layer.module.weight.shape[:2]
+    factor = spec[LokrOptions].network_factor
+    (m, n), (l, k) = factor_pair(fan_in, factor), factor_pair(fan_out, factor)  # noqa: E741
+    return l, m, k, n
+
+
+def low_rank(layer: LayerLike, spec: AdapterSpec) -> tuple[bool, bool]:
+    """Whether the small and the larger matrix are products of two: where the rank is below half of their size."""
+    own, rank = spec[LokrOptions], spec.rank_of(layer.kind, layer.block)
+    fan_l, fan_m, fan_k, fan_n = sizes(layer, spec)
+    small, larger = rank < max(fan_l, fan_m) / 2, rank < max(fan_k, fan_n) / 2
+    return small and own.network_decompose_both and not own.network_full_matrix, larger and not own.network_full_matrix
+
+
 class KroneckerProduct(Direct):
     """ΔW = s·kron(w1, w2), w1 (l, m), w2 (k, n[, kh, kw]); each whole or a product of two. Both whole: s = 1."""
 
@@ -71,27 +87,26 @@ class KroneckerProduct(Direct):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        options, rank = spec[LokrOptions], self.rank
-        fan_out, fan_in, *kernel = layer.module.weight.shape
-        fan_m, fan_n = factor_pair(fan_in, options.network_factor)
-        fan_l, fan_k = factor_pair(fan_out, options.network_factor)
-        whole, area = options.network_full_matrix, math.prod(kernel)
+        rank, kernel = self.rank, layer.module.weight.shape[2:]
+        fan_l, fan_m, fan_k, fan_n = sizes(layer, spec)
+        small, larger = low_rank(layer, spec)
         tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
 
         def drawn(*shape: int) -> nn.Parameter:
             return nn.Parameter(kaiming_down(shape, generator))
 
-        if options.network_decompose_both and not whole and rank < max(fan_l, fan_m) / 2:
+        if small:
             self.lokr_w1_a, self.lokr_w1_b = drawn(fan_l, rank), drawn(rank, fan_m)
         else:
             self.lokr_w1 = drawn(fan_l, fan_m)
-        if whole or rank >= max(fan_k, fan_n) / 2:
+        if not larger:
             self.lokr_w2 = nn.Parameter(torch.zeros(fan_k, fan_n, *kernel))
         elif tucker:
             self.lokr_t2, self.lokr_w2_a = drawn(rank, rank, *kernel), drawn(rank, fan_k)
             self.lokr_w2_b = nn.Parameter(torch.zeros(rank, fan_n))
         else:
-            self.lokr_w2_a, self.lokr_w2_b = drawn(fan_k, rank), nn.Parameter(torch.zeros(rank, fan_n * area))
+            self.lokr_w2_a = drawn(fan_k, rank)
+            self.lokr_w2_b = nn.Parameter(torch.zeros(rank, fan_n * math.prod(kernel)))
         self._piece = (fan_k, fan_n, *kernel)
         if {"lokr_w1", "lokr_w2"} <= set(self._parameters):
             self.alpha, self.scale = float(rank), 1.0
@@ -190,6 +205,21 @@ class Lokr(Decomposed, KroneckerProduct):
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.scalable = not self.decomposed
+
+    @classmethod
+    def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> None:
+        """Tells which option changes nothing, for no layer has a matrix that the rank would split."""
+        small = any(low_rank(layer, spec)[0] for layer in layers)
+        larger = any(low_rank(layer, spec)[1] for layer in layers if is_wide(layer.kind))
+        wanted = {
+            "network_decompose_both": spec[LokrOptions].network_decompose_both and not small,
+            "network_tucker": spec[TuckerOptions].network_tucker and not larger,
+        }
+        for name in (name for name, idle in wanted.items() if idle):
+            tell(
+                f"{name} changes nothing: every matrix that it could split stays whole. It needs a lower rank than"
+                f" {spec.rank}, and not network_full_matrix."
+            )
 
     def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """A Kronecker product whose rows or columns are scaled one by one is none."""

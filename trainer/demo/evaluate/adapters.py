@@ -60,6 +60,8 @@ class Variant:
 
 SAME_LAYERS = {"network_name_filter": "*attentions*"}
 """Plain LoRA's layers alone, for types whose steps on all of them would take a run over its 20 seconds."""
+NARROW = {"network_rank": 2, "network_alpha": 1}
+"""LoKr's matrices are so small here that its preset's rank leaves them whole; at this one they are split."""
 
 VARIANTS: dict[str, Variant] = {
     "lierla (plain LoRA)": Variant(),
@@ -93,9 +95,9 @@ VARIANTS: dict[str, Variant] = {
     "loha + DoRA, plain LoRA's layers": Variant("LoRA_LoHa", {"use_dora": True, **SAME_LAYERS}),
     "loha, tucker": Variant("LoRA_LoHa", {"network_tucker": True}),
     "lokr + DoRA, plain LoRA's layers": Variant("LoRA_LoKr", {"use_dora": True, **SAME_LAYERS}),
-    "lokr, both decomposed": Variant("LoRA_LoKr", {"network_decompose_both": True}),
+    "lokr, both decomposed": Variant("LoRA_LoKr", {"network_decompose_both": True, **NARROW}),
     "lokr, full matrix": Variant("LoRA_LoKr", {"network_full_matrix": True}, faster=20),
-    "lokr, tucker": Variant("LoRA_LoKr", {"network_tucker": True}),
+    "lokr, tucker": Variant("LoRA_LoKr", {"network_tucker": True, **NARROW}),
     "norm": Variant("LoRA_Norm", faster=10),
     "eh": Variant("LoRA_EH", faster=4),
     "boft, plain LoRA's layers": Variant("LoRA_BOFT", SAME_LAYERS, faster=5),
