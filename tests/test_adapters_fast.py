@@ -11,6 +11,7 @@ from adapter_layers import Record, layers, network, shake
 from test_adapters_contract import SPECS
 
 from trainer.adapters.dora import Decomposed
+from trainer.engine.memory import step_bytes
 from trainer.maths.hadamard import thin_pays
 from trainer.maths.kron import kron_inner
 
@@ -44,6 +45,36 @@ def test_the_lengths_that_dora_divides_by_are_those_of_the_sum(name: str) -> Non
         bare, whole = weight.square().sum(over).sqrt(), (weight + plain).square().sum(over).sqrt()
         assert (whole / bare - 1).abs().max() > 0.01
         torch.testing.assert_close(adapter.gain().double(), bare / whole, rtol=1e-5, atol=1e-6)
+
+
+CONVOLVED = sorted(name for name in SPECS if SPECS[name].type in ("c3lier", "loha", "lokr", "oft", "boft", "full"))
+
+
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_a_convolution_wide_enough_for_every_split(name: str) -> None:
+    """The gradient that goes on to the layer before is the dense one's, and a step can be estimated without data.
+
+    Layers of the contract are so narrow that low-rank parts of rank 1 hide in which order a kernel lies in memory.
+    """
+    own = Record(
+        "lora_unet_down_blocks_0_resnets_0_conv1", torch.nn.Conv2d(32, 24, 3, padding=1), "unet", "IN01", "conv3x3",
+        "ResnetBlock2D",
+    )  # fmt: skip
+    own.module.requires_grad_(False)
+    net = network([own], dataclasses.replace(SPECS[name], rank=6 if name == "boft" else 2, conv_rank=0))
+    shake(net)
+    (adapter,) = net
+    x, by = drawn(2, 32, 5, 6).requires_grad_(), drawn(2, 24, 5, 6)
+
+    def loss() -> torch.Tensor:
+        return (own.module(x * 1) * by).sum()
+
+    with net.attached():
+        (found,) = torch.autograd.grad(loss(), x)
+        assert step_bytes([net, own.module], loss) > 0
+    weight = own.module.weight + adapter.delta()
+    (wanted,) = torch.autograd.grad((torch.nn.functional.conv2d(x, weight, padding=1) * by).sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["loha", "loha tucker", "loha dora"])

@@ -24,7 +24,7 @@ def kron_layer(
     x: (B, …, m·n), or (B, m·n, h, w) with the `geometry` (stride, padding, dilation) of a convolution. `weight` None
     leaves W and b out. s is a number, or a tensor (B,) with one for each sample. Only x and the factors are kept.
     """
-    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
+    w1, w2 = w1.to(x.dtype), w2.to(x.dtype).contiguous()  # a kernel in another order would give gradients in that
     if geometry is None:
         y: Tensor = KronLinear.apply(x, weight, bias, w1, w2, scale)
     else:
