@@ -14,6 +14,7 @@ from trainer.adapters.dora import DoraOptions
 from trainer.adapters.eh import EhOptions
 from trainer.adapters.export import ExportSettings, export_network
 from trainer.adapters.file import read_lora, write_lora
+from trainer.adapters.folded import folded
 from trainer.adapters.lokr import LokrOptions
 from trainer.adapters.tucker import TuckerOptions
 from trainer.errors import AdapterError
@@ -96,6 +97,27 @@ def test_forward_is_the_sum_of_weights(spec: AdapterSpec, strength: float) -> No
         for adapter in net:
             x = input_of(adapter.module)
             torch.testing.assert_close(adapter.module(x), expected(adapter, x, strength), rtol=1e-4, atol=1e-5)
+
+
+@every_type
+@pytest.mark.parametrize("strength", [1.0, -1.0])
+def test_folded_into_the_weights_it_does_the_same_and_comes_off_bit_for_bit(spec: AdapterSpec, strength: float) -> None:
+    net = network(layers(), spec).eval()
+    shake(net)
+    before = {adapter.key: copy.deepcopy(adapter.module.state_dict()) for adapter in net}
+    with net.attached(), net.at_strength(strength):
+        wanted = outputs(net)
+        with folded(net, strength):
+            inside = outputs(net)
+        assert all(torch.equal(y, wanted[key]) for key, y in outputs(net).items())
+    with folded(net, strength):
+        unattached = outputs(net)
+    for key, y in wanted.items():
+        torch.testing.assert_close(inside[key], y, rtol=1e-4, atol=1e-5)
+        assert torch.equal(unattached[key], inside[key])
+    for adapter in net:
+        for name, value in adapter.module.state_dict().items():
+            assert torch.equal(value, before[adapter.key][name])
 
 
 @every_type

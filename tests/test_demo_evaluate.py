@@ -16,7 +16,7 @@ from trainer.demo.evaluate import workers
 from trainer.demo.evaluate.adapters import EVERY, SIGNS, STEPS, VARIANTS, Course, Variant, prepare, scenarios, settings
 from trainer.demo.evaluate.forgetting import Drift, Meter, at_success
 from trainer.demo.evaluate.runner import Result, Runner, Summary, beyond
-from trainer.demo.evaluate.scenario import Goal, Scenario
+from trainer.demo.evaluate.scenario import Goal, Scenario, Trained
 from trainer.demo.evaluate.table import insert, markdown, number, sweeps
 from trainer.demo.evaluate.trace import Trace, step_seconds
 from trainer.demo.evaluate.workers import Chosen
@@ -225,33 +225,32 @@ def written(folder, reached):
         def at_strength(self, value):
             yield
 
-    trained = SimpleNamespace(path=folder / "a.safetensors", network=Net(), asked=[])
+    asked = []
 
     def reload(path):
-        trained.asked.append(steps[path])
+        asked.append(steps[path])
         return Net()
 
-    trained.reload = reload
     meter = SimpleNamespace(
         asked_before=lambda _: 0.0,
-        asked=lambda _: Rate(9 if trained.asked[-1] >= reached else 2, 10),
-        drift=lambda _: Drift(trained.asked[-1] / 10, 1.0),
+        asked=lambda _: Rate(9 if asked[-1] >= reached else 2, 10),
+        drift=lambda _: Drift(asked[-1] / 10, 1.0),
     )
-    return meter, trained
+    return meter, Trained(None, Net(), folder / "a.safetensors", folder, STEPS, 0.0, reload=reload), asked
 
 
-@pytest.mark.parametrize("reached", [8, 16, 24, 32])
+@pytest.mark.parametrize("reached", range(EVERY, STEPS + 1, EVERY))
 def test_the_first_file_that_is_half_right_is_found_by_halving(tmp_path, reached):
-    meter, trained = written(tmp_path, reached)
+    meter, trained, asked = written(tmp_path, reached)
     course = Course(meter, trained, {0: (0.0, 0.0), STEPS: (0.9, 4.0)})
-    assert course.steps_to(0.5) == course.steps_to(0.8) == reached and len(trained.asked) == 2
+    assert course.steps_to(0.5) == course.steps_to(0.8) == reached and len(asked) == 2
 
 
 def test_what_the_end_falls_short_of_is_never_reached_and_costs_nothing(tmp_path):
-    meter, trained = written(tmp_path, 8)
+    meter, trained, asked = written(tmp_path, EVERY)
     course = Course(meter, trained, {0: (0.0, 0.0), STEPS: (0.4, 4.0)})
     assert course.steps_to(0.5) == course.drift_at(0.5) == course.seconds_at(math.inf) == math.inf
-    assert not trained.asked
+    assert not asked
 
 
 def test_drift_is_nothing_at_the_start_and_grows_with_what_was_trained():

@@ -84,10 +84,9 @@ class Passes:
 
         `resumed_pass` is the pass at which the run goes on, −1 when it starts.
         """
-        places = self.site.places
         if len(self.plans) == 1:
             self._ready = self._build(self.plans[0], resumed_pass == 0)
-            return report(self._ready, lora_path(self.plans[0].asked, places, self.plans[0].kind.suffix), places.cache)
+            return self._report(self.plans[0], self._ready)
         site = self.site if dry else dataclasses.replace(self.site, log=EventLog(self._stages_only))
         reports, sessions = [], []
         try:
@@ -97,12 +96,17 @@ class Passes:
                 sessions.append(
                     build(plan, self.model, site, self.found, beneath, resumed=known, prepared=False)
                 )
-                reports.append(report(sessions[-1], lora_path(plan.asked, places, plan.kind.suffix), places.cache))
+                reports.append(self._report(plan, sessions[-1]))
         finally:
             for session in reversed(sessions):
                 session.network.eject()
         later = {key: value for key, value in reports[1].items() if value != reports[0][key]}
         return {**reports[0], "writes": reports[-1]["writes"], "second pass": later}
+
+    def _report(self, plan: PassPlan, session: Session) -> dict[str, object]:
+        places = self.site.places
+        remembered = places.cache if self.site.estimates else None
+        return report(session, lora_path(plan.asked, places, plan.kind.suffix), remembered)
 
     def _stages_only(self, event: Event) -> None:
         if isinstance(event, Stage):

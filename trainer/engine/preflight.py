@@ -174,8 +174,11 @@ def _window(path: Path) -> int:
     return int(json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", WINDOW))
 
 
-def report(session: Session, target: Path, cache: Path) -> dict[str, object]:
-    """What the run will do, name → value. Raises AdapterError when a chosen part has no module."""
+def report(session: Session, target: Path, cache: Path | None) -> dict[str, object]:
+    """What the run will do, name → value; the memory it takes as estimated with the help of `cache`, not without one.
+
+    Raises AdapterError when a chosen part has no module.
+    """
     limits, network = session.limits, session.network
     modules = {part: len(adapters) for part, adapters in network.parts().items()}
     if not sum(modules.values()):
@@ -201,6 +204,8 @@ def report(session: Session, target: Path, cache: Path) -> dict[str, object]:
         "seed": session.seed,
         "writes": target.name,
     }
+    if cache is None:
+        return lines
     return {**lines, "estimated memory (MB)": round(estimated_bytes(session, cache) / 2**20)}
 
 

@@ -63,13 +63,16 @@ class Result:
 
 @dataclass
 class Request:
-    """What is asked of `run`. `model` is a loaded model to use in place of the job's; `resume` a run folder."""
+    """What is asked of `run`. `model` is a loaded model to use in place of the job's; `resume` a run folder; without
+    `estimates` the report says nothing of memory and the run begins some seconds earlier.
+    """
 
     job: Job
     places: Places
     model: Model | None = None
     resume: Path | None = None
     dry: bool = False
+    estimates: bool = True
 
 
 def read_job(folder: Path) -> Job:
@@ -113,7 +116,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     saved = read_state(folder) if request.resume else None
     model = request.model or load_base(job, places, process, log)
     cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
-    site = Site(places, process, log, folder, cache, lambda: control.stopping)
+    site = Site(places, process, log, folder, cache, lambda: control.stopping, request.estimates)
     passes = Passes(plan_passes(job), model, site, found, drawn)
     try:
         lines = passes.survey(_resumed_pass(saved), dry=request.dry)

@@ -14,7 +14,9 @@ from .process import Process
 
 @dataclass(frozen=True)
 class Site:
-    """Folders, processes, the log, the run's own folder, the cache its passes share, and whether it is asked to end."""
+    """Folders, processes, the log, the run's own folder, the cache its passes share, whether it is asked to end, and
+    whether it estimates its memory.
+    """
 
     places: Places
     process: Process
@@ -22,3 +24,4 @@ class Site:
     folder: Path
     cache: TensorCache
     stopping: Callable[[], bool] = lambda: False
+    estimates: bool = True

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...adapters.folded import folded
 from ...maths import rng
 from ...models.base import Conditioning, Model
 from .. import world
@@ -18,8 +19,8 @@ from ..effect import SETTINGS, concept_scenes, unrelated_scenes
 from ..measure import Rate, agreement, ask, share
 from .scenario import Trained
 
-DRAWN = dataclasses.replace(SETTINGS, steps=6)
-"""How pictures are drawn for the figures: 6 steps read nearly as well as 12 on the shipped base model."""
+DRAWN = dataclasses.replace(SETTINGS, steps=5)
+"""How pictures are drawn for the figures: 5 steps read nearly as well as 12 on the shipped base model."""
 
 STATES = 32
 
@@ -57,15 +58,19 @@ class Meter:
 
     def asked(self, trained: Trained) -> Rate:
         """How often prompts with the new word show its shape."""
-        readings = ask(trained.model, [world.caption(scene) for scene in self._concept], DRAWN)
-        return share(reading.shape == world.HELD_OUT_SHAPE for reading in readings)
+        with folded(trained.network):
+            return self._asked(trained.model)
 
     def asked_before(self, trained: Trained) -> float:
         """The same of the untouched model."""
         if self._asked_before is None:
             with trained.network.at_strength(0.0):
-                self._asked_before = self.asked(trained).value
+                self._asked_before = self._asked(trained.model).value
         return self._asked_before
+
+    def _asked(self, model: Model) -> Rate:
+        readings = ask(model, [world.caption(scene) for scene in self._concept], DRAWN)
+        return share(reading.shape == world.HELD_OUT_SHAPE for reading in readings)
 
     def fall(self, trained: Trained) -> float:
         """The largest loss of any attribute over pictures of known words, 0..1 (below 0: it got better)."""
@@ -73,7 +78,8 @@ class Meter:
         if not self._before:
             with trained.network.at_strength(0.0):
                 self._before = agreement(self._others, ask(trained.model, prompts, DRAWN))
-        after = agreement(self._others, ask(trained.model, prompts, DRAWN))
+        with folded(trained.network):
+            after = agreement(self._others, ask(trained.model, prompts, DRAWN))
         return max(self._before[name].value - after[name].value for name in world.ATTRIBUTES)
 
     @torch.no_grad()
@@ -83,7 +89,8 @@ class Meter:
             with trained.network.at_strength(0.0):
                 self._untouched = untouched(trained.model, unrelated_scenes(STATES, seed=9))
         known = self._untouched
-        predicted, gates = _predict(trained.model, known.x_BCHW, known.t_B, known.condition)
+        with folded(trained.network):
+            predicted, gates = _predict(trained.model, known.x_BCHW, known.t_B, known.condition)
         kept = [((one > 0) == (two > 0)).float().mean() for one, two in zip(gates, known.gates, strict=True)]
         moved = float((predicted - known.predicted_BCHW).square().mean()) / known.moved
         return Drift(moved, float(torch.stack(kept).mean()))

@@ -16,6 +16,7 @@ from ...adapters.network import Network
 from ...engine.catalogue import catalogue
 from ...engine.reload import written_network
 from ...engine.run import Request, run
+from ...engine.run import Result as Ended
 from ...errors import DivergedError
 from ...events import EventLog
 from ...models.load import load_model
@@ -178,13 +179,16 @@ class Runner:
         if scenario.unit is not None and self._unit[0] != scenario.variant:
             own = {"save_overwrite": True, "save_lora_name": f"unit-{os.getpid()}"}
             trace, job = Trace(), self._job({**scenario.unit, **own})
-            run(Request(job, self._places(), model=self._base_model()), EventLog(trace))
+            self._run(job, trace)
             self._unit = (scenario.variant, trace.step_seconds)
         return self._unit[1] if scenario.unit is not None else 0.0
 
+    def _run(self, job: Job, trace: Trace) -> Ended:
+        return run(Request(job, self._places(), model=self._base_model(), estimates=False), EventLog(trace))
+
     def _measured(self, scenario: Scenario, raw: dict[str, object]) -> dict[str, float | Rate]:
         job, model, unit, trace = self._job(raw), self._base_model(), self._unit_of(scenario), Trace()
-        ended = run(Request(job, self._places(), model=model), EventLog(trace))
+        ended = self._run(job, trace)
         seconds = trace.seconds
         if ended.path is None or ended.folder is None:
             raise KeyboardInterrupt
