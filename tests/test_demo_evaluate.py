@@ -179,7 +179,7 @@ def test_no_option_of_lokr_is_without_effect_on_these_layers(tmp_path):
 def test_settings_come_from_the_preset_with_ranks_these_layers_hold():
     found = settings(Variant("LoRA_LoHa", {"use_dora": True}))  # the preset: rank 32, alpha 1, 5e-4
     assert (found["network_type"], found["network_rank"], found["network_alpha"]) == ("loha", 16, 0.5)
-    assert found["train_learning_rate"] == 0.02 and found["use_dora"] and "train_iterations" not in found
+    assert found["train_learning_rate"] == 0.025 and found["use_dora"] and "train_iterations" not in found
 
 
 def test_a_sweep_whose_best_is_at_its_end_goes_on_there(tmp_path):

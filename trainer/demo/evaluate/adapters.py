@@ -51,12 +51,13 @@ class Variant:
     """`preset` gives type, options and rate; `changes` are what is different here; `faster` multiplies the rate.
 
     `faster` is less than FASTER where a step moves the weights more than one of plain LoRA does: what a preset needs in
-    1,000 steps it need not have in a few.
+    1,000 steps it need not have in a few. One that is not `swept` is tried at this rate alone.
     """
 
     preset: str = "LoRA"
     changes: Mapping[str, object] = field(default_factory=dict)
     faster: float = FASTER
+    swept: bool = True
 
 
 SAME_LAYERS, ATTENTION, CONVOLUTIONS = ({"network_name_filter": f"*{part}*"} for part in ("attentions", "attn", "conv"))
@@ -64,15 +65,17 @@ SAME_LAYERS, ATTENTION, CONVOLUTIONS = ({"network_name_filter": f"*{part}*"} for
 """
 NARROW = {"network_rank": 2, "network_alpha": 1}
 """LoKr's matrices are so small here that its preset's rank leaves them whole; at this one they are split."""
+NULL: Mapping[str, object] = {"network_null_prompts": PROMPTS}
+LALORA: Mapping[str, object] = {"lalora_prompts": PROMPTS, "lalora_lambda": 30}
 
 VARIANTS: dict[str, Variant] = {
     "lierla (plain LoRA)": Variant(),
     "c3lier (LoCon)": Variant(changes={"network_type": "c3lier"}),
     "null, weights": Variant("Null", faster=15),
-    "null, activations": Variant("NullActivations", {"network_null_prompts": PROMPTS}, faster=15),
+    "null, activations": Variant("NullActivations", NULL, faster=15),
     "universal": Variant("Universal", faster=5),
     "experts": Variant("EffiLoRA"),
-    "LaLoRA, weight 30": Variant("LaLoRA", {"lalora_prompts": PROMPTS, "lalora_lambda": 30}),
+    "LaLoRA, weight 30": Variant("LaLoRA", LALORA),
     "LaLoRA, weight 3": Variant("LaLoRA", {"lalora_prompts": PROMPTS, "lalora_lambda": 3}),
     "ABM": Variant("ABM", {"abm_steps": 15, "abm_lr": 1e-3}),
     "loha, plain LoRA's layers": Variant("LoRA_LoHa", SAME_LAYERS, faster=20),
@@ -103,8 +106,13 @@ VARIANTS: dict[str, Variant] = {
     "norm": Variant("LoRA_Norm", faster=10),
     "eh": Variant("LoRA_EH", faster=4),
     "boft, attention": Variant("LoRA_BOFT", ATTENTION, faster=5),
+    "lierla, lower rate": Variant(faster=FASTER / 2, swept=False),
+    "LaLoRA, weight 30, higher rate": Variant("LaLoRA", LALORA, swept=False),
+    "null, activations, lower rate": Variant("NullActivations", NULL, faster=30, swept=False),
 }
-"""In order of importance: a sweep that has to be broken off has measured the first ones."""
+"""In order of importance: a sweep that has to be broken off has measured the first ones. The last ones are what others
+are compared with at equal success.
+"""
 
 OF_TYPE = ("network_", "lalora_", "abm_", "num_experts", "use_dora", "loraplus_")
 """What a preset decides here; the rest is COMMON."""
@@ -137,7 +145,7 @@ def _scenario(label: str, variant: Variant, common: Mapping[str, object], meter:
         job=job,
         measure=partial(measure, meter),
         value=value,
-        rates=tuple(float(f"{shipped * factor:.2g}") for factor in LADDER),
+        rates=tuple(float(f"{shipped * factor:.2g}") for factor in (LADDER if variant.swept else (1.0,))),
         goals=(Goal("asked", low=GOAL), Goal("worst fall", high=0.05)),
         widen=2,
         unit={**plain, "train_iterations": 10, "save_per_steps": 0, "train_seed": 0},

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ...adapters.folded import folded
 from .. import world
 from ..effect import SETTINGS
 from ..measure import Probe, Rate, State, ask, held_out_states, share
@@ -46,7 +47,7 @@ class Before:
 
 def drawn(trained: Trained, prompts: Sequence[str], strength: float) -> list[Reading]:
     """What pictures of these prompts show with the adapter at a strength."""
-    with trained.network.at_strength(strength):
+    with folded(trained.network, strength) if strength else trained.network.at_strength(0.0):
         return ask(trained.model, prompts, DRAWN)
 
 
