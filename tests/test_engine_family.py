@@ -125,7 +125,7 @@ OPTIONS = [
     *((NULL, change) for change in ({"network_null_space": "weights"}, {"network_null_prompts": "a ring\na box"})),
     *((LALORA, change) for change in ({"lalora_lambda": 3.0}, {"lalora_prompts": "a ring\na box"})),
     *((PRIOR, change) for change in ({"prior_loss_weight": 3.0}, {"prior_prompts": "a ring"}, {"prior_states": 16},
-                                     {"prior_batch_size": 1})),
+                                     {"prior_batch_size": 1}, {"prior_max_timesteps": 500})),
     *((EXPERTS, change) for change in ({"num_experts": 3}, {"network_routing": "constant"},
                                        {"network_routing_balance": 10.0})),
     *(({}, change) for change in ({"network_element": "CrossAttention"}, {"network_timestep_rank": 1})),

@@ -72,6 +72,16 @@ def test_the_penalty_is_the_weighted_distance_to_the_untouched_model_at_one_of_i
     assert found[3:] == pytest.approx([3 * value for value in found[:3]]) and len(set(found)) > 2
 
 
+def test_only_states_at_or_below_the_highest_timestep_are_held_and_as_many_as_asked(case) -> None:
+    job = case.job(**{**OWN, "prior_states": 6}, prior_loss_weight=1.0, prior_max_timesteps=331)
+    session = engine_case.session(case, job, load_model(case.model))
+    try:
+        (stage,) = session.stages
+        assert [int(state.t) for state in stage._states] == 2 * [330, 196, 62]
+    finally:
+        session.network.eject()
+
+
 def test_a_run_with_it_stays_nearer_to_the_untouched_model(case) -> None:
     model, moved = load_model(case.model), {}
     for weight in (0.0, 100.0):

@@ -18,10 +18,10 @@ from ..params.core import Train
 from ..params.field import param
 from ..params.rules import without_effect
 from .base import STAGES, Preparation, Stage
-from .trajectories import State, lines, trajectories
+from .trajectories import State, lines, moments, trajectories
 
 STEPS = 8
-"""States of one drawing that are kept."""
+"""States of one drawing."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class PriorParams:
     prior_states: int = param(
         256, "Noisy pictures of the ordinary prompts, drawn once before the first step; each step takes some at"
         " random.", "option", low=1, high=100_000)
+    prior_max_timesteps: int = param(
+        1000, "Only noisy pictures of this timestep or below are held. With 500, and the training above 400, what"
+        " pictures are composed of changes and their colours stay.", "option", low=100, high=1000)
     prior_batch_size: int = param(
         0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024)
 
@@ -47,7 +50,10 @@ class Prior(Stage):
 
     help = "Holds ordinary prompts at what the untouched model makes of them, without any pictures."
     sections = (PriorParams,)
-    rules = (without_effect("prior_loss_weight", "prior_prompts", "prior_states", "prior_batch_size"),)
+    rules = (
+        without_effect(
+            "prior_loss_weight", "prior_prompts", "prior_states", "prior_max_timesteps", "prior_batch_size"),
+    )
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -72,12 +78,16 @@ class Prior(Stage):
     def prepare(self, at: Preparation) -> None:
         self._kit, self._seed, self._device = at.kit, at.seed, at.model.device
         prompts = self.prompts()
-        drawings = [prompts[n % len(prompts)] for n in range(-(-self._own.prior_states // STEPS))]
+        highest = self._own.prior_max_timesteps
+        each = sum(time <= highest for time in moments(len(at.kit.schedule), STEPS))
+        drawings = [prompts[n % len(prompts)] for n in range(-(-self._own.prior_states // each))]
         for state in trajectories(at, drawings, STEPS, "prior", answered=True):
             if at.stopping():
                 break
+            if int(state.t) > highest:
+                continue
             self._states.append(state.to("cpu"))  # the device has better uses for 32 MB and more
-            at.progress("drawing ordinary prompts", len(self._states), len(drawings) * STEPS)
+            at.progress("drawing ordinary prompts", len(self._states), len(drawings) * each)
         named = len(set(drawings))
         megabytes = sum(state.nbytes for state in self._states) / 2**20
         at.tell(

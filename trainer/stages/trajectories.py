@@ -45,6 +45,11 @@ def lines(text: str) -> tuple[str, ...]:
     return written_lines(text) or GENERIC
 
 
+def moments(length: int, steps: int) -> list[int]:
+    """The timesteps of a drawing's states, from pure noise on, in a schedule of `length` timesteps."""
+    return torch.linspace(length - 1, length / (2 * steps), steps).round().long().tolist()  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def trajectories(
     at: Preparation, prompts: Sequence[str], steps: int, purpose: str, answered: bool = False
@@ -61,7 +66,7 @@ def trajectories(
     if first is None:
         return
     schedule = at.kit.schedule
-    times = torch.linspace(len(schedule) - 1, len(schedule) / (2 * steps), steps).round().long().tolist()
+    times = moments(len(schedule), steps)
     ids = None if first.time_ids is None else first.time_ids[:1]
     for index, prompt in enumerate(prompts):
         with at.kit.strength(0.0):

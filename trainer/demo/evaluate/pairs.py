@@ -80,6 +80,7 @@ class Task:
 
 
 BACKGROUND = Task("white becomes black", "background", "white", "black")
+WHITE = Task("black becomes white", "background", "black", "white")
 SIZE = Task("small becomes large", "size", "small", "large")
 SIDE = Task("left becomes right", "side", "left", "right")
 
@@ -175,8 +176,8 @@ def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
     return (F.adaptive_max_pool2d(summed, edge) > 10).float()
 
 
-RATE, FIRST, LATER, PLAIN = 5e-4, 4e-3, 2e-3, 4e-3
-"""Learning rates on the small model: ADDifT, both passes of Difference, LoRA."""
+RATE, FIRST, LATER, HELD, PLAIN = 5e-4, 4e-3, 2e-3, 3e-3, 4e-3
+"""Learning rates on the small model: ADDifT, both passes of Difference, its second one held at low noise, LoRA."""
 SMALL: Mapping[str, object] = {"train_batch_size": 4, "train_learning_rate": RATE}
 """What ADDifT's settings here differ in from the shipped preset, which is made for full-size models."""
 
@@ -226,12 +227,20 @@ def difference(task: Task, folder: Path, **later: object) -> dict[str, object]:
     return {**preset("Difference_Use2ndPass", second, **first), **one_pair(task, folder)}
 
 
+def composed(task: Task, folder: Path) -> dict[str, object]:
+    """The job of Difference that changes what is decided at high noise, and is held where the colours are."""
+    words = "\n".join(world.caption(scene) for scene in pool(lambda scene: True, 60, 7))
+    held = {"prior_loss_weight": 1, "prior_prompts": words, "prior_states": 240, "prior_max_timesteps": 500,
+            "prior_batch_size": 4}  # fmt: skip
+    return difference(task, folder, train_learning_rate=HELD, train_min_timesteps=400, **held)
+
+
 def plain(folder: Path) -> dict[str, object]:
     """Plain LoRA on the targets alone, at the demonstration's settings."""
     return {**preset("demo", train_learning_rate=PLAIN, train_batch_size=4, train_iterations=100), **folder_of(folder)}
 
 
-ONE, EIGHT, AFTER, GROWN, MOVED = "one", "eight", "after", "grown", "moved"
+ONE, EIGHT, AFTER, PALE, GROWN, MOVED = "one", "eight", "after", "pale", "grown", "moved"
 
 
 def prepare(folder: Path) -> None:
@@ -239,14 +248,15 @@ def prepare(folder: Path) -> None:
     BACKGROUND.write(folder / ONE, 1)
     BACKGROUND.write(folder / EIGHT, len(PAIRS))
     BACKGROUND.write(folder / AFTER, len(PAIRS), (SUFFIX,))
+    WHITE.write(folder / PALE, 1)
     SIZE.write(folder / GROWN, 1)
     SIDE.write(folder / MOVED, 1)
 
 
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
-    black, large, right = (Measured(task, before) for task in (BACKGROUND, SIZE, SIDE))
-    one, eight, after, grown, moved = (folder / name for name in (ONE, EIGHT, AFTER, GROWN, MOVED))
+    black, white, large, right = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE))
+    one, eight, after, pale, grown, moved = (folder / name for name in (ONE, EIGHT, AFTER, PALE, GROWN, MOVED))
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
     return (
         _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
@@ -254,6 +264,8 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
                   (RATE,)),
         _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
+        _scenario(black, "Difference, held at low noise", composed(BACKGROUND, one), around(HELD), second=True),
+        _scenario(white, "Difference, held at low noise", composed(WHITE, pale), around(HELD), second=True),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "ADDifT, one pair", addift(SIZE, grown)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
