@@ -161,7 +161,7 @@ def test_every_adapter_scenario_is_a_job_that_loads(tmp_path):
     found = scenarios(tmp_path)
     assert [scenario.variant for scenario in found] == list(VARIANTS)
     for scenario in found:
-        assert len(scenario.rates) == 5 and scenario.rate in scenario.rates
+        assert len(scenario.rates) == (5 if VARIANTS[scenario.variant].swept else 1) and scenario.rate in scenario.rates
         job = load({**scenario.job, "model": "demo", "lora_data_directory": str(BASE_PICTURES)}, catalogue()).job
         assert not [line for line in job.unknown]
 

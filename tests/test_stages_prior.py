@@ -135,7 +135,7 @@ def test_ordinary_prompts_take_32_mb_of_main_memory_and_none_of_the_device(case,
     """On a device that is not the CPU: tensors without data, whose place is known all the same."""
     seen: list[torch.device] = []
 
-    def drawn(at, prompts, steps, purpose, answered):
+    def drawn(at, prompts, steps, purpose, answered, highest):
         with FakeTensorMode():
             for number in range(len(prompts) * steps):
                 x, target = (torch.zeros(1, 4, 64, 64, device="meta") for _ in range(2))
@@ -146,7 +146,9 @@ def test_ordinary_prompts_take_32_mb_of_main_memory_and_none_of_the_device(case,
         return x
 
     monkeypatch.setattr("trainer.stages.prior.trajectories", drawn)
-    kit = SimpleNamespace(predict=predict, text=lambda prompts: None, loss=lambda got, wanted, t: got - wanted)
+    kit = SimpleNamespace(
+        predict=predict, text=lambda prompts: None, loss=lambda got, wanted, t: got - wanted, schedule=range(1000),
+    )  # fmt: skip
     notes: list[str] = []
     at = SimpleNamespace(
         kit=kit, seed=1, model=SimpleNamespace(device=torch.device("meta")), tell=notes.append,

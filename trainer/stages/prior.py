@@ -81,11 +81,9 @@ class Prior(Stage):
         highest = self._own.prior_max_timesteps
         each = sum(time <= highest for time in moments(len(at.kit.schedule), STEPS))
         drawings = [prompts[n % len(prompts)] for n in range(-(-self._own.prior_states // each))]
-        for state in trajectories(at, drawings, STEPS, "prior", answered=True):
+        for state in trajectories(at, drawings, STEPS, "prior", answered=True, highest=highest):
             if at.stopping():
                 break
-            if int(state.t) > highest:
-                continue
             self._states.append(state.to("cpu"))  # the device has better uses for 32 MB and more
             at.progress("drawing ordinary prompts", len(self._states), len(drawings) * each)
         named = len(set(drawings))

@@ -52,11 +52,12 @@ def moments(length: int, steps: int) -> list[int]:
 
 @torch.no_grad()
 def trajectories(
-    at: Preparation, prompts: Sequence[str], steps: int, purpose: str, answered: bool = False
+    at: Preparation, prompts: Sequence[str], steps: int, purpose: str, answered: bool = False,
+    highest: int | None = None,
 ) -> Iterator[State]:
     """The states that the untouched model passes when it draws each prompt without guidance, `steps` for each prompt.
 
-    `answered` ones have what it predicts there as their target.
+    `answered` ones have what it predicts there as their target. Those above the timestep `highest` are left out.
 
     DDIM steps (2010.02502, eq. 12, η = 0) from pure noise, so that every x_t is one the model was trained on. Each
     prompt is drawn alone: memory stays that of one picture. The kit's `rollout` is for the batches of a mode: its own
@@ -78,7 +79,8 @@ def trajectories(
             if answered or further:
                 with at.kit.teacher():
                     target = at.kit.predict(x, t, conditioning, ids).float()
-            yield State(x, t, prompt, ids, target if answered else None)
+            if highest is None or step <= highest:
+                yield State(x, t, prompt, ids, target if answered else None)
             if further and target is not None:
                 x = _towards(schedule, target, x, t, torch.full_like(t, times[place + 1]))
 

@@ -267,7 +267,6 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         _scenario(black, "Difference, held at low noise", composed(BACKGROUND, one), around(HELD), second=True),
         _scenario(white, "Difference, held at low noise", composed(WHITE, pale), around(HELD), second=True),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
-        _scenario(large, "ADDifT, one pair", addift(SIZE, grown)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
         _scenario(right, "Difference", difference(SIDE, moved, **stronger), second=True),
     )  # fmt: skip
