@@ -256,6 +256,7 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
     black, white, large, right = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE))
     one, eight, after, pale, grown, moved = (folder / name for name in (ONE, EIGHT, AFTER, PALE, GROWN, MOVED))
+    calmly = "Difference, held at low noise"
     held = {"train_learning_rate": HELD, **composed()}
     quicker = {"train_learning_rate": 2 * RATE, "train_iterations": 160, **composed()}
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
@@ -265,8 +266,8 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
                   (RATE,)),
         _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
-        _scenario(black, "Difference, held at low noise", difference(BACKGROUND, one, **held), around(HELD), second=True),
-        _scenario(white, "Difference, held at low noise", difference(WHITE, pale, **held), around(HELD), second=True),
+        _scenario(black, calmly, difference(BACKGROUND, one, **held), around(HELD), second=True),
+        _scenario(white, calmly, difference(WHITE, pale, **held), around(HELD), second=True),
         _scenario(white, "ADDifT, held at low noise", addift(WHITE, pale, **quicker), around(2 * RATE)),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
