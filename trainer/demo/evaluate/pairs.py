@@ -227,7 +227,7 @@ def difference(task: Task, folder: Path, **later: object) -> dict[str, object]:
     return {**preset("Difference_Use2ndPass", second, **first), **one_pair(task, folder)}
 
 
-def composed() -> dict[str, object]:
+def held_at_low_noise() -> dict[str, object]:
     """Settings that change what is decided at high noise, and hold the model where the colours are."""
     words = "\n".join(world.caption(scene) for scene in pool(lambda scene: True, 60, 7))
     return {"train_min_timesteps": 400, "prior_loss_weight": 1, "prior_prompts": words, "prior_states": 240,
@@ -256,9 +256,9 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
     black, white, large, right = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE))
     one, eight, after, pale, grown, moved = (folder / name for name in (ONE, EIGHT, AFTER, PALE, GROWN, MOVED))
-    calmly = "Difference, held at low noise"
-    held = {"train_learning_rate": HELD, **composed()}
-    quicker = {"train_learning_rate": 2 * RATE, "train_iterations": 160, **composed()}
+    low_noise = "Difference, held at low noise"
+    held = {"train_learning_rate": HELD, **held_at_low_noise()}
+    quicker = {"train_learning_rate": 2 * RATE, "train_iterations": 160, **held_at_low_noise()}
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
     return (
         _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
@@ -266,8 +266,8 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
                   (RATE,)),
         _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
-        _scenario(black, calmly, difference(BACKGROUND, one, **held), around(HELD), second=True),
-        _scenario(white, calmly, difference(WHITE, pale, **held), around(HELD), second=True),
+        _scenario(black, low_noise, difference(BACKGROUND, one, **held), around(HELD), second=True),
+        _scenario(white, low_noise, difference(WHITE, pale, **held), around(HELD), second=True),
         _scenario(white, "ADDifT, held at low noise", addift(WHITE, pale, **quicker), around(2 * RATE)),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
