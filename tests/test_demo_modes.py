@@ -98,15 +98,25 @@ def _pixels(file):
 
 
 class Network:
-    """An adapter of which only the strength is there."""
+    """One adapter of ΔW = 1 on a layer of weight 0: `value` is what a forward sees, by its hook or in the weight."""
 
-    value = 1.0
+    def __init__(self):
+        self.strength, self.weight = 1.0, torch.zeros(1)
+        module = SimpleNamespace(weight=self.weight, bias=None)
+        self.adapter = SimpleNamespace(module=module, delta=lambda: torch.ones(1), delta_bias=lambda: None)
+
+    def __iter__(self):
+        return iter([self.adapter])
+
+    @property
+    def value(self):
+        return self.strength + self.weight.item()
 
     @contextmanager
     def at_strength(self, value):
-        kept, self.value = self.value, value
+        kept, self.strength = self.strength, value
         yield
-        self.value = kept
+        self.strength = kept
 
     def state_dict(self):
         return {}
