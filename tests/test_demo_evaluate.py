@@ -12,6 +12,7 @@ import torch
 
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.network import build_network
+from trainer.cli.evaluate import How, evaluate
 from trainer.demo.evaluate import workers
 from trainer.demo.evaluate.adapters import EVERY, SIGNS, STEPS, VARIANTS, Course, Variant, prepare, scenarios, settings
 from trainer.demo.evaluate.forgetting import Drift, Meter, at_success
@@ -267,3 +268,14 @@ def test_drift_is_nothing_at_the_start_and_grows_with_what_was_trained():
                 adapter.assign({"up": torch.randn(adapter.up.shape, generator=torch.Generator().manual_seed(1)) * size})
             seen.append(meter.drift(trained))
     assert 0 < seen[0].moved < seen[1].moved and 1 > seen[0].signs > seen[1].signs > 0.5
+
+
+@pytest.mark.parametrize(
+    "how, told",
+    [(How(only="no such line"), "'no such line'"), (How(quick=True, write=True), "--quick"),
+     (How(only="dora", write=True), "--only")],
+)  # fmt: skip
+def test_a_part_is_never_written_over_the_whole_table(tmp_path, capsys, how, told):
+    assert evaluate("adapters", tmp_path, how) == 2
+    assert told in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())

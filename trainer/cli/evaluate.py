@@ -31,6 +31,9 @@ class How:
 
 def evaluate(name: str, folder: Path, how: How) -> int:
     """Run one suite; returns the exit status."""
+    if how.write and (how.quick or how.only):
+        print("--write replaces the whole tables in docs/: give it without --quick and --only. What they ran is kept.")
+        return 2
     suite, folder = suite_of(name), folder / name
     wanted = [
         place for place, scenario in enumerate(suite.scenarios(folder))
