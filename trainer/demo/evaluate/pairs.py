@@ -33,7 +33,7 @@ PAIRS = (
     ("ring", "yellow", "large", "left"), ("cross", "purple", "large", "right"), ("circle", "cyan", "large", "left"),
     ("square", "yellow", "small", "left"), ("triangle", "red", "large", "right"),
 )  # fmt: skip
-"""Shape, colour, size and side of the pictures that pairs are made of; a single pair is the first."""
+"""Shape, colour, size and side of the pictures that pairs are made of; a single pair is a task's `first`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Task:
     attribute: str
     old: str
     new: str
+    first: int = 0
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -60,9 +61,9 @@ class Task:
         return world.caption(new, (*self.words, self.attribute))
 
     def scenes(self, count: int) -> list[tuple[world.Scene, world.Scene]]:
-        """Both scenes of the first `count` pairs."""
+        """Both scenes of `count` pairs."""
         found = []
-        for shape, colour, size, side in PAIRS[:count]:
+        for shape, colour, size, side in PAIRS[self.first : self.first + count]:
             own = world.Scene(shape, colour, "white", size, side)
             found.append(tuple(dataclasses.replace(own, **{self.attribute: value}) for value in (self.old, self.new)))
         return found  # type: ignore[return-value]
@@ -80,7 +81,8 @@ class Task:
 
 
 BACKGROUND = Task("white becomes black", "background", "white", "black")
-WHITE = Task("black becomes white", "background", "black", "white")
+DARK = dataclasses.replace(BACKGROUND, first=5)
+WHITE = Task("black becomes white", "background", "black", "white", first=5)
 SIZE = Task("small becomes large", "size", "small", "large")
 SIDE = Task("left becomes right", "side", "left", "right")
 
@@ -230,7 +232,7 @@ def difference(task: Task, folder: Path, **later: object) -> dict[str, object]:
 def held_at_low_noise() -> dict[str, object]:
     """Settings that change what is decided at high noise, and hold the model where the colours are."""
     words = "\n".join(world.caption(scene) for scene in pool(lambda scene: True, 60, 7))
-    return {"train_min_timesteps": 400, "prior_loss_weight": 1, "prior_prompts": words, "prior_states": 240,
+    return {"train_min_timesteps": 500, "prior_loss_weight": 1, "prior_prompts": words, "prior_states": 240,
             "prior_max_timesteps": 500, "prior_batch_size": 4}  # fmt: skip
 
 
@@ -239,7 +241,7 @@ def plain(folder: Path) -> dict[str, object]:
     return {**preset("demo", train_learning_rate=PLAIN, train_batch_size=4, train_iterations=100), **folder_of(folder)}
 
 
-ONE, EIGHT, AFTER, PALE, GROWN, MOVED = "one", "eight", "after", "pale", "grown", "moved"
+ONE, EIGHT, AFTER, DIM, PALE, GROWN, MOVED = "one", "eight", "after", "dim", "pale", "grown", "moved"
 
 
 def prepare(folder: Path) -> None:
@@ -247,6 +249,7 @@ def prepare(folder: Path) -> None:
     BACKGROUND.write(folder / ONE, 1)
     BACKGROUND.write(folder / EIGHT, len(PAIRS))
     BACKGROUND.write(folder / AFTER, len(PAIRS), (SUFFIX,))
+    DARK.write(folder / DIM, 1)
     WHITE.write(folder / PALE, 1)
     SIZE.write(folder / GROWN, 1)
     SIDE.write(folder / MOVED, 1)
@@ -255,7 +258,9 @@ def prepare(folder: Path) -> None:
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
     black, white, large, right = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE))
-    one, eight, after, pale, grown, moved = (folder / name for name in (ONE, EIGHT, AFTER, PALE, GROWN, MOVED))
+    one, eight, after, dim, pale, grown, moved = (
+        folder / name for name in (ONE, EIGHT, AFTER, DIM, PALE, GROWN, MOVED)
+    )  # fmt: skip
     low_noise = "Difference, held at low noise"
     held = {"train_learning_rate": HELD, **held_at_low_noise()}
     quicker = {"train_learning_rate": 2 * RATE, "train_iterations": 160, **held_at_low_noise()}
@@ -266,7 +271,7 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
                   (RATE,)),
         _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE), shown="modes-pairs.png"),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
-        _scenario(black, low_noise, difference(BACKGROUND, one, **held), around(HELD), second=True),
+        _scenario(black, low_noise, difference(DARK, dim, **held), around(HELD), second=True),
         _scenario(white, low_noise, difference(WHITE, pale, **held), around(HELD), second=True),
         _scenario(white, "ADDifT, held at low noise", addift(WHITE, pale, **quicker), around(2 * RATE)),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
