@@ -32,8 +32,12 @@ PAIRS = (
     ("circle", "red", "small", "left"), ("square", "green", "large", "right"), ("triangle", "blue", "small", "right"),
     ("ring", "yellow", "large", "left"), ("cross", "purple", "large", "right"), ("circle", "cyan", "large", "left"),
     ("square", "yellow", "small", "left"), ("triangle", "red", "large", "right"),
+    ("circle", "cyan", "small", "left"),
 )  # fmt: skip
-"""Shape, colour, size and side of the pictures that pairs are made of; a single pair is a task's `first`."""
+"""Shape, colour, size and side of the pictures that pairs are made of: eight, and the last one for tasks of a single
+pair that begin with it.
+"""
+MANY = 8
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ class Task:
 
 
 BACKGROUND = Task("white becomes black", "background", "white", "black")
-DARK = dataclasses.replace(BACKGROUND, first=5)
-WHITE = Task("black becomes white", "background", "black", "white", first=5)
+DARK = dataclasses.replace(BACKGROUND, first=MANY)
+WHITE = Task("black becomes white", "background", "black", "white", first=MANY)
 SIZE = Task("small becomes large", "size", "small", "large")
 SIDE = Task("left becomes right", "side", "left", "right")
 
@@ -247,8 +251,8 @@ ONE, EIGHT, AFTER, DIM, PALE, GROWN, MOVED = "one", "eight", "after", "dim", "pa
 def prepare(folder: Path) -> None:
     """Draw the pictures that are learned from: one pair, eight, the targets of eight, and a pair of each other task."""
     BACKGROUND.write(folder / ONE, 1)
-    BACKGROUND.write(folder / EIGHT, len(PAIRS))
-    BACKGROUND.write(folder / AFTER, len(PAIRS), (SUFFIX,))
+    BACKGROUND.write(folder / EIGHT, MANY)
+    BACKGROUND.write(folder / AFTER, MANY, (SUFFIX,))
     DARK.write(folder / DIM, 1)
     WHITE.write(folder / PALE, 1)
     SIZE.write(folder / GROWN, 1)
