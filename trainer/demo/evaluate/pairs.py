@@ -34,15 +34,15 @@ PAIRS = (
     ("square", "yellow", "small", "left"), ("triangle", "red", "large", "right"),
     ("circle", "cyan", "small", "left"),
 )  # fmt: skip
-"""Shape, colour, size and side of the pictures that pairs are made of: eight, and the last one for tasks of a single
-pair that begin with it.
-"""
-MANY = 8
+"""Shape, colour, size and side of the pictures that pairs are made of."""
+MANY = 8  # of them are what many pairs are
 
 
 @dataclass(frozen=True)
 class Task:
-    """An attribute of the pictures that goes from one value to another, and the words that never mention it."""
+    """An attribute of the pictures that goes from one value to another, and the words that never mention it; its pairs
+    are PAIRS from the `first` on.
+    """
 
     name: str
     attribute: str
@@ -87,6 +87,7 @@ class Task:
 BACKGROUND = Task("white becomes black", "background", "white", "black")
 DARK = dataclasses.replace(BACKGROUND, first=MANY)
 WHITE = Task("black becomes white", "background", "black", "white", first=MANY)
+WHITE_LARGE = dataclasses.replace(WHITE, first=5)
 SIZE = Task("small becomes large", "size", "small", "large")
 SIDE = Task("left becomes right", "side", "left", "right")
 
@@ -182,8 +183,10 @@ def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
     return (F.adaptive_max_pool2d(summed, edge) > 10).float()
 
 
-RATE, FIRST, LATER, HELD, PLAIN = 5e-4, 4e-3, 2e-3, 3e-3, 4e-3
-"""Learning rates on the small model: ADDifT, both passes of Difference, its second one held at low noise, LoRA."""
+RATE, NOISIEST, FIRST, LATER, HELD, PLAIN = 5e-4, 3e-4, 4e-3, 2e-3, 3e-3, 4e-3
+"""Learning rates on the small model: ADDifT, held at low noise, both passes of Difference, its second one held at low
+noise, LoRA.
+"""
 SMALL: Mapping[str, object] = {"train_batch_size": 4, "train_learning_rate": RATE}
 """What ADDifT's settings here differ in from the shipped preset, which is made for full-size models."""
 
@@ -233,11 +236,13 @@ def difference(task: Task, folder: Path, **later: object) -> dict[str, object]:
     return {**preset("Difference_Use2ndPass", second, **first), **one_pair(task, folder)}
 
 
-def held_at_low_noise() -> dict[str, object]:
-    """Settings that change what is decided at high noise, and hold the model where the colours are."""
+def held_at_low_noise(above: int, below: int) -> dict[str, object]:
+    """Settings that train above a timestep, where it is decided what pictures are composed of, and hold the untouched
+    model below one, where the colours are.
+    """
     words = "\n".join(world.caption(scene) for scene in pool(lambda scene: True, 60, 7))
-    return {"train_min_timesteps": 500, "prior_loss_weight": 1, "prior_prompts": words, "prior_states": 240,
-            "prior_max_timesteps": 500, "prior_batch_size": 4}  # fmt: skip
+    return {"train_min_timesteps": above, "prior_loss_weight": 1, "prior_prompts": words, "prior_states": 240,
+            "prior_max_timesteps": below, "prior_batch_size": 4}  # fmt: skip
 
 
 def plain(folder: Path) -> dict[str, object]:
@@ -245,7 +250,9 @@ def plain(folder: Path) -> dict[str, object]:
     return {**preset("demo", train_learning_rate=PLAIN, train_batch_size=4, train_iterations=100), **folder_of(folder)}
 
 
-ONE, EIGHT, AFTER, DIM, PALE, GROWN, MOVED = "one", "eight", "after", "dim", "pale", "grown", "moved"
+ONE, EIGHT, AFTER, DIM, PALE, WIDE, GROWN, MOVED = (
+    "one", "eight", "after", "dim", "pale", "wide", "grown", "moved",
+)  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
@@ -255,6 +262,7 @@ def prepare(folder: Path) -> None:
     BACKGROUND.write(folder / AFTER, MANY, (SUFFIX,))
     DARK.write(folder / DIM, 1)
     WHITE.write(folder / PALE, 1)
+    WHITE_LARGE.write(folder / WIDE, 1)
     SIZE.write(folder / GROWN, 1)
     SIDE.write(folder / MOVED, 1)
 
@@ -262,12 +270,13 @@ def prepare(folder: Path) -> None:
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
     black, white, large, right = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE))
-    one, eight, after, dim, pale, grown, moved = (
-        folder / name for name in (ONE, EIGHT, AFTER, DIM, PALE, GROWN, MOVED)
+    one, eight, after, dim, pale, wide, grown, moved = (
+        folder / name for name in (ONE, EIGHT, AFTER, DIM, PALE, WIDE, GROWN, MOVED)
     )  # fmt: skip
     low_noise = "Difference, held at low noise"
-    held = {"train_learning_rate": HELD, **held_at_low_noise()}
-    quicker = {"train_learning_rate": 2 * RATE, "train_iterations": 160, **held_at_low_noise()}
+    held = {"train_learning_rate": HELD, **held_at_low_noise(500, 500)}
+    noisiest = {"train_learning_rate": NOISIEST, "train_iterations": 160, "network_rank": 16, "network_alpha": 4,
+                **held_at_low_noise(750, 700)}
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
     return (
         _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
@@ -277,7 +286,7 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
         _scenario(black, low_noise, difference(DARK, dim, **held), around(HELD), second=True),
         _scenario(white, low_noise, difference(WHITE, pale, **held), around(HELD), second=True),
-        _scenario(white, "ADDifT, held at low noise", addift(WHITE, pale, **quicker), around(2 * RATE)),
+        _scenario(white, "ADDifT, held at low noise", addift(WHITE_LARGE, wide, **noisiest), around(NOISIEST)),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
         _scenario(right, "Difference", difference(SIDE, moved, **stronger), second=True),
