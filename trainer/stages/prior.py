@@ -38,7 +38,7 @@ class PriorParams:
         256, "Noisy pictures of the ordinary prompts, drawn once before the first step; each step takes some at"
         " random.", "option", low=1, high=100_000)
     prior_max_timesteps: int = param(
-        1000, "Only noisy pictures of this timestep or below are held. With 500, and the training above it, what"
+        1000, "Only noisy pictures of this timestep or below are held. With 500, and the training above 450, what"
         " pictures are composed of changes and their colours stay.", "option", low=100, high=1000)
     prior_batch_size: int = param(
         0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024)

@@ -274,7 +274,7 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         folder / name for name in (ONE, EIGHT, AFTER, DIM, PALE, WIDE, GROWN, MOVED)
     )  # fmt: skip
     low_noise = "Difference, held at low noise"
-    held = {"train_learning_rate": HELD, **held_at_low_noise(500, 500)}
+    held = {"train_learning_rate": HELD, **held_at_low_noise(450, 500)}
     noisiest = {"train_learning_rate": NOISIEST, "train_iterations": 160, "network_rank": 16, "network_alpha": 4,
                 **held_at_low_noise(750, 700)}
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
