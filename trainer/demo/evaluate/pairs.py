@@ -210,10 +210,9 @@ def one_pair(task: Task, folder: Path) -> dict[str, object]:
     return {**files, "original prompt": prompt}
 
 
-def addift(task: Task, folder: Path, **changes: object) -> dict[str, object]:
-    """The job of ADDifT on one pair."""
-    job = preset("ADDifT_Background", **{**SMALL, **changes})
-    return {**job, **one_pair(task, folder)}
+def addift(task: Task, folder: Path, name: str = "ADDifT_Background", **changes: object) -> dict[str, object]:
+    """The job of ADDifT on one pair, from a shipped preset."""
+    return {**preset(name, **{**SMALL, **changes}), **one_pair(task, folder)}
 
 
 def folder_of(path: Path) -> dict[str, object]:
@@ -228,21 +227,21 @@ def multi(folder: Path, **changes: object) -> dict[str, object]:
             "mode": "Multi-ADDifT", "diff_target_name": SUFFIX}  # fmt: skip
 
 
-def difference(task: Task, folder: Path, **later: object) -> dict[str, object]:
-    """The job of Difference with settings of its own for the second pass; its first pass is never taken from a cache.
+def difference(
+    task: Task, folder: Path, name: str = "Difference_Use2ndPass", **later: object
+) -> dict[str, object]:  # fmt: skip
+    """The job of Difference from a shipped preset; `later` changes the second pass, and the first one is never taken
+    from a cache.
     """
     second = {"train_batch_size": 6, "train_gradient_accumulation": 1, "train_learning_rate": LATER, **later}
     first = {"train_learning_rate": FIRST, "train_iterations": 100, "data_cache": "memory"}
-    return {**preset("Difference_Use2ndPass", second, **first), **one_pair(task, folder)}
+    return {**preset(name, second, **first), **one_pair(task, folder)}
 
 
-def held_at_low_noise(above: int, below: int) -> dict[str, object]:
-    """Settings that train above a timestep, where it is decided what pictures are composed of, and hold the untouched
-    model below one, where the colours are.
-    """
+def ordinary() -> dict[str, object]:
+    """What prior preservation holds here: prompts of the world."""
     words = "\n".join(world.caption(scene) for scene in pool(lambda scene: True, 60, 7))
-    return {"train_min_timesteps": above, "prior_loss_weight": 1, "prior_prompts": words, "prior_states": 240,
-            "prior_max_timesteps": below, "prior_batch_size": 4}  # fmt: skip
+    return {"prior_prompts": words, "prior_states": 240, "prior_batch_size": 4}
 
 
 def plain(folder: Path) -> dict[str, object]:
@@ -274,9 +273,8 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         folder / name for name in (ONE, EIGHT, AFTER, DIM, PALE, WIDE, GROWN, MOVED)
     )  # fmt: skip
     low_noise = "Difference, held at low noise"
-    held = {"train_learning_rate": HELD, **held_at_low_noise(450, 500)}
-    noisiest = {"train_learning_rate": NOISIEST, "train_iterations": 160, "network_rank": 16, "network_alpha": 4,
-                **held_at_low_noise(750, 700)}
+    held = {"name": "Difference_Background", "train_learning_rate": HELD, **ordinary()}
+    noisiest = {"name": "ADDifT_Background_Held", "train_learning_rate": NOISIEST, **ordinary()}
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
     return (
         _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
