@@ -183,7 +183,7 @@ def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
     return (F.adaptive_max_pool2d(summed, edge) > 10).float()
 
 
-RATE, NOISIEST, FIRST, LATER, HELD, PLAIN = 5e-4, 3e-4, 4e-3, 2e-3, 3e-3, 4e-3
+RATE, NOISIEST, FIRST, LATER, HELD, PLAIN = 5e-4, 5e-4, 4e-3, 2e-3, 3e-3, 4e-3
 """Learning rates on the small model: ADDifT, held at low noise, both passes of Difference, its second one held at low
 noise, LoRA.
 """
