@@ -27,6 +27,7 @@ GOAL, KEPT = 0.9, 0.95
 ASKED, CHECKED = 50, 16  # pictures of a result (other ones for each seed), and of a file saved on the way
 CHECKS = 3  # files on the way
 SUFFIX = "_after"
+BOTH = "", SUFFIX  # ends of the names of a pair
 TIMES = (600, 800, 950)  # at which the change of the implied picture is compared with the pair's difference
 PAIRS = (
     ("circle", "red", "small", "left"), ("square", "green", "large", "right"), ("triangle", "blue", "small", "right"),
@@ -72,11 +73,11 @@ class Task:
             found.append(tuple(dataclasses.replace(own, **{self.attribute: value}) for value in (self.old, self.new)))
         return found  # type: ignore[return-value]
 
-    def write(self, folder: Path, count: int, ends: tuple[str, ...] = ("", SUFFIX)) -> None:
+    def write(self, folder: Path, count: int, ends: tuple[str, ...]) -> None:
         """`0.png` and `0_after.png` … below `folder`, alike in everything but the attribute, each with its prompt."""
         folder.mkdir(parents=True, exist_ok=True)
         for number, scenes in enumerate(self.scenes(count)):
-            for end, scene in zip(("", SUFFIX), scenes, strict=True):
+            for end, scene in zip(BOTH, scenes, strict=True):
                 if end not in ends:
                     continue
                 picture = world.render([scene], np.random.default_rng(number))[0]
@@ -183,10 +184,8 @@ def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
     return (F.adaptive_max_pool2d(summed, edge) > 10).float()
 
 
-RATE, NOISIEST, FIRST, LATER, HELD, PLAIN = 5e-4, 5e-4, 4e-3, 2e-3, 3e-3, 4e-3
-"""Learning rates on the small model: ADDifT, held at low noise, both passes of Difference, its second one held at low
-noise, LoRA.
-"""
+RATE, FIRST, LATER, HELD, PLAIN = 5e-4, 4e-3, 2e-3, 3e-3, 4e-3
+"""Learning rates on the small model: ADDifT, both passes of Difference, its second one held at low noise, LoRA."""
 SMALL: Mapping[str, object] = {"train_batch_size": 4, "train_learning_rate": RATE}
 """What ADDifT's settings here differ in from the shipped preset, which is made for full-size models."""
 
@@ -227,9 +226,7 @@ def multi(folder: Path, **changes: object) -> dict[str, object]:
             "mode": "Multi-ADDifT", "diff_target_name": SUFFIX}  # fmt: skip
 
 
-def difference(
-    task: Task, folder: Path, name: str = "Difference_Use2ndPass", **later: object
-) -> dict[str, object]:  # fmt: skip
+def difference(task: Task, folder: Path, name: str = "Difference_Use2ndPass", **later: object) -> dict[str, object]:
     """The job of Difference from a shipped preset; `later` changes the second pass, and the first one is never taken
     from a cache.
     """
@@ -249,32 +246,27 @@ def plain(folder: Path) -> dict[str, object]:
     return {**preset("demo", train_learning_rate=PLAIN, train_batch_size=4, train_iterations=100), **folder_of(folder)}
 
 
-ONE, EIGHT, AFTER, DIM, PALE, WIDE, GROWN, MOVED = (
-    "one", "eight", "after", "dim", "pale", "wide", "grown", "moved",
-)  # fmt: skip
+PICTURES: Mapping[str, tuple[Task, int, tuple[str, ...]]] = {
+    "one": (BACKGROUND, 1, BOTH), "eight": (BACKGROUND, MANY, BOTH), "after": (BACKGROUND, MANY, (SUFFIX,)),
+    "dim": (DARK, 1, BOTH), "pale": (WHITE, 1, BOTH), "wide": (WHITE_LARGE, 1, BOTH), "grown": (SIZE, 1, BOTH),
+    "moved": (SIDE, 1, BOTH),
+}  # fmt: skip
+"""Folders of what is learned from: pairs of a task, how many, and which of their two pictures."""
 
 
 def prepare(folder: Path) -> None:
-    """Draw the pictures that are learned from: one pair, eight, the targets of eight, and a pair of each other task."""
-    BACKGROUND.write(folder / ONE, 1)
-    BACKGROUND.write(folder / EIGHT, MANY)
-    BACKGROUND.write(folder / AFTER, MANY, (SUFFIX,))
-    DARK.write(folder / DIM, 1)
-    WHITE.write(folder / PALE, 1)
-    WHITE_LARGE.write(folder / WIDE, 1)
-    SIZE.write(folder / GROWN, 1)
-    SIDE.write(folder / MOVED, 1)
+    """Draw the pictures that are learned from."""
+    for name, (task, count, ends) in PICTURES.items():
+        task.write(folder / name, count, ends)
 
 
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
     black, white, large, right = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE))
-    one, eight, after, dim, pale, wide, grown, moved = (
-        folder / name for name in (ONE, EIGHT, AFTER, DIM, PALE, WIDE, GROWN, MOVED)
-    )  # fmt: skip
+    one, eight, after, dim, pale, wide, grown, moved = (folder / name for name in PICTURES)
     low_noise = "Difference, held at low noise"
     held = {"name": "Difference_Background", "train_learning_rate": HELD, **ordinary()}
-    noisiest = {"name": "ADDifT_Background_Held", "train_learning_rate": NOISIEST, **ordinary()}
+    quicker = {"name": "ADDifT_Background_Held", **ordinary()}
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
     return (
         _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
@@ -285,7 +277,7 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         _scenario(black, low_noise, difference(DARK, dim, **held), around(HELD), second=True),
         _scenario(white, low_noise, difference(WHITE, pale, **held), around(HELD), second=True,
                   shown="modes-pairs.png"),
-        _scenario(white, "ADDifT, held at low noise", addift(WHITE_LARGE, wide, **noisiest), around(NOISIEST)),
+        _scenario(white, "ADDifT, held at low noise", addift(WHITE_LARGE, wide, **quicker), around(RATE)),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
         _scenario(right, "Difference", difference(SIDE, moved, **stronger), second=True),
