@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.maths import loss, rng
+from trainer.maths import loss, projection, rng
 from trainer.maths.schedule import NoiseSchedule, scaled_linear_alphas, zero_terminal_snr
 from trainer.params.names import LOSS_WEIGHTINGS, LOSSES
 
@@ -80,6 +80,21 @@ def test_distances_by_hand(name):
     predicted, target = torch.tensor([[[[2.0, 0.5]]]]), torch.zeros(1, 1, 1, 2)
     by_hand = {"MSE": (4 + 0.25) / 2, "L1": 1.25, "Smooth-L1": (1.5 + 0.125) / 2}
     assert loss.distance(name, predicted, target).item() == pytest.approx(by_hand[name])
+
+
+def test_a_change_along_a_difference_by_hand():
+    """All of a change that points along the difference stays, nothing across it, nothing where they are alike."""
+    difference = torch.zeros(2, 4, 3, 3)
+    difference[0, 1, 0, 0], difference[0, 2, 0, 0] = 3.0, 4.0  # |d|² = 25 in one place of nine
+    ridge = projection.RIDGE * 25 / 9
+    change = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    change[0, :, 0, 0] = torch.tensor([7.0, 6.0, 8.0, -7.0])  # twice the difference, and something across it
+    found = projection.along(change, difference)
+    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([0.0, 6.0, 8.0, 0.0]) * 25 / (25 + ridge))
+    found[0, :, 0, 0] = 0
+    assert not found.any()  # of the second sample, whose difference is zero everywhere, nothing at all
+    noisy = difference + 0.01 * change  # a hundredth of the pictures' own noise must not turn into a change
+    assert projection.along(change, noisy)[0, :, 1:].norm() < 0.2 * change[0, :, 1:].norm()
 
 
 def test_timesteps_cover_the_range_and_stay_inside():

@@ -177,6 +177,40 @@ def test_the_mask_is_normalised_and_traintrains_is_not():
     assert kit.calls[2:] == [2, 2]
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_projected_the_goal_is_the_own_prediction_and_what_points_along_the_difference(prediction):
+    kit, batch, ridge = LinearModel(0.4, prediction), pair_batch(), 0.01
+    loss = mode(diff_project=True).loss(kit, batch)
+    z_o, z_t = batch.mean.double().numpy(), batch.target_mean.double().numpy()
+    alphas = scaled_linear_alphas().double().numpy()[[600, 900]].reshape(-1, 1, 1, 1)
+    a, s = np.sqrt(alphas), np.sqrt(1 - alphas)
+    losses = []
+    for seen, shown, kappa in ((z_o, z_t, 0.25), (z_t, z_o, -0.25)):
+        x, d = a * shown + s * 0.3, shown - seen
+        asked = 0.7 * (a * seen + s * 0.3) + 0.2 - (s * d if prediction == "v_prediction" else 0)
+        own = 0.7 * x - 0.1
+        wanted = own.copy()
+        for pair, row, column in np.ndindex(2, 2, 2):  # place by place, over the four channels
+            here, change = d[pair, :, row, column], (asked - own)[pair, :, row, column]
+            least = ridge * (d[pair] ** 2).sum(0).mean()
+            wanted[pair, :, row, column] += here * (change @ here) / (here @ here + least)
+        losses.append((((0.7 + kappa * 0.4) * x - 0.1 - wanted) ** 2).mean((1, 2, 3)))
+    np.testing.assert_allclose(loss.detach().numpy(), np.mean(losses, axis=0), rtol=1e-6)
+    assert kit.calls == [4, 4, 4]  # the untouched model on both sides, and one forward of the student
+
+
+def test_projected_pure_noise_is_held_at_the_own_prediction():
+    kit, rule = LinearModel(0.0), {"diff_project": True}
+    both = mode(diff_alt_ratio=-1, **rule).loss(kit, pair_batch())
+    one = mode(diff_alt_ratio=0, **rule).loss(kit, pair_batch())
+    assert one.min() > 0 and torch.allclose(both, one / 2)  # nothing to learn from noise, not even another prompt
+
+
+def test_traintrain_knows_no_projection():
+    with pytest.raises(JobError, match=r"diff_project.*trains without projection.*switch one of them off"):
+        mode(diff_project=True, train_traintrain_compatible=True)
+
+
 def test_traintrains_steps_go_in_turns_through_five_timesteps():
     seen: list[tuple[int, float]] = []
 
@@ -271,6 +305,9 @@ def test_a_step_is_one_forward_without_and_one_with_gradient(case):
     with session(case, train_batch_size=3) as made:
         calls, _ = counted(made)
         assert calls == [(6, False), (6, True)]
+    with session(case, train_batch_size=3, diff_project=True) as made:
+        calls, _ = counted(made)
+        assert calls == [(6, False), (6, False), (6, True)]
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())

@@ -3,6 +3,10 @@
 After TrainTrain's ADDifT (alternating direct difference training). With one noise ε and one timestep t for a pair,
 ε_κ(x_t of the target) is trained towards ε_0(x_t of the original): at strength κ the model then shows, where it used
 to show the original, the difference on top of it. The opposite direction is trained with strength −κ|ρ|.
+
+The two pictures also change what the untouched model makes of the things they share, and that is learned with the
+difference. With `diff_project` (ours) only the part of ε_0(x_t of the original) − ε_0(x_t of the target) that points
+along z_t − z_o at its place is added to the untouched model's prediction on the target.
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..maths.projection import along
 from ..params.core import Images, Pair, Train
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import MODES, Batch, Kit, Mode, Settings
+from .prompts import of_the_seed
 
 STRATA = 10
 
@@ -34,6 +40,13 @@ class AddiftParams:
         needs="pair",
         low=0.01,
         high=4,
+    )
+    diff_project: bool = param(
+        False,
+        "Learn of each change only the part that points from one picture to the other at its place; what both show"
+        " keeps more of its colours.",
+        "option",
+        needs="pair",
     )
 
 
@@ -62,7 +75,10 @@ class Addift(Mode):
     )
     needs = frozenset({"prompts", "pictures", "trigger", "pair", "te_train", "run"})
     sections = (AddiftParams,)
-    rules = (Rule(("diff_target_name", "mode"), target_name, complete=True),)
+    rules = (
+        Rule(("diff_target_name", "mode"), target_name, complete=True),
+        of_the_seed("diff_project", "projection"),
+    )
     source = "pair"
 
     def __init__(self, settings: Settings) -> None:
@@ -70,11 +86,13 @@ class Addift(Mode):
         train = settings[Train]
         self._compatible = train.train_traintrain_compatible
         self._range = (train.train_min_timesteps, train.train_max_timesteps)
-        self._strength = settings[AddiftParams].diff_strength
+        self._own = settings[AddiftParams]
         self._ratio = settings[Pair].diff_alt_ratio
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """Mean over the directions of ‖ε_±κ(x_t, t, c_t) − ε_0(x_t', t, c_o)‖² per pair, students in one forward.
+
+        With `diff_project` towards ε_0(x_t, t, c_t) + P(ε_0(x_t', t, c_o) − ε_0(x_t, t, c_t)), P onto z_t − z_o.
 
         Where a forward cannot hold two strengths, the directions take turns, both with the same noise and timestep.
         """
@@ -88,12 +106,12 @@ class Addift(Mode):
 
     def _halves(self, kit: Kit, batch: Batch, noise: Tensor, forward: bool, backward: bool) -> list[_Half]:
         original, target = kit.pair(batch)
-        halves = [_Half(original, target, self._strength)] if forward else []
+        halves = [_Half(original, target, self._own.diff_strength)] if forward else []
         if backward and self._ratio < 0:
             pure = noise if self._compatible else kit.noise(batch, purpose="no change")
-            halves.append(_Half(pure, pure, self._strength * self._ratio))
+            halves.append(_Half(pure, pure, self._own.diff_strength * self._ratio))
         elif backward:
-            halves.append(_Half(target, original, -self._strength * self._ratio))
+            halves.append(_Half(target, original, -self._own.diff_strength * self._ratio))
         return halves
 
     def _compare(self, kit: Kit, batch: Batch, halves: list[_Half], noise: Tensor, t: Tensor) -> Tensor:
@@ -101,13 +119,16 @@ class Addift(Mode):
         seen, shown = (torch.cat([getattr(half, side) for half in halves]) for side in ("teacher", "student"))
         noise, t = noise.repeat(count, 1, 1, 1), t.repeat(count)
         ids, mask = _repeat(batch.time_ids, count), _repeat(batch.mask, count)
+        x = kit.schedule.add_noise(shown, noise, t)
         with kit.teacher():
-            x = kit.schedule.add_noise(seen, noise, t)
-            wanted = kit.predict(x, t, kit.text(batch.prompts * count), ids)
-        if not self._compatible:  # TrainTrain compares v where it means ε
-            wanted = kit.schedule.follow(wanted, shown - seen, t)
+            before = kit.schedule.add_noise(seen, noise, t)
+            wanted = kit.predict(before, t, kit.text(batch.prompts * count), ids)
+            if not self._compatible:  # TrainTrain compares v where it means ε
+                wanted = kit.schedule.follow(wanted, shown - seen, t)
+            if self._own.diff_project:
+                here = kit.predict(x, t, kit.text(batch.targets * count), ids)
+                wanted = here + along(wanted - here, shown - seen)
         with kit.strength(self._strengths(halves, batch)):
-            x = kit.schedule.add_noise(shown, noise, t)
             predicted = kit.predict(x, t, kit.text(batch.targets * count), ids)
         if self._compatible and mask is not None:  # not normalised
             predicted, wanted, mask = predicted * mask, wanted * mask, None
