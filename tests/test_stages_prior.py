@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.data.cache import TensorCache
 from trainer.engine.catalogue import catalogue
+from trainer.engine.kit import Kit
 from trainer.engine.preflight import estimated_bytes
 from trainer.engine.reload import written_network
 from trainer.events import EventLog, Note, Stage
@@ -32,13 +33,14 @@ def case(tmp_path_factory):
     return engine_case.make(tmp_path_factory.mktemp("prior"))
 
 
-def distances(model, network, states) -> torch.Tensor:
-    """‖ε_1 − ε_0‖² at every state, with the prompt of the test."""
+def distances(model, network, states, strength: float = 1.0) -> torch.Tensor:
+    """‖ε_strength − ε_0‖² at every state, with the prompt of the test."""
     text = model.encode_prompts([PROMPT], 1)
     found = []
     with torch.no_grad():
         for state in states:
-            own = model.predict(state.x, state.t, text, None)
+            with network.at_strength(strength):
+                own = model.predict(state.x, state.t, text, None)
             with network.at_strength(0.0):
                 base = model.predict(state.x, state.t, text, None)
             found.append((own - base).square().mean())
@@ -78,6 +80,36 @@ def test_only_states_at_or_below_the_highest_timestep_are_held_and_as_many_as_as
     try:
         (stage,) = session.stages
         assert [int(state.t) for state in stage._states] == 2 * [330, 196, 62]
+    finally:
+        session.network.eject()
+
+
+@pytest.mark.parametrize(("rows", "apart"), [(1, True), (2, True), (3, True), (2, False)])
+def test_both_directions_are_held_in_turns(case, monkeypatch, rows: int, apart: bool) -> None:
+    """One state alone is held, so that of each step the strengths of its rows are all there is to know."""
+    monkeypatch.setattr(Kit, "per_sample", apart)
+    model = load_model(case.model)
+    job = case.job(
+        **{**OWN, "prior_states": 1, "prior_max_timesteps": 100, "prior_both_directions": True},
+        prior_loss_weight=1.0, prior_batch_size=rows, train_snr_gamma=0,
+    )  # fmt: skip
+    session = engine_case.session(case, job, model)
+    try:
+        (stage,) = session.stages
+        stream = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in session.flat.values:
+                value.add_(0.3 * torch.randn(value.shape, generator=stream))
+        assert len(stage._states) == 1
+        ahead, back = (float(distances(model, session.network, stage._states, sign)) for sign in (1.0, -1.0))
+        assert abs(ahead / back - 1) > 0.01
+        seen = []
+        for step in range(2):
+            stage.step(session.network, step, 12)
+            seen.append(float(stage.penalty(session.network).detach()))
+        mixed = [sum((ahead, back)[(step + row) % 2] for row in range(rows)) / rows for step in range(2)]
+        assert seen == pytest.approx(mixed if apart else [ahead, back], rel=1e-4)
+        assert session.network.strength.value == 1.0  # as before
     finally:
         session.network.eject()
 

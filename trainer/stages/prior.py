@@ -6,6 +6,7 @@ adapted model follows the untouched one's predictions on the way of such drawing
 """
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,9 @@ class PriorParams:
     prior_max_timesteps: int = param(
         1000, "Only noisy pictures of this timestep or below are held. With 500, and the training above 450, what"
         " pictures are composed of changes and their colours stay.", "option", low=100, high=1000)
+    prior_both_directions: bool = param(
+        False, "Hold every second one at strength −1: for a LoRA that is used both ways, as those from pairs are.",
+        "option")
     prior_batch_size: int = param(
         0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024)
 
@@ -52,7 +56,8 @@ class Prior(Stage):
     sections = (PriorParams,)
     rules = (
         without_effect(
-            "prior_loss_weight", "prior_prompts", "prior_states", "prior_max_timesteps", "prior_batch_size"),
+            "prior_loss_weight", "prior_prompts", "prior_states", "prior_max_timesteps", "prior_both_directions",
+            "prior_batch_size"),
     )
 
     def __init__(self, settings: Settings) -> None:
@@ -104,6 +109,17 @@ class Prior(Stage):
         x, t, target = (torch.cat([getattr(row, name) for row in rows]) for name in ("x", "t", "target"))
         sizes = [row.time_ids for row in rows if row.time_ids is not None]
         ids = torch.cat(sizes) if sizes else None
-        predicted = self._kit.predict(x, t, self._kit.text([row.prompt for row in rows]), ids)
+        with self._strength(len(rows)):
+            predicted = self._kit.predict(x, t, self._kit.text([row.prompt for row in rows]), ids)
         weight: float = self._own.prior_loss_weight
         return weight * self._kit.loss(predicted, target, t).mean()
+
+    def _strength(self, rows: int) -> AbstractContextManager[None]:
+        """The adapter as it is, or at 1 and −1 in turns: row by row where a forward can hold both, else step by step.
+        """
+        if not self._own.prior_both_directions:
+            return nullcontext()
+        signs = [1.0 - 2.0 * ((self._step + row) % 2) for row in range(rows)]
+        strength = torch.tensor(signs, device=self._device) if self._kit.per_sample else signs[0]
+        turn: AbstractContextManager[None] = self._kit.strength(strength)
+        return turn
