@@ -75,6 +75,7 @@ def test_the_swept_rate_of_difference_is_the_second_pass(suite):
 def test_the_two_pictures_of_a_pair_differ_in_one_attribute(folder, suite):
     for name, task in (
         ("one", pairs.BACKGROUND), ("eight", pairs.BACKGROUND), ("grown", pairs.SIZE), ("moved", pairs.SIDE),
+        ("night", pairs.DARK_LARGE), ("dyed", pairs.COLOUR),
     ):  # fmt: skip
         files = sorted((folder / "pictures" / name).glob("*.png"))
         assert len(files) == 2 * (8 if name == "eight" else 1)
@@ -274,8 +275,15 @@ def test_strengths_of_a_pair_and_the_steps_it_took(tmp_path, monkeypatch):
     assert figures["base keeps colour"].value == 1
     assert figures["base keeps shape"].hits == pairs.ASKED - circles < pairs.ASKED
     assert figures["colour kept"].hits == pairs.ASKED - reds < pairs.ASKED and figures["shape kept"].value == 1
+    assert figures["colour kept at −1"].value == figures["shape kept at −1"].value == 1
     assert figures["steps to 90%"] == 8 and figures["seconds to 90%"] == pytest.approx(4.0)
     assert learned["share"] == 1.0
+
+
+def test_where_the_colour_changes_shape_and_size_are_what_should_stay(suite):
+    goals = {one.variant: [goal.figure for goal in one.goals] for one in suite if one.task == pairs.COLOUR.name}
+    assert goals == {"ADDifT, preset Style": ["cyan", "blue at −1", "shape kept", "size kept"]}
+    assert pairs.COLOUR.prompt(world.Scene("ring", "blue", "white", "small", "left")) == "a small ring on the left"
 
 
 def test_kept_counts_only_what_was_right_before():

@@ -28,7 +28,6 @@ ASKED, CHECKED = 50, 16  # pictures of a result (other ones for each seed), and 
 CHECKS = 3  # files on the way
 SUFFIX = "_after"
 BOTH = "", SUFFIX  # ends of the names of a pair
-TIMES = (600, 800, 950)  # at which the change of the implied picture is compared with the pair's difference
 PAIRS = (
     ("circle", "red", "small", "left"), ("square", "green", "large", "right"), ("triangle", "blue", "small", "right"),
     ("ring", "yellow", "large", "left"), ("cross", "purple", "large", "right"), ("circle", "cyan", "large", "left"),
@@ -42,7 +41,7 @@ MANY = 8  # of them are what many pairs are
 @dataclass(frozen=True)
 class Task:
     """An attribute of the pictures that goes from one value to another, and the words that never mention it; its pairs
-    are PAIRS from the `first` on.
+    are PAIRS from the `first` on. At the timesteps `times` the change of the implied picture is compared with theirs.
     """
 
     name: str
@@ -50,11 +49,17 @@ class Task:
     old: str
     new: str
     first: int = 0
+    times: tuple[int, ...] = (600, 800, 950)
 
     @property
     def words(self) -> tuple[str, ...]:
         """The attributes that prompts name: all others but the background's."""
         return tuple(name for name in world.ATTRIBUTES if name not in (self.attribute, "background"))
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The attributes that should stay: colour and shape, or what takes the place of the one that changes."""
+        return tuple(name for name in ("colour", "shape", "size") if name != self.attribute)[:2]
 
     def prompt(self, scene: world.Scene) -> str:
         """What stands beside a picture, and what the model is asked."""
@@ -88,9 +93,10 @@ class Task:
 BACKGROUND = Task("white becomes black", "background", "white", "black")
 DARK = dataclasses.replace(BACKGROUND, first=MANY)
 WHITE = Task("black becomes white", "background", "black", "white", first=MANY)
-WHITE_LARGE = dataclasses.replace(WHITE, first=5)
+DARK_LARGE, WHITE_LARGE = (dataclasses.replace(task, first=5) for task in (BACKGROUND, WHITE))
 SIZE = Task("small becomes large", "size", "small", "large")
 SIDE = Task("left becomes right", "side", "left", "right")
+COLOUR = Task("blue becomes cyan", "colour", "blue", "cyan", first=2, times=(250, 300, 350))
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ class Measured:
     before: Before
 
     def __call__(self, trained: Trained) -> Figures:
-        """How many pictures show the new value, the old one at strength −1, and what else they still show; beside it,
-        what the untouched model still shows when words ask it for the new value.
+        """How many pictures show the new value, the old one at strength −1, and what else they still show at both;
+        beside it, what the untouched model still shows when words ask it for the new value.
         """
         task = self.task
         scenes = pool(lambda scene: True, ASKED, seed=50 + trained.seed)
@@ -117,10 +123,9 @@ class Measured:
             f"base {task.new}": self._share(then, task.new),
             f"{task.old} at −1": self._share(back, task.old),
             f"base {task.old}": self._share(then, task.old),
-            "colour kept": kept("colour", then, now, scenes),
-            "base keeps colour": kept("colour", then, named, scenes),
-            "shape kept": kept("shape", then, now, scenes),
-            "base keeps shape": kept("shape", then, named, scenes),
+            **{f"{name} kept": kept(name, then, now, scenes) for name in task.keeps},
+            **{f"base keeps {name}": kept(name, then, named, scenes) for name in task.keeps},
+            **{f"{name} kept at −1": kept(name, then, back, scenes) for name in task.keeps},
             "cosine": cosine,
             "outside": outside,
             f"steps to {GOAL:.0%}": float(reached),
@@ -156,7 +161,7 @@ class Measured:
             mask = _different(pixels, first.shape[-1])
             rows = model.encode_prompts([self.task.prompt(old)])
             noise = rng.normal(first.shape[1:], "direction", number, 0, range(1))
-            for time in TIMES:
+            for time in self.task.times:
                 t = torch.tensor([time])
                 x = model.schedule.add_noise(first, noise, t)
                 with trained.network.at_strength(0.0):
@@ -184,8 +189,10 @@ def _different(pixels_2CHW: torch.Tensor, edge: int) -> torch.Tensor:
     return (F.adaptive_max_pool2d(summed, edge) > 10).float()
 
 
-RATE, FIRST, LATER, HELD, PLAIN = 5e-4, 4e-3, 2e-3, 3e-3, 4e-3
-"""Learning rates on the small model: ADDifT, both passes of Difference, its second one held at low noise, LoRA."""
+RATE, FEW, FIRST, LATER, HELD, PLAIN = 5e-4, 2e-4, 4e-3, 2e-3, 3e-3, 4e-3
+"""Learning rates on the small model: ADDifT, in few steps, both passes of Difference, its second one held at low noise,
+LoRA.
+"""
 SMALL: Mapping[str, object] = {"train_batch_size": 4, "train_learning_rate": RATE}
 """What ADDifT's settings here differ in from the shipped preset, which is made for full-size models."""
 
@@ -235,6 +242,12 @@ def difference(task: Task, folder: Path, name: str = "Difference_Use2ndPass", **
     return {**preset(name, second, **first), **one_pair(task, folder)}
 
 
+def alike(task: Task, folder: Path) -> dict[str, object]:
+    """The job of Difference whose passes share one set of settings."""
+    first = {"train_learning_rate": FIRST, "train_iterations": 100, "data_cache": "memory"}
+    return {**preset("Difference", **first), **one_pair(task, folder)}
+
+
 def ordinary() -> dict[str, object]:
     """What prior preservation holds here: prompts of the world."""
     words = "\n".join(world.caption(scene) for scene in pool(lambda scene: True, 60, 7))
@@ -248,8 +261,8 @@ def plain(folder: Path) -> dict[str, object]:
 
 PICTURES: Mapping[str, tuple[Task, int, tuple[str, ...]]] = {
     "one": (BACKGROUND, 1, BOTH), "eight": (BACKGROUND, MANY, BOTH), "after": (BACKGROUND, MANY, (SUFFIX,)),
-    "dim": (DARK, 1, BOTH), "pale": (WHITE, 1, BOTH), "wide": (WHITE_LARGE, 1, BOTH), "grown": (SIZE, 1, BOTH),
-    "moved": (SIDE, 1, BOTH),
+    "dim": (DARK, 1, BOTH), "pale": (WHITE, 1, BOTH), "wide": (WHITE_LARGE, 1, BOTH), "night": (DARK_LARGE, 1, BOTH),
+    "grown": (SIZE, 1, BOTH), "moved": (SIDE, 1, BOTH), "dyed": (COLOUR, 1, BOTH),
 }  # fmt: skip
 """Folders of what is learned from: pairs of a task, how many, and which of their two pictures."""
 
@@ -262,11 +275,13 @@ def prepare(folder: Path) -> None:
 
 def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     """What is trained on the pictures below `folder`."""
-    black, white, large, right = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE))
-    one, eight, after, dim, pale, wide, grown, moved = (folder / name for name in PICTURES)
-    low_noise = "Difference, held at low noise"
+    black, white, large, right, cyan = (Measured(task, before) for task in (BACKGROUND, WHITE, SIZE, SIDE, COLOUR))
+    one, eight, after, dim, pale, wide, night, grown, moved, dyed = (folder / name for name in PICTURES)
+    low_noise, lower = "Difference, held at low noise", "ADDifT, held at low noise"
     held = {"name": "Difference_Background", "train_learning_rate": HELD, **ordinary()}
     quicker = {"name": "ADDifT_Background_Held", **ordinary()}
+    few = {"train_learning_rate": FEW}
+    swapped = {"original image": str(dyed / f"0{SUFFIX}.png"), "target image": str(dyed / "0.png")}
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
     return (
         _scenario(black, "ADDifT, one pair", addift(BACKGROUND, one), around(RATE)),
@@ -274,11 +289,19 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
                   (RATE,)),
         _scenario(black, "Multi-ADDifT, eight pairs", multi(eight), around(RATE)),
         _scenario(black, "Difference", difference(BACKGROUND, one), around(LATER), second=True),
+        _scenario(black, "Difference, one set of settings", alike(BACKGROUND, one), around(FIRST)),
         _scenario(black, low_noise, difference(DARK, dim, **held), around(HELD), second=True),
         _scenario(white, low_noise, difference(WHITE, pale, **held), around(HELD), second=True,
                   shown="modes-pairs.png"),
-        _scenario(white, "ADDifT, held at low noise", addift(WHITE_LARGE, wide, **quicker), around(RATE)),
+        _scenario(black, lower, addift(DARK_LARGE, night, **quicker), around(RATE)),
+        _scenario(white, lower, addift(WHITE_LARGE, wide, **quicker), around(RATE)),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
+        dataclasses.replace(
+            _scenario(cyan, "ADDifT, preset Style", {**addift(COLOUR, dyed, "ADDifT_Style_SD1.5", **few), **swapped},
+                      around(FEW)),
+            value=lambda figures: figures["cosine"],
+        ),
+        _scenario(large, "ADDifT, preset Action", addift(SIZE, grown, "ADDifT_Action_SD1.5", **few), around(FEW)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
         _scenario(right, "Difference", difference(SIDE, moved, **stronger), second=True),
     )  # fmt: skip
@@ -291,12 +314,12 @@ def _scenario(
     task = measure.task
 
     def value(figures: Mapping[str, float]) -> float:
-        lost = sum(max(0.0, KEPT - figures[name]) for name in ("colour kept", "shape kept"))
+        lost = sum(max(0.0, KEPT - figures[f"{name} kept"]) for name in task.keeps)
         return figures[task.new] + figures[f"{task.old} at −1"] - 4 * lost
 
     goals = (
         Goal(task.new, low=GOAL), Goal(f"{task.old} at −1", low=GOAL),
-        Goal("colour kept", low=KEPT), Goal("shape kept", low=KEPT),
+        *(Goal(f"{name} kept", low=KEPT) for name in task.keeps),
     )  # fmt: skip
     return Scenario(
         task=task.name, variant=variant, job=job, measure=measure, rates=rates, goals=goals, second=second,
