@@ -35,9 +35,18 @@ def test_a_run_is_remembered_by_its_kind(tmp_path: Path) -> None:
     assert known(job(train_learning_rate=1e-5, train_iterations=9), CPU, tmp_path) == Cost(7.5, 0.4, 1234)
     others = {"train_batch_size": 3, "network_type": "lokr", "model": "/a/other.safetensors", "mode": "iLECO"}
     assert [known(job(**{name: value}), CPU, tmp_path) for name, value in others.items()] == [None] * 4
+    assert known(job(prior_loss_weight=1), CPU, tmp_path) is None, "another forward in each step"
     assert known(job(), torch.device("cuda", 0), tmp_path) is None
     told(CostWatch(job(), CPU, tmp_path, 100.0), (50, 50, 117.5))
     assert known(job(), CPU, tmp_path) == Cost(7.5, 0.2, 1234), "the last run counts"
+
+
+def test_a_switch_decides_and_its_strength_does_not(tmp_path: Path) -> None:
+    pair = {"mode": "ADDifT", "prior_loss_weight": 1.0}
+    told(CostWatch(job(**pair), CPU, tmp_path, 100.0), (10, 50, 110.0), (50, 50, 127.5))
+    assert known(job(**{**pair, "prior_loss_weight": 3.0, "diff_strength": 0.5}), CPU, tmp_path) == Cost(7.5, 0.4, 1234)
+    others = ({"diff_project": True}, {"diff_alt_ratio": 0}, {"prior_loss_weight": 0}, {"prior_batch_size": 4})
+    assert [known(job(**{**pair, **other}), CPU, tmp_path) for other in others] == [None] * 4
 
 
 def test_passes_are_added_up(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_projected_the_goal_is_the_own_prediction_and_what_points_along_the_diff
         wanted = own.copy()
         for pair, row, column in np.ndindex(2, 2, 2):  # place by place, over the four channels
             here, change = d[pair, :, row, column], (asked - own)[pair, :, row, column]
-            least = ridge * (d[pair] ** 2).sum(0).mean()
+            least = ridge * (d[pair] ** 2).sum(0).max()
             wanted[pair, :, row, column] += here * (change @ here) / (here @ here + least)
         losses.append((((0.7 + kappa * 0.4) * x - 0.1 - wanted) ** 2).mean((1, 2, 3)))
     np.testing.assert_allclose(loss.detach().numpy(), np.mean(losses, axis=0), rtol=1e-6)
@@ -207,8 +207,27 @@ def test_projected_pure_noise_is_held_at_the_own_prediction():
 
 
 def test_traintrain_knows_no_projection():
-    with pytest.raises(JobError, match=r"diff_project.*trains without projection.*switch one of them off"):
-        mode(diff_project=True, train_traintrain_compatible=True)
+    """Its presets have it on, and go on to load with its rules: the switch is told to have no effect, and has none."""
+    from trainer.engine.catalogue import catalogue
+    from trainer.params.codec import load
+
+    rule = {"train_traintrain_compatible": True}
+    losses = [mode(**rule, diff_project=on).loss(LinearModel(0.4), pair_batch()) for on in (True, False)]
+    assert torch.equal(*losses)
+    given = {"format": 1, "mode": "ADDifT", "original image": "a.png", "target image": "b.png", "diff_project": True}
+    told = load({**given, **rule}, catalogue()).warnings
+    assert any("diff_project" in one and "has no effect with train_traintrain_compatible" in one for one in told)
+
+
+def test_projected_directions_that_take_turns_are_those_of_one_forward_and_the_mask_counts():
+    mask = torch.zeros(2, 1, 2, 2)
+    mask[:, :, 0, 1] = 1
+    single = LinearModel(0.4)
+    single.per_sample = False
+    apart = [mode(diff_project=True).loss(single, pair_batch(index=index, mask=mask)) for index in range(2)]
+    together = mode(diff_project=True).loss(LinearModel(0.4), pair_batch(mask=mask))
+    torch.testing.assert_close((apart[0] + apart[1]) / 2, together)
+    assert not torch.allclose(mode(diff_project=True).loss(LinearModel(0.4), pair_batch()), together)
 
 
 def test_traintrains_steps_go_in_turns_through_five_timesteps():

@@ -134,8 +134,10 @@ def test_a_run_with_it_stays_nearer_to_the_untouched_model(case) -> None:
     assert 0 < moved[100.0] < 0.5 * moved[0.0]
 
 
-def test_a_resumed_run_goes_on_alike(case) -> None:
-    parts, whole = engine_case.stopped_and_resumed(case, "prior", **OWN, prior_loss_weight=10.0)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_resumed_run_goes_on_alike(case, both: bool) -> None:
+    own = {**OWN, "prior_loss_weight": 10.0, "prior_both_directions": both}
+    parts, whole = engine_case.stopped_and_resumed(case, f"prior{both}", **own)
     assert parts == whole
 
 

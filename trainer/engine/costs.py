@@ -24,8 +24,14 @@ _DECIDES = (
     *("network_type", "network_rank", "network_blocks", "network_element", "network_targets", "use_dora"),
     *("image_size", "train_batch_size", "train_gradient_accumulation", "use_gradient_checkpointing"),
     *("train_model_precision", "train_lora_precision", "train_optimizer", "sample_every", "sample_steps"),
+    "prior_batch_size",
 )
-"""Settings that decide how long a step takes; those of the mode's own sections do so too."""
+"""Settings that decide how long a step takes."""
+_SWITCHES = (
+    *("diff_project", "diff_alt_ratio", "ileco_anchor_weight", "ileco_guidance", "ileco_bank"),
+    *("prior_loss_weight", "lalora_lambda", "abm_enabled"),
+)
+"""Settings of which only matters whether they are zero."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ def _file(job: Job, device: torch.device, folder: Path) -> Path:
     facts: dict[str, object] = {"mode": task.mode, "model": Path(task.model).name, "device": str(device)}
     for number, plan in enumerate(plan_passes(job)):
         facts |= {f"{name} {number}": plan.job.value(name) for name in _DECIDES}
+        facts |= {f"{name} {number}": bool(plan.job.value(name)) for name in _SWITCHES}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return folder / f"cost-{name}.json"
 

@@ -77,7 +77,7 @@ class Addift(Mode):
     sections = (AddiftParams,)
     rules = (
         Rule(("diff_target_name", "mode"), target_name, complete=True),
-        of_the_seed("diff_project", "projection"),
+        of_the_seed("diff_project", "projection", warning=True),  # presets with TrainTrain's names have it on
     )
     source = "pair"
 
@@ -87,6 +87,7 @@ class Addift(Mode):
         self._compatible = train.train_traintrain_compatible
         self._range = (train.train_min_timesteps, train.train_max_timesteps)
         self._own = settings[AddiftParams]
+        self._project = self._own.diff_project and not self._compatible
         self._ratio = settings[Pair].diff_alt_ratio
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
@@ -125,7 +126,7 @@ class Addift(Mode):
             wanted = kit.predict(before, t, kit.text(batch.prompts * count), ids)
             if not self._compatible:  # TrainTrain compares v where it means ε
                 wanted = kit.schedule.follow(wanted, shown - seen, t)
-            if self._own.diff_project:
+            if self._project:
                 here = kit.predict(x, t, kit.text(batch.targets * count), ids)
                 wanted = here + along(wanted - here, shown - seen)
         with kit.strength(self._strengths(halves, batch)):

@@ -76,15 +76,15 @@ def empty_original(job: Job, mode: ModeInfo) -> str:
     return "has an empty line: the change will affect everything the model draws. Name what is to be changed."
 
 
-def of_the_seed(name: str, what: str) -> Rule:
-    """A rule against a setting that TrainTrain's own training rule has no place for."""
+def of_the_seed(name: str, what: str, warning: bool = False) -> Rule:
+    """A rule against a setting that TrainTrain's own training rule has no place for; only told when a `warning`."""
 
     def check(job: Job, mode: ModeInfo) -> str:
         if not job.value(name) or not job[Train].train_traintrain_compatible:
             return ""
         return f"has no effect with train_traintrain_compatible, which trains without {what}; switch one of them off."
 
-    return Rule((name, "train_traintrain_compatible"), check)
+    return Rule((name, "train_traintrain_compatible"), check, warning=warning)
 
 
 RULES: tuple[Rule, ...] = (
