@@ -9,6 +9,7 @@ from adapter_layers import input_of, layers, network, shake, with_weight
 from torch import nn
 
 from trainer.adapters.base import AdapterSpec
+from trainer.adapters.experts import _of_pairs
 from trainer.adapters.export import export_network
 from trainer.engine.catalogue import catalogue
 from trainer.engine.memory import step_bytes
@@ -65,6 +66,20 @@ def test_starts_at_zero_and_every_expert_learns_something_of_its_own(count) -> N
         assert adapter.gates.grad.abs().max() > 0 and adapter.mixture().std() > 0
         ups = adapter.experts.detach()
         assert all((one - two).abs().max() > 1e-3 for n, one in enumerate(ups) for two in ups[:n])
+
+
+@pytest.mark.parametrize("routing", ["constant", "input"])
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_a_start_is_exactly_the_bare_layer_whatever_products_round_to(count, routing) -> None:
+    net = network(layers(), spec(num_experts=count, network_routing=routing))
+    for adapter in net:
+        x = input_of(adapter.module)
+        bare = adapter.module(x)
+        with net.attached():
+            assert torch.equal(adapter.module(x), bare)
+        # Every summand of a product is zero, so no order of summing and no fused multiply-add can leave a rest.
+        gates, experts = _of_pairs(adapter.mixture(), 0), _of_pairs(adapter.experts, 0, 0.5)
+        assert not (gates.view(-1, 1, 1) * experts).any() and adapter.experts.any()
 
 
 def test_constant_gates_fold_into_one_lora() -> None:

@@ -12,10 +12,11 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 from ldm_names import Shape
 from ldm_names import checkpoint as every_tensor
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import ModelError
-from trainer.models.assemble import assemble
+from trainer.models.assemble import ALIGNMENT, assemble
 from trainer.models.keys_vae import vae_to_diffusers
 from trainer.models.load import load_model
 from trainer.models.single import read_vae, source_of
@@ -68,6 +69,16 @@ def test_file_folder_and_live_tensors_give_identical_models(files, kind):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+def test_weights_are_contiguous_and_aligned_wherever_a_file_had_them(files, kind):
+    model = load(files, f"{kind}.safetensors")
+    with safe_open(str(files / f"{kind}.safetensors"), "pt") as file:
+        assert any(file.get_tensor(name).data_ptr() % ALIGNMENT for name in file.keys())  # noqa: SIM118
+    for part in (model.unet, model.vae, *model.text_encoders):
+        for name, weight in part.named_parameters():
+            assert weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0, name
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_conversion_agrees_with_diffusers_key_for_key(kind):
     tensors = tiny.checkpoint(kind)
     source = source_of(tensors, {}, kind)
@@ -93,7 +104,7 @@ def test_conversion_agrees_with_diffusers_key_for_key(kind):
 def test_live_tensors_are_adopted_not_copied(kind):
     tensors = tiny.checkpoint(kind, dtype=torch.float16)
     pointers = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
-    model = tiny.model(kind, tensors=tensors)
+    model = tiny.model(kind, tensors=tensors, resting=True)
     parts = [model.unet, *model.text_encoders]
     held = {parameter.untyped_storage().data_ptr() for part in parts for parameter in part.parameters()}
     assert held <= pointers

@@ -164,10 +164,11 @@ def model(
     v_pred: bool = False,
     tensors: Tensors | None = None,
     device: str = "cpu",
+    resting: bool = False,
 ):
     """A loaded tiny model with a byte-level vocabulary (a token is one letter of the prompt), without any file.
 
-    `tensors` in LDM/sgm spelling replace the random ones.
+    `tensors` in LDM/sgm spelling replace the random ones; `resting`: they are a host's.
     """
     from trainer.models.assemble import assemble
     from trainer.models.single import source_of
@@ -175,7 +176,7 @@ def model(
 
     source = source_of(checkpoint(kind, seed, dtype) if tensors is None else tensors, {}, f"tiny-{kind}")
     source.vocabularies = {part: Vocabulary(token_ids(), ()) for part in ("te1", "te2")}
-    return assemble(source, v_pred=v_pred, device=device)
+    return assemble(source, v_pred=v_pred, device=device, resting=resting)
 
 
 def full_model(kind: str):

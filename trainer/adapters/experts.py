@@ -90,7 +90,8 @@ class Experts(Factored):
     def product(self) -> tuple[Tensor, Tensor]:
         if self.routed and self.seen is not None:
             return self.common.down, self._folded(self.seen)[0]
-        return self.common.down, (self.mixture() @ self.experts.flatten(1)).view(self.fan_out, self.rank)
+        gates, experts = _of_pairs(self.mixture(), 0), _of_pairs(self.experts, 0, 0.5)
+        return self.common.down, (gates @ experts.flatten(1)).view(self.fan_out, self.rank)
 
     def as_lora(self) -> LowRank:
         if not (self.routed and self.seen is not None):
@@ -119,8 +120,9 @@ class Experts(Factored):
         if self.draws.on and type(rows) is Tensor:  # a fake tensor, in a prediction of memory, holds nothing
             kept = ((rows, KEPT_ROWS), (gates, KEPT_ROWS), (asked, KEPT_INPUTS))
             self.seen = Seen(*(_some_rows(tensor.detach().flatten(0, -2), most) for tensor, most in kept))
-        wide = (gates[..., None] * rows[..., None, :]).flatten(-2)
-        update = functional.linear(wide, self.by_rows(self.experts.permute(1, 0, 2).flatten(1)).to(x.dtype))
+        wide = (_of_pairs(gates, -1)[..., None] * rows[..., None, :]).flatten(-2)
+        experts = _of_pairs(self.experts, 0, 0.5).permute(1, 0, 2).flatten(1)
+        update = functional.linear(wide, self.by_rows(experts).to(x.dtype))
         if not linear:
             update = update.transpose(1, 2).unflatten(2, middle.shape[2:])
         return update * (per_sample(scale, update) if isinstance(scale, Tensor) else scale)
@@ -165,6 +167,19 @@ class Experts(Factored):
         own = {"common.down": down.view(self.common.down.shape), "experts": ups - ups.mean(0) + up}
         mixing = [name for name in ("gates", "router") if name in self._parameters]
         return {**own, **{name: torch.zeros(self.get_parameter(name).shape) for name in mixing}}
+
+
+def _of_pairs(numbers: Tensor, dim: int, factor: float = 1.0) -> Tensor:
+    """Sums and differences of the pairs along a dimension, times a factor; what has no partner comes last, as it is.
+
+    Σ_e g_e·B_e is the same in these coordinates, with factor 1 for the one and ½ for the other: for a pair it is
+    (g_1 + g_2)·½(B_1 + B_2) + (g_1 − g_2)·½(B_1 − B_2). At the start B_1 + B_2 and g_1 − g_2 are exactly 0, and so is
+    the sum, however a processor rounds.
+    """
+    rows = numbers.movedim(dim, 0)
+    paired = len(rows) // 2 * 2
+    one, two = rows[0:paired:2], rows[1:paired:2]
+    return torch.cat([(one + two) * factor, (one - two) * factor, rows[paired:]]).movedim(0, dim)
 
 
 def _some_rows(rows: Tensor, most: int) -> Tensor:

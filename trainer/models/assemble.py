@@ -36,16 +36,16 @@ def assemble(
     vocabularies: Sequence[Path] = (),
     resting: bool = False,
 ) -> Model:
-    """The model of a source. Tensors already in `storage` (None: any) and on `device` are adopted: same storage, no
-    copy. `resting` leaves everything but the UNet where it is.
+    """The model of a source. `resting`: the tensors are a host's; those already in `storage` (None: any) and on `device`
+    are adopted (same storage, no copy), and everything but the UNet stays where it is.
 
     The source is emptied on the way, so that tensors that had to be cast are freed one part at a time.
     Raises ModelError when the family is not known, tensors are missing or do not fit, or no vocabulary is there.
     """
     family = recognise(source)
-    where = Placement(torch.device(device), storage)
-    aside = None if resting else where.device
-    texts = [_text_encoder(source, row, Placement(aside, storage), vocabularies) for row in family.texts]
+    where = Placement(torch.device(device), storage, shared=resting)
+    aside = dataclasses.replace(where, device=None) if resting else where
+    texts = [_text_encoder(source, row, aside, vocabularies) for row in family.texts]
     pooled = next((text for text in texts if text.row.pooled), None)
     unet_tensors = source.parts.pop("unet")
     unet = _unet(unet_tensors, source.configs.get("unet"), pooled, where)
@@ -53,7 +53,7 @@ def assemble(
     vae = None
     if vae_tensors is not None:
         _same_latents(vae_tensors, unet, source.name)
-        vae = build_vae(vae_tensors, vae_config, family, Placement(aside, vae_storage))
+        vae = build_vae(vae_tensors, vae_config, family, dataclasses.replace(aside, storage=vae_storage))
     schedule, warnings = schedule_of(source.noise, family, v_pred)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
@@ -98,19 +98,32 @@ def recognise(source: Source) -> Family:
     )
 
 
+ALIGNMENT = 64
+"""Bytes at which torch's own allocations on the CPU begin."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where tensors go (None: they stay) and how they are stored (None: as they are; 8-bit floats become 16-bit ones).
+
+    On the CPU, weights are contiguous and begin at a multiple of ALIGNMENT bytes: a matrix library chooses its kernels
+    by address and strides too, and the same weights in a mapped file, which begin anywhere, would give other last bits.
+    `shared` tensors, those of a host's model, are left as they are.
     """
 
     device: torch.device | None
     storage: torch.dtype | None
+    shared: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
         storage = self.storage
         if storage is None and tensor.is_floating_point() and tensor.element_size() == 1:
             storage = torch.float16
-        return tensor.to(device=self.device, dtype=storage)
+        placed = tensor.to(device=self.device, dtype=storage)
+        if self.shared or type(placed) is not Tensor or placed.device.type != "cpu":
+            return placed
+        regular = placed.is_contiguous() and not placed.data_ptr() % ALIGNMENT
+        return placed if regular else placed.clone(memory_format=torch.contiguous_format)
 
 
 def _from_config(kind: Any, config: Mapping[str, Any]) -> Any:
