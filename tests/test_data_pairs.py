@@ -102,7 +102,7 @@ COUNTS = [(1, 4, [4]), (3, 4, [4, 4, 4]), (5, 2, [2, 2, 1]), (2, 2, [2])]
 def test_few_pairs_fill_whole_batches_and_all_count_alike(tmp_path, count, batch, expected):
     for number in range(count):
         pair_case.write_pair(tmp_path, name=f"p{number}", seed=number)
-    plan = build_pairs(settings(tmp_path), find_pairs(settings(tmp_path), "_t"), encoding()).plan(3, batch)
+    plan = build_pairs(settings(tmp_path), find_pairs(settings(tmp_path), "_t"), encoding()).plan(3, batch, fill=True)
     epoch = plan.epoch(0)
     assert sorted(map(len, epoch), reverse=True) == expected
     counts = np.bincount([index for one in epoch for index in one])

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..data.dataset import arrange
+from ..data.pairs import originals_of
+from ..data.plan import Plan, filled
 from ..data.scan import scan
 from ..engine import arguments, costs
 from ..engine.catalogue import catalogue
@@ -24,6 +26,7 @@ from ..events import EventLog
 from ..jobs.entry import Entry
 from ..jobs.listing import QueueError
 from ..jobs.queue import Outcome
+from ..modes.base import MODES
 from ..params import core
 from ..params.codec import load
 from ..params.job import Job
@@ -136,9 +139,15 @@ class Bench:
         found = scan(settings)
         arrangement = arrange(found.pictures, settings)
         size = job[core.Train].train_batch_size
-        batches = sum(-(-count // size) for count in arrangement.bucket_report().values())
-        total, per_epoch = arguments.steps(job, batches)
-        return {**found.summary(), **arrangement.summary(), "steps per epoch": per_epoch, "steps": total}
+        counted = arrangement
+        if "pair_name" in MODES.get(job[core.Task].mode).needs:  # two pictures are one sample
+            pairs = originals_of(found.pictures, job[core.Images].diff_target_name)
+            counted = arrange(pairs or found.pictures, settings)
+        pools = [range(count) for count in counted.bucket_report().values()]
+        plan = Plan([filled(pool, size) if arguments.fills(job) else pool for pool in pools], 0, size)
+        length = arguments.length(job, plan.batches_per_epoch)
+        per_epoch = round(length.steps_per_epoch, 2)
+        return {**found.summary(), **arrangement.summary(), "steps per epoch": per_epoch, "steps": length.steps}
 
     def cost(self, job: Job) -> Mapping[str, object]:
         """Steps, seconds and memory that the job will take, as far as they are known."""

@@ -12,7 +12,7 @@ from ..errors import DataError
 from .buckets import Placement, Size, full_buckets, own_bucket, placements, shrink_buckets
 from .cache import TensorCache, Tensors, fingerprint
 from .encode import EncodeImages, check_pictures, encode_pending
-from .plan import Plan
+from .plan import Plan, filled
 from .scan import Picture, Scan, listed, refuse_broken, scan
 from .settings import ImageSettings
 from .text import Progress
@@ -115,12 +115,15 @@ class Dataset:
         self._keys = tuple(keys)
         self._cache = cache
 
-    def plan(self, seed: int, batch_size: int) -> Plan:
-        """The batches of a run, by seed alone. Raises DataError for a batch size below 1."""
+    def plan(self, seed: int, batch_size: int, fill: bool = False) -> Plan:
+        """The batches of a run, by seed alone; with `fill` a bucket smaller than a batch is repeated to whole batches.
+
+        Raises DataError for a batch size below 1.
+        """
         pools: dict[Size, list[int]] = {bucket: [] for bucket in sorted({item.bucket for item in self.items})}
         for index, item in enumerate(self.items):
             pools[item.bucket] += [index] * item.repeats
-        return Plan(tuple(pools.values()), seed, batch_size)
+        return Plan([filled(pool, batch_size) if fill else pool for pool in pools.values()], seed, batch_size)
 
     def latents(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the latents, each `BCHW` float32 on the CPU.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ from .dataset import Dataset, Item, SizeFacts
 from .dataset import build as build_dataset
 from .encode import EncodeImages
 from .images import BrokenPicture, decode, fit, load_rgb, read_size
-from .plan import Plan
+from .plan import Plan, filled
 from .scan import Picture, Scan, listed, scan
 from .settings import ImageSettings
 from .text import Progress
@@ -95,6 +94,12 @@ def find_pairs(settings: ImageSettings, suffix: str, masked: bool = False) -> Pa
     return PairScan(Scan(tuple(originals), found.broken, rule), Scan(tuple(targets), (), rule))
 
 
+def originals_of(pictures: Sequence[Picture], suffix: str) -> tuple[Picture, ...]:
+    """The pictures that have a partner `<name><suffix>` beside them: as many as there are pairs."""
+    stems = {_stem(picture.name) for picture in pictures}
+    return tuple(picture for picture in pictures if suffix and _stem(picture.name) + suffix in stems)
+
+
 class PairDataset:
     """Pairs with their cached latents. An index is a position in `pairs`; those of one call must share a bucket."""
 
@@ -114,14 +119,14 @@ class PairDataset:
         """The original of a pair."""
         return self.originals.items[self.pairs[index][0]]
 
-    def plan(self, seed: int, batch_size: int) -> Plan:
-        """The batches of a run. A bucket with fewer samples than a batch is repeated until whole batches are full."""
+    def plan(self, seed: int, batch_size: int, fill: bool = False) -> Plan:
+        """The batches of a run; with `fill` a bucket smaller than a batch is repeated until whole batches are full."""
         pools: dict[Size, list[int]] = {}
         for index in range(len(self.pairs)):
             item = self.item(index)
             pools.setdefault(item.bucket, []).extend([index] * item.repeats)
-        filled = [pools[bucket] * _rounds(len(pools[bucket]), batch_size) for bucket in sorted(pools)]
-        return Plan(filled, seed, batch_size)
+        ordered = [pools[bucket] for bucket in sorted(pools)]
+        return Plan([filled(pool, batch_size) for pool in ordered] if fill else ordered, seed, batch_size)
 
     def latents(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the originals' latents, then of the targets', each `BCHW` float32."""
@@ -255,11 +260,6 @@ def _mask(originals: Dataset, targets: Dataset, pair: tuple[int, int], cache: Te
 def _pixels(picture: Picture, placement: Placement) -> torch.Tensor:
     rgb, _ = fit(*decode(picture.path.read_bytes()), placement)
     return rgb
-
-
-def _rounds(count: int, batch_size: int) -> int:
-    """How often a bucket of `count` samples is taken so that, when it is smaller than a batch, batches are full."""
-    return math.lcm(count, batch_size) // count if count < batch_size else 1
 
 
 def _stem(name: str) -> str:

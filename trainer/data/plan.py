@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
 from ..errors import DataError
 
 Batch = tuple[int, ...]
+
+
+def filled(pool: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """A pool that is smaller than a batch, as many times over as whole batches need; a larger one as it is.
+
+    Its items then count more often in an epoch than those of other pools.
+    """
+    rounds = math.lcm(len(pool), batch_size) // len(pool) if 0 < len(pool) < batch_size else 1
+    return tuple(pool) * rounds
 
 
 class Plan:

@@ -20,6 +20,7 @@ from ..params import core
 from ..params.job import Job
 from ..params.network import NetworkOptions
 from .kit import LossSettings
+from .length import Length
 from .samples import SampleSettings
 from .session import Limits
 from .sources import PromptPairs
@@ -158,29 +159,44 @@ def typed_prompts(job: Job) -> tuple[str, ...]:
     return (*pairs.originals, *pairs.targets, *pairs.anchors)
 
 
-def steps(job: Job, batches_per_epoch: int | None) -> tuple[int, int]:
-    """(optimizer steps in all, optimizer steps per epoch; 0 where there are no epochs)."""
+def length(job: Job, batches_per_epoch: int | None) -> Length:
+    """How long the run is; `batches_per_epoch` are micro batches, None for modes without pictures."""
     train = job[core.Train]
     if not MODES.get(job[core.Task].mode).steps:
-        return 0, 0
-    per_epoch = math.ceil(batches_per_epoch / train.train_gradient_accumulation) if batches_per_epoch else 0
-    if train.train_epochs and per_epoch:
-        return train.train_epochs * per_epoch, per_epoch
-    return train.train_iterations, per_epoch
+        return Length(0)
+    accumulation, per_epoch = train.train_gradient_accumulation, batches_per_epoch or 0
+    if (epochs := train.train_epochs if has_epochs(job) else 0) and per_epoch:
+        return Length.of_epochs(epochs, accumulation, per_epoch)
+    return Length.of_steps(train.train_iterations, accumulation, per_epoch)
+
+
+def has_epochs(job: Job) -> bool:
+    """Whether the mode counts in epochs: those do that learn from a folder."""
+    return "folder" in MODES.get(job[core.Task].mode).needs
+
+
+def fills(job: Job) -> bool:
+    """Whether a bucket with less than a batch is repeated to whole batches: for the one pair of two files, and as
+    TrainTrain does by its rules. A run that is counted in epochs never does, so that every picture counts alike.
+    """
+    train = job[core.Train]
+    if not has_epochs(job):
+        return True
+    return train.train_traintrain_compatible and not train.train_epochs
 
 
 def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:
     """The numbers of the loop; `batches_per_epoch` is None for modes without pictures."""
     train, save = job[core.Train], job[core.Save]
-    total, per_epoch = steps(job, batches_per_epoch)
-    due = set(range(save.save_per_steps, total, save.save_per_steps)) if save.save_per_steps else set()
-    if save.save_per_epochs and per_epoch:
-        due |= set(range(save.save_per_epochs * per_epoch, total, save.save_per_epochs * per_epoch))
+    counted = length(job, batches_per_epoch)
+    due = set(range(save.save_per_steps, counted.steps, save.save_per_steps)) if save.save_per_steps else set()
+    if save.save_per_epochs and has_epochs(job):
+        ends = range(save.save_per_epochs, math.ceil(counted.epochs), save.save_per_epochs)
+        due |= {end for epoch in ends if (end := counted.end_of(epoch)) < counted.steps}
     return Limits(
-        total_steps=total,
-        accumulation=train.train_gradient_accumulation,
+        length=counted,
         max_grad_norm=train.train_max_grad_norm,
-        state_every=train.train_state_every if total else 0,
+        state_every=train.train_state_every if counted.steps else 0,
         sample_every=job[core.Sample].sample_every,
         save_steps=frozenset(due),
         batch_size=train.train_batch_size * processes,

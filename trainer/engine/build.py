@@ -94,7 +94,7 @@ def picture_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan 
         dataset = build_dataset(
             settings, model.encode_images, fingerprint(model.vae), site.cache, site.log.progress, at_once, scanned
         )
-    return PictureSource(dataset, model, seed, job[core.Train].train_batch_size, site.process)
+    return PictureSource(dataset, model, seed, job[core.Train].train_batch_size, site.process, arguments.fills(job))
 
 
 def prompt_source(job: Job, model: Model, seed: int, site: Site, found: None) -> PromptSource:

@@ -15,6 +15,7 @@ from ..events import Event, Finished, Preflight, Step
 from ..modes.base import MODES
 from ..params import core
 from ..params.job import Job
+from .arguments import has_epochs
 from .passes import plan_passes
 
 MEMORY = "estimated memory (MB)"
@@ -48,7 +49,9 @@ def steps_of(job: Job) -> int | None:
     if not MODES.get(job[core.Task].mode).steps:
         return 0
     passes = [plan.job[core.Train] for plan in plan_passes(job)]
-    return None if any(train.train_epochs for train in passes) else sum(train.train_iterations for train in passes)
+    if has_epochs(job) and any(train.train_epochs for train in passes):
+        return None
+    return sum(train.train_iterations for train in passes)
 
 
 def known(job: Job, device: torch.device, folder: Path) -> Cost | None:

@@ -37,15 +37,15 @@ def gradients(session: Session, step: int) -> Tensor:
     """Accumulate the gradients of one optimizer step over its micro batches and all processes; returns the mean loss,
     0-d.
     """
-    accumulation = session.limits.accumulation
+    micro_batches = session.limits.length.micro_batches(step)
     total = torch.zeros((), device=session.model.device)
     session.flat.zero_gradients()
-    for micro in range(accumulation):
-        batch = session.source.batch(step * accumulation + micro)
+    for number in micro_batches:
+        batch = session.source.batch(number)
         if batch is None:
             continue
         with session.network.drawing(session.seed, batch.index, batch.samples):
-            loss = session.mode.loss(session.kit, batch).sum() / (batch.share * accumulation)
+            loss = session.mode.loss(session.kit, batch).sum() / (batch.share * len(micro_batches))
             if loss.requires_grad:  # module dropout may have left out every layer
                 session.scaler.scale(loss).backward()
         total += loss.detach()

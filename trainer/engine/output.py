@@ -37,7 +37,7 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
     job, model, source = session.job, session.model, session.source
     train, images = job[core.Train], job[core.Images]
     rates = arguments.rates(job)
-    _, per_epoch = arguments.steps(job, source.batches_per_epoch)
+    length = session.limits.length
     height, width = images.image_size
     return FileFacts(
         name=name,
@@ -52,8 +52,8 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         session_id=session.folder.name,
         step=session.step,
         steps=session.limits.total_steps,
-        epoch=session.step // per_epoch if per_epoch else 0,
-        epochs=session.limits.total_steps // per_epoch if per_epoch else 0,
+        epoch=length.begun(session.step),
+        epochs=length.begun(length.steps),
         seed=session.seed,
         resolution=(width, height),
         clip_skip=train.train_clip_skip,

@@ -22,9 +22,12 @@ from .sources import PictureSource, facts_of, share_of, time_ids_of
 class PairSource:
     """Batches of pairs: two posteriors, two captions, and where the pictures differ."""
 
-    def __init__(self, pairs: PairDataset, model: Model, seed: int, batch_size: int, process: Process) -> None:
+    def __init__(
+        self, pairs: PairDataset, model: Model, seed: int, batch_size: int, process: Process, fill: bool = False
+    ) -> None:
+        """`fill`: a bucket with fewer pairs than a batch is repeated to whole batches."""
         self.pairs, self._model, self._process, self._batch_size = pairs, model, process, batch_size
-        self.plan = pairs.plan(seed, batch_size * process.count)
+        self.plan = pairs.plan(seed, batch_size * process.count, fill)
         self.batches_per_epoch: int | None = self.plan.batches_per_epoch
 
     def batch(self, index: int) -> Batch | None:
@@ -94,7 +97,7 @@ def pair_source(job: Job, model: Model, seed: int, site: Site, found: PairScan) 
             model.encode_images, fingerprint(model.vae), site.cache, _at_once(found.originals), site.log.progress
         )
         pairs = build_pairs(settings, found, work, mask)
-    return PairSource(pairs, model, seed, job[core.Train].train_batch_size, site.process)
+    return PairSource(pairs, model, seed, job[core.Train].train_batch_size, site.process, arguments.fills(job))
 
 
 def _side_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan) -> PictureSource:

@@ -186,7 +186,6 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
             "No module of the model is trained with these network_blocks, network_element and network_targets. "
             "Select more."
         )
-    _, per_epoch = arguments.steps(session.job, session.source.batches_per_epoch)
     lines: dict[str, object] = {
         "model": session.model.name,
         "architecture": session.model.family.name,
@@ -198,8 +197,8 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
         "modules": modules,
         "trainable parameters": sum(flat.numel() for flat in session.flat.values),
         "iterations": limits.total_steps,
-        "epochs": round(limits.total_steps / per_epoch, 2) if per_epoch else 0,
-        "steps per epoch": per_epoch,
+        "epochs": round(limits.length.epochs, 2),
+        "steps per epoch": round(limits.length.steps_per_epoch, 2),
         "processes": session.process.count,
         "seed": session.seed,
         "writes": target.name,

@@ -16,6 +16,7 @@ from ..params.job import Job
 from ..stages.base import Stage
 from .flat import FlatParameters
 from .kit import Kit
+from .length import Length
 from .process import Process
 
 
@@ -50,13 +51,22 @@ class Source(Protocol):
 class Limits:
     """The numbers of the loop. `save_steps` are the optimizer steps after which an intermediate file is written."""
 
-    total_steps: int
-    accumulation: int = 1
+    length: Length
     max_grad_norm: float = 1.0
     state_every: int = 100
     sample_every: int = 0
     save_steps: frozenset[int] = frozenset()
     batch_size: int = 1
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.length.steps
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of one optimizer step, the last one's aside."""
+        return self.length.accumulation
 
 
 @dataclass

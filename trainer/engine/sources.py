@@ -41,10 +41,13 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
 class PictureSource:
     """Batches of a folder of captioned pictures."""
 
-    def __init__(self, dataset: Dataset, model: Model, seed: int, batch_size: int, process: Process) -> None:
+    def __init__(
+        self, dataset: Dataset, model: Model, seed: int, batch_size: int, process: Process, fill: bool = False
+    ) -> None:
+        """`fill`: a bucket with fewer pictures than a batch is repeated to whole batches."""
         self.dataset, self._model, self._process = dataset, model, process
         self._batch_size = batch_size
-        self.plan = dataset.plan(seed, batch_size * process.count)
+        self.plan = dataset.plan(seed, batch_size * process.count, fill)
         self.batches_per_epoch: int | None = self.plan.batches_per_epoch
 
     def batch(self, index: int) -> Batch | None:
