@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from trainer.adapters import file as lora_file
+from trainer import writing
 from trainer.adapters.file import legacy_hash, model_hash, read_lora, write_lora
 from trainer.adapters.metadata import FileFacts, baked_strength, base_names, build_metadata
 from trainer.errors import AdapterError
@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lora_file.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(AdapterError, match="the disk is full"):
         write_lora(path, TENSORS, {})
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.safetensors"]
@@ -199,9 +199,10 @@ def test_a_file_held_open_elsewhere_gets_a_neighbour(tmp_path: Path, monkeypatch
             raise PermissionError(errno.EACCES, "in use")
         replace(source, target)
 
-    monkeypatch.setattr(lora_file.os, "replace", held)
-    monkeypatch.setattr(lora_file, "_PAUSE", 0)
-    paths = [write_lora(tmp_path / "a.safetensors", TENSORS, {}) for _ in range(2)]
+    monkeypatch.setattr(writing.os, "replace", held)
+    monkeypatch.setattr(writing, "_PAUSE", 0)
+    (tmp_path / "a.safetensors").write_bytes(b"mapped by a WebUI")
+    paths = [write_lora(tmp_path / "a.safetensors", TENSORS, {}, overwrite=True) for _ in range(2)]
     assert [path.name for path in paths] == ["a-1.safetensors", "a-2.safetensors"]
     assert torch.equal(read_lora(paths[0])[0]["a.alpha"], TENSORS["a.alpha"])
 
@@ -211,7 +212,7 @@ def test_a_file_that_reads_back_differently_is_refused(tmp_path: Path, monkeypat
         os.lseek(descriptor, -1, os.SEEK_END)
         os.write(descriptor, b"\xff")
 
-    monkeypatch.setattr(lora_file.os, "fsync", spoil)
+    monkeypatch.setattr(writing.os, "fsync", spoil)
     with pytest.raises(AdapterError, match="reads back differently"):
         write_lora(tmp_path / "a.safetensors", TENSORS, {})
     assert os.listdir(tmp_path) == []

@@ -57,7 +57,11 @@ def weight_bases(
         found[layer.key] = down[:rows].contiguous(), up[:, :columns].contiguous()
     seconds = time.perf_counter() - started
     if path and made:
-        write_lora(Path(path).expanduser(), kept, {MARK: VERSION})
+        try:
+            write_lora(Path(path).expanduser(), kept, {MARK: VERSION}, overwrite=True)
+        except AdapterError as fault:
+            tell(f"svd_cache_path: the decompositions are not kept for the next run. {fault}")
+            path = ""
     if made and seconds > 2:
         hint = f" Kept in {Path(path).name}." if path else " Set svd_cache_path to keep them for the next run."
         tell(f"The weights of {made} layers were decomposed in {seconds:.0f} s.{hint}")

@@ -1,11 +1,9 @@
 """LoRA files: safetensors written whole or not at all, with kohya's hashes, and read without keeping the file open."""
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,39 +11,48 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import writing
 from ..errors import AdapterError
 
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
-_RETRIES, _PAUSE = 5, 0.2
+_TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
 
 
-def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a LoRA file and return where it is; an existing file is replaced in one move.
+def write_lora(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, overwrite: bool = False
+) -> Path:
+    """Write a LoRA file and return where it is.
 
-    The bytes go to a temporary file beside the target, which is synced, read back and compared before it takes the
-    name. On Windows a file that a WebUI has mapped cannot be replaced: then, after some retries, the name gets "-1" (or
-    the next free number). With metadata, `sshs_model_hash`, `sshs_legacy_hash` and `modelspec.hash_sha256` are added.
-    Raises AdapterError when the file cannot be written; nothing is left behind.
+    A file that has the name is kept unless it may be overwritten: the new one gets "-1" (or the next free number). When
+    it is this very file already, written by the same run, nothing is done. The bytes go to a temporary file beside the
+    target, which is synced, read back and compared before it takes the name. On Windows a file that a WebUI has mapped
+    cannot be replaced: then, after some retries, the new one gets a number too. With metadata, `sshs_model_hash`,
+    `sshs_legacy_hash` and `modelspec.hash_sha256` are added. Raises AdapterError when the file cannot be written;
+    nothing is left behind.
     """
     path = Path(path)
     body, entries = _serialized(tensors)
     complete = {**metadata, **_hashes(body, entries, metadata)}
     header = _header(entries, complete)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as out:
-            out.write(header)
-            out.write(body)
-            out.flush()
-            os.fsync(out.fileno())
-        _verify(temporary, header, body)
-        return _take_name(temporary, path)
+        known = [path] if overwrite else writing.taken(path)
+        for there in known:
+            if _same(there, body, complete):
+                return there
+        with writing.draft(path) as made:
+            made.file.write(header)
+            made.file.write(body)
+            made.finish()
+            _verify(made.path, header, body)
+            return _take_name(made.path, path, overwrite)
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise AdapterError(f"Could not write {path}: {reason}. Make room or choose another folder.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        message = f"Could not write {path}: {writing.why(error)}. Make room or choose another folder."
+        raise AdapterError(message) from error
+
+
+def name_note(wanted: Path, written: Path) -> str:
+    """What to say when a file got another name than the one that was wanted; "" when it did not."""
+    return "" if written == wanted else f"{wanted.name} is there already and was kept; the new file is {written.name}."
 
 
 def checked_name(path: Path, field: str) -> Path:
@@ -132,17 +139,36 @@ def _verify(path: Path, header: bytes, body: memoryview) -> None:
         file.keys()
 
 
-def _take_name(temporary: Path, path: Path) -> Path:
-    """Move the finished file to its name, or to the next free one when the name's file is held open."""
-    for attempt in range(_RETRIES):
+def _take_name(temporary: Path, path: Path, overwrite: bool) -> Path:
+    """Give the finished file its name, or the next free one where it is taken or its file is held open."""
+    if overwrite:
         try:
-            os.replace(temporary, path)
+            writing.replace(temporary, path)
             return path
         except PermissionError:
-            if attempt + 1 < _RETRIES:
-                time.sleep(_PAUSE)
-    number = 1
-    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    os.replace(temporary, free)
-    return free
+            return writing.claim(temporary, path, first=1)
+    return writing.claim(temporary, path)
+
+
+def _same(path: Path, body: memoryview, metadata: Mapping[str, str]) -> bool:
+    """Whether a file holds these tensors and was written by the same run; the times of writing do not count."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if os.fstat(file.fileno()).st_size != 8 + length + len(body):
+                return False
+            header = json.loads(file.read(length))
+            if _timeless(header.get("__metadata__") or {}) != _timeless(metadata):
+                return False
+            at = 0
+            while chunk := file.read(1 << 20):
+                if body[at : at + len(chunk)] != chunk:
+                    return False
+                at += len(chunk)
+            return at == len(body)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _timeless(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in _TIMES}

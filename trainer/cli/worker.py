@@ -93,7 +93,7 @@ class Bench:
         if entry.resume:
             yield
             return
-        watch = CostWatch(job, this_process().device(), self.host.places().cache, entry.started)
+        watch = CostWatch(job, this_process().device(), self.host.places().cache, entry.started, log.warn)
         log.listen(watch)
         try:
             yield

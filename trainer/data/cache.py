@@ -17,8 +17,7 @@ import os
 import shutil
 import threading
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,13 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 
-from ..errors import DataError
+from .. import writing
 
 Tensors = dict[str, torch.Tensor]
 CACHE_VERSION = 1
 KEEP_BYTES = 20 * 2**30
 _DAY = 24 * 3600.0
-_STALE_SECONDS = _DAY
 _FORGOTTEN_SECONDS = 60 * _DAY
 
 
@@ -46,23 +44,31 @@ class TensorCache:
     """Named float tensors by key, held in memory and, when a folder is given, kept on disk.
 
     With a folder, at most `hold_bytes` stay in memory and the rest is read again when needed; opening it removes old
-    entries above `keep_bytes` (see `_trim`). Without one, nothing touches the disk and everything is held. Safe to use
-    from several threads and processes.
+    entries above `keep_bytes` (see `_trim`). What the disk does not take is held in memory, and `warn` hears of it
+    once. Without a folder, nothing touches the disk and everything is held. Safe to use from several threads and
+    processes.
     """
 
-    def __init__(self, folder: Path | None, hold_bytes: int = 2**30, keep_bytes: int = KEEP_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        hold_bytes: int = 2**30,
+        keep_bytes: int = KEEP_BYTES,
+        warn: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._folder = folder
         self._hold_bytes = hold_bytes
         self._held: dict[str, Tensors] = {}
         self._held_bytes = 0
         self._lock = threading.Lock()
+        self._warn, self._warned = warn, False
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                _remove_leftovers(folder)
+                writing.sweep(folder, all_ours=True)
                 _trim(folder, keep_bytes)
             except OSError as error:
-                raise _cannot_write(folder, error) from error
+                self._cannot_write(error)
 
     @property
     def on_disk(self) -> bool:
@@ -85,24 +91,38 @@ class TensorCache:
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Enters finite tensors under `key` as float32 on the CPU.
 
-        Raises ValueError for tensors that are not finite, DataError when the disk does not take them.
+        Raises ValueError for tensors that are not finite.
         """
         entry = {
             name: tensor.detach().to("cpu", torch.float32).contiguous().clone() for name, tensor in tensors.items()
         }
         if not _finite(entry):
             raise ValueError("only finite tensors can be cached")
+        written = False
         if self._folder is not None:
-            _write(self._path(key), key, entry)
-        self._hold(key, entry)
+            try:
+                _write(self._path(key), key, entry)
+                written = True
+            except OSError as error:
+                self._cannot_write(error)
+        self._hold(key, entry, always=not written)
+
+    def _cannot_write(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                f"The cache folder {str(self._folder)!r} cannot be written: {writing.why(error)}. What it does not "
+                "take stays in memory for this run and is encoded anew in the next one. Make room, or set data_cache = "
+                "memory."
+            )
 
     def _path(self, key: str) -> Path:
         return Path(self._folder or "") / f"{key}.safetensors"
 
-    def _hold(self, key: str, tensors: Tensors) -> None:
+    def _hold(self, key: str, tensors: Tensors, always: bool = False) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with self._lock:
-            fits = self._folder is None or self._held_bytes + size <= self._hold_bytes
+            fits = always or self._held_bytes + size <= self._hold_bytes
             if fits and key not in self._held:
                 self._held[key] = tensors
                 self._held_bytes += size
@@ -123,29 +143,12 @@ def _read(path: Path, key: str) -> Tensors | None:
 
 def _write(path: Path, key: str, tensors: Tensors) -> None:
     metadata = {"fingerprint": key, "digest": _digest(tensors), "version": str(CACHE_VERSION)}
-    beside = path.with_name(f"{key[:16]}-{uuid.uuid4().hex}.tmp")
     try:
-        try:
-            beside.write_bytes(pack_tensors(tensors, metadata=metadata))
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except PermissionError as error:
+        writing.write_whole(path, pack_tensors(tensors, metadata=metadata))
+    except PermissionError:
         # On Windows another process may be reading the same entry this moment; a good one need not be replaced.
         if _read(path, key) is None:
-            raise _cannot_write(path.parent, error) from error
-    except OSError as error:
-        raise _cannot_write(path.parent, error) from error
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Deletes the unfinished files of runs that were killed; younger ones may belong to a run beside this one."""
-    for path in folder.glob("*-*.tmp"):
-        try:
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
-        except OSError:
-            continue  # another process was faster, or still has it open
+            raise
 
 
 def _trim(folder: Path, keep_bytes: int) -> None:
@@ -163,13 +166,6 @@ def _trim(folder: Path, keep_bytes: int) -> None:
         with contextlib.suppress(OSError):  # another process was faster, or reads it this moment on Windows
             path.unlink()
         total -= size
-
-
-def _cannot_write(folder: Path, error: OSError) -> DataError:
-    return DataError(
-        f"The cache folder {str(folder)!r} cannot be written: {error.strerror or error}. "
-        "Make room or check its permissions, or set data_cache = memory."
-    )
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

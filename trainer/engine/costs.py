@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..events import Event, Finished, Preflight, Step
 from ..modes.base import MODES
 from ..params import core
 from ..params.job import Job
+from ..writing import why, write_whole
 from .arguments import has_epochs
 from .passes import plan_passes
 
@@ -63,11 +63,18 @@ def known(job: Job, device: torch.device, folder: Path) -> Cost | None:
         return None
 
 
+def _silent(line: str) -> None:
+    """Nobody hears it."""
+
+
 class CostWatch:
     """Listens to one run and, when it ends well, keeps what it took for `known`."""
 
-    def __init__(self, job: Job, device: torch.device, folder: Path, began: float) -> None:
-        """`began`: the unix time in seconds at which the run was asked for."""
+    def __init__(
+        self, job: Job, device: torch.device, folder: Path, began: float, warn: Callable[[str], None] = _silent
+    ) -> None:
+        """`began`: the unix time in seconds at which the run was asked for; `warn` hears when nothing can be kept."""
+        self._warn = warn
         self._file, self._began = _file(job, device, folder), began
         self._ready = self._last = 0.0
         self._steps = self._at = self._total = self._memory = 0
@@ -87,10 +94,10 @@ class CostWatch:
         cost = Cost(end - self._began, 0.0, self._memory)
         if self._steps:
             cost = Cost(self._ready - self._began, (self._last - self._ready) / self._steps, self._memory)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(cost)), encoding="ascii")
-        os.replace(temporary, self._file)
+        try:
+            write_whole(self._file, json.dumps(asdict(cost)).encode("ascii"))
+        except OSError as error:
+            self._warn(f"What this run took cannot be noted in {self._file.parent}: {why(error)}.")
 
 
 def _file(job: Job, device: torch.device, folder: Path) -> Path:

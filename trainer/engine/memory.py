@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from ..writing import write_whole
 
 
 class LiveBytes(TorchDispatchMode):
@@ -103,10 +105,8 @@ def remembered(folder: Path, facts: Mapping[str, object], work: Callable[[], int
     if path.is_file() and path.read_text(encoding="ascii").isdigit():
         return int(path.read_text(encoding="ascii"))
     value = work()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(str(value), encoding="ascii")
-    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # then it is counted anew the next time
+        write_whole(path, str(value).encode("ascii"))
     return value
 
 

@@ -29,7 +29,8 @@ def write_network(session: Session, path: Path, tell: Callable[[str], None] = la
     if exported.message:
         tell(exported.message)
     described = facts(session, path.stem, exported.facts)
-    return write_lora(path, exported.tensors, build_metadata(described, job[core.Save].save_metadata))
+    metadata, save = build_metadata(described, job[core.Save].save_metadata), job[core.Save]
+    return write_lora(path, exported.tensors, metadata, overwrite=save.save_overwrite)
 
 
 def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..maths import rng
 from ..models.base import Conditioning, Model
+from ..writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def to_pil(picture_CHW: Tensor) -> Image.Image:
 
 
 def write_samples(pictures_BCHW: Tensor, folder: Path, stem: str) -> tuple[Path, ...]:
-    """Write `<stem>_<i>.png` below `folder`; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `<stem>_<i>.png` below `folder`; returns the paths. Raises OSError."""
     paths = tuple(folder / f"{stem}_{index}.png" for index in range(len(pictures_BCHW)))
     for path, picture in zip(paths, pictures_BCHW, strict=True):
-        to_pil(picture).save(path)
+        image = to_pil(picture)
+        write_whole(path, lambda file, image=image: image.save(file, format="PNG"))
     return paths

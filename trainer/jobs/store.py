@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import AtelierError, JobError
+from ..lock import Lock, take
 from ..params.files import read_json, write_json
 from .entry import IDENTITY, INTERRUPTED, RUNNING, BadEntryError, Entry, read_entry
-from .lock import Lock, take
 
 LOCK = "owner.lock"
 MOST_OWNERS = 16

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters.basis_file import DOWN, MARK, MEAN, UP, VERSION, plain_name
-from ..adapters.file import checked_name, write_lora
+from ..adapters.file import checked_name, name_note, write_lora
 from ..adapters.foreign import our_name
 from ..adapters.lora import ALPHA
 from ..adapters.lora import DOWN as LORA_DOWN
@@ -91,6 +91,8 @@ def make_basis(folder: Path, out: Path, rank: int = 16, tell: Callable[[str], No
         tell(f"{name} was left out: {why}.")
     facts = {MARK: VERSION, "loras": str(len(files)), "rank": str(rank), "explained": f"{explained:.4f}"}
     written = write_lora(out, tensors, facts)
+    if written != out:
+        tell(name_note(out, written))
     layers = sum(name.endswith(f".{DOWN}") for name in tensors)
     return BasisReport(written, len(files), layers, rank, groups, left_out, explained, chance)
 

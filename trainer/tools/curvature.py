@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..adapters.file import checked_name, write_lora
+from ..adapters.file import checked_name, name_note, write_lora
 from ..data.cache import TensorCache
 from ..engine.build import Site, build
 from ..engine.catalogue import catalogue
@@ -89,6 +89,8 @@ def make_curvature(
     labels = "data" if by_data else "model"
     facts = {MARK: VERSION, "model": session.model.name, "states": str(count), "labels": labels}
     path = write_lora(out, tensors, {**facts, "prediction": session.model.schedule.prediction})
+    if path != out:
+        tell(name_note(out, path))
     return CurvatureReport(path, count, len(found), time.perf_counter() - started)
 
 

@@ -1,4 +1,4 @@
-"""Which process owns a folder: a lock on a file, released by the system however the process ends."""
+"""Which process owns a file or a folder: a lock that the system releases however the process ends."""
 from __future__ import annotations
 
 import errno
@@ -8,6 +8,8 @@ from typing import IO
 
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+BEHIND = 2**31 - 2
+"""Where to lock a file that has contents: on Windows a locked byte cannot be read or written by others."""
 
 
 class Lock:
@@ -26,26 +28,44 @@ def take(path: Path) -> Lock | None:
     """The lock of a file, which is made; None when somebody holds it. Raises OSError when it cannot be made."""
     file = open(path, "ab")  # noqa: SIM115 (the open file is the lock)
     try:
-        _lock(file)
+        sure = hold(file)
+    except OSError:
+        file.close()
+        raise
+    if sure is None:
+        file.close()
+        return None
+    return Lock(file, sure)
+
+
+def hold(file: IO[bytes], at: int = 0) -> bool | None:
+    """Lock an open file at byte `at` for as long as it is open; None when somebody holds it, False on a file system
+    that knows no locks. Raises OSError.
+    """
+    try:
+        _lock(file, at)
     except OSError as fault:
         if fault.errno in _UNSUPPORTED:
-            return Lock(file, sure=False)
-        file.close()
+            return False
         if fault.errno in _HELD:
             return None
         raise
-    return Lock(file, sure=True)
+    return True
 
 
 if os.name == "nt":
     import msvcrt
 
-    def _lock(file: IO[bytes]) -> None:
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    def _lock(file: IO[bytes], at: int) -> None:
+        place = file.tell()
+        file.seek(at)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        finally:
+            file.seek(place)
 
 else:
     import fcntl
 
-    def _lock(file: IO[bytes]) -> None:
+    def _lock(file: IO[bytes], at: int) -> None:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
