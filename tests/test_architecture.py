@@ -15,7 +15,7 @@ PACKAGE = ROOT / "trainer"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Row 0 is importable everywhere. A dotted name allows that module alone.
-ROW_0 = {"errors", "places", "events", "lock", "writing"}
+ROW_0 = {"errors", "places", "events", "lock", "writing", "paths", "jsontext"}
 ROW_2_BASE = {"maths", "registry", "params.field"}
 DECLARING = {"params.field", "params.core", "params.job", "params.network", "params.rules", "params.spaces"}
 ROW_3 = {"modes", "stages"}
@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "events": (set(), set()),
     "lock": (set(), set()),
     "writing": (set(), set()),
+    "paths": (set(), set()),
+    "jsontext": (set(), set()),
     "registry": (set(), set()),
     "params": ({"registry"}, set()),
     "maths": (set(), {"torch"}),

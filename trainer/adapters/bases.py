@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..params.field import param
+from ..paths import exists, expanded
 from .base import LayerLike
 from .file import checked_name, read_lora, write_lora
 
@@ -58,7 +59,7 @@ def weight_bases(
     seconds = time.perf_counter() - started
     if path and made:
         try:
-            write_lora(Path(path).expanduser(), kept, {MARK: VERSION}, overwrite=True)
+            write_lora(expanded(path), kept, {MARK: VERSION}, overwrite=True)
         except AdapterError as fault:
             tell(f"svd_cache_path: the decompositions are not kept for the next run. {fault}")
             path = ""
@@ -82,7 +83,7 @@ def _read(path: str) -> dict[str, Tensor]:
     if not path:
         return {}
     place = checked_name(Path(path), "svd_cache_path")
-    if not place.exists():
+    if not exists(place):
         return {}
     tensors, metadata = read_lora(place)
     if metadata.get(MARK) != VERSION:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..paths import expanded, is_file
 from .base import LayerLike
 from .file import read_lora
 
@@ -33,8 +33,8 @@ class Basis:
 
 def read_basis(path: str, layers: Iterable[LayerLike]) -> dict[str, Basis]:
     """The bases a file has for these layers, by key. Raises AdapterError when it has none or is no such file."""
-    place = Path(path).expanduser()
-    if not place.is_file():
+    place = expanded(path)
+    if not is_file(place):
         raise AdapterError(
             f"basis_path = {place.name!r}: there is no such file, and the adapter cannot begin without it. Put it back"
             f" as {place}, or start a job without basis_path."

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .. import writing
 from ..errors import AdapterError
+from ..jsontext import parse
+from ..paths import expanded
 
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 _TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
@@ -57,7 +59,7 @@ def name_note(wanted: Path, written: Path) -> str:
 
 def checked_name(path: Path, field: str) -> Path:
     """Where a file is going to be written; `field` names the setting. Raises AdapterError for one we would not read."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() != ".safetensors":
         raise AdapterError(f"{field} = {path.name!r}: the name of this file must end in .safetensors.")
     return path
@@ -73,7 +75,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+        header = parse(content[8:8 + int.from_bytes(content[:8], "little")])
     except FileNotFoundError as error:
         raise AdapterError(f"There is no LoRA file {path}. Check the name and the folder.") from error
     except OSError as error:

@@ -6,7 +6,6 @@ comes through unchanged.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..jsontext import JsonError, parse, read_object
+from ..paths import is_file
 from .file import read_lora
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
@@ -65,13 +66,12 @@ def read_any(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def peft_settings(path: Path) -> dict[str, Any] | None:
     """PEFT's settings beside one of its files, None where there are none. Raises AdapterError when unreadable."""
     beside = path.with_name(PEFT_SETTINGS)
-    if path.name != PEFT_FILE or not beside.is_file():
+    if path.name != PEFT_FILE or not is_file(beside):
         return None
     try:
-        settings = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{beside.name} beside {path.name} cannot be read ({error}). Get it again.") from error
-    return settings if isinstance(settings, dict) else None
+        return read_object(beside)
+    except JsonError as error:
+        raise AdapterError(f"{beside.name} beside {path.name} {error}. Get it again.") from error
 
 
 def our_name(name: str) -> str:
@@ -113,8 +113,8 @@ def _parts(metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> d
     if settings is not None:
         return {"": settings}
     try:
-        flat = json.loads(metadata.get(DIFFUSERS_KEY, "{}"))
-    except ValueError:
+        flat = parse(metadata.get(DIFFUSERS_KEY, "{}"))
+    except JsonError:
         return {}
     found: dict[str, dict[str, Any]] = {}
     for key, value in flat.items() if isinstance(flat, dict) else ():

@@ -14,6 +14,7 @@ from ..maths.subspace import product_svd, truncated_svd
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
+from ..paths import expanded, is_file
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .bases import Pair, SvdParams, blank, weight_bases
 from .basis_file import Basis, read_basis
@@ -36,7 +37,7 @@ class UniversalParams:
 def basis_there(job: Job, mode: ModeInfo) -> str:
     """A file of bases that is not there."""
     given = job[UniversalParams].basis_path.strip()
-    if not given or Path(given).expanduser().is_file():
+    if not given or is_file(expanded(given)):
         return ""
     return "there is no such file; write its path, or leave it empty to use the model's own directions."
 

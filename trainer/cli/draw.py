@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ..engine.catalogue import catalogue
 from ..engine.samples import SampleSettings, sample_latents, to_pil
 from ..errors import AdapterError, AtelierError, JobError
 from ..events import EventLog
+from ..jsontext import parse
 from ..maths import rng
 from ..models.base import Model
 from ..models.load import load_model
@@ -100,7 +100,7 @@ def network_of(path: Path, model: Model) -> Network:
 
 def _own_job(metadata: Mapping[str, str]) -> Job | None:
     try:
-        return load(json.loads(metadata.get(JOB_KEY, "null")), catalogue(), complete=False).job
+        return load(parse(metadata.get(JOB_KEY, "null")), catalogue(), complete=False).job
     except (JobError, ValueError):
         return None
 

@@ -16,6 +16,7 @@ from ..params.cli import add_flags, apply_overrides, collect_flags, lay_over, un
 from ..params.codec import load
 from ..params.files import read_json
 from ..params.presets import Presets
+from ..paths import is_file
 from ..places import ROOT, Places
 
 
@@ -27,7 +28,7 @@ def presets() -> Presets:
 def raw_job(name: str) -> dict[str, object]:
     """The plain values of a settings file, or of the preset of that name. Raises JobError when it is neither."""
     path = Path(name)
-    if path.is_file():
+    if is_file(path):
         raw = read_json(path)
         if not isinstance(raw, dict):
             raise JobError([Problem("job", name, "must hold a JSON object, as written by save_as_json.")])

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import AtelierError
 from ..events import EventLog
+from ..paths import expanded, is_dir
 from ..places import ROOT, Places
 from .spaces import add_basis, add_curvature
 from .terminal import Terminal, json_lines
@@ -155,8 +156,8 @@ def _workers(text: str) -> int:
 def _app(options: argparse.Namespace) -> int:
     from .app import AppOptions, serve
 
-    root = None if options.data_root is None else options.data_root.expanduser().absolute()
-    if root is not None and not root.is_dir():
+    root = None if options.data_root is None else expanded(options.data_root).absolute()
+    if root is not None and not is_dir(root):
         raise AtelierError(f"--data-root {root}: there is no such folder. Make it, or give another.")
     login = options.auth or os.environ.get("ATELIER_AUTH", "")
     names = tuple(options.allow_host)

@@ -30,6 +30,7 @@ from ..modes.base import MODES
 from ..params import core
 from ..params.codec import load
 from ..params.job import Job
+from ..paths import is_file
 from ..places import Places
 from ..ui.wish import Wish
 from .draw import Easel
@@ -72,7 +73,7 @@ class Bench:
 
     def can_resume(self, folder: Path) -> bool:
         """Whether a run folder holds a job and a state."""
-        return (folder / STATE_FILE).is_file() and (folder / JOB_FILE).is_file()
+        return is_file(folder / STATE_FILE) and is_file(folder / JOB_FILE)
 
     def run(self, entry: Entry, log: EventLog, control: Control) -> Outcome:
         """One job of the queue: the host lends what it has, gets it back however the run ends, and sees the LoRA."""
@@ -112,7 +113,7 @@ class Bench:
         for parameter in catalogue().parameters:
             name = str(job.value(parameter.attribute)) if parameter.spec.holds == "lora" else ""
             path = self.host.places().loras / name
-            if name and not Path(name).is_file() and path.is_file():
+            if name and not is_file(Path(name)) and is_file(path):
                 found[parameter.attribute] = str(path)
         return job.replace(**found)
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 
 from .. import writing
+from ..jsontext import parse
 
 Tensors = dict[str, torch.Tensor]
 CACHE_VERSION = 1
@@ -132,7 +134,8 @@ def _read(path: Path, key: str) -> Tensors | None:
     try:
         data = path.read_bytes()  # not mapped: a mapped file cannot be replaced on Windows
         length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        header: Any = parse(data[8 : 8 + length])
+        metadata = header.get("__metadata__", {})
         tensors = parse_tensors(data)
         if metadata.get("fingerprint") != key or metadata.get("digest") != _digest(tensors):
             return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
+from ..paths import is_dir, why_absent
 from .buckets import Size
 from .images import BrokenPicture, read_size
 from .settings import ImageSettings
@@ -83,8 +84,8 @@ def scan(settings: ImageSettings) -> Scan:
     """
     settings.check()
     root = settings.folder
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
+    if not is_dir(root):
+        what = why_absent(root) or "is a file"
         raise DataError(f"lora_data_directory = {str(root)!r} {what}. Give the folder that holds the pictures.")
     found = sorted(_files(root), key=lambda file: file.name)
     if not found:

@@ -19,6 +19,7 @@ from ..modes.prompts import prompt_pairs
 from ..params import core
 from ..params.job import Job
 from ..params.network import NetworkOptions
+from ..paths import expanded
 from .kit import LossSettings
 from .length import Length
 from .samples import SampleSettings
@@ -40,7 +41,7 @@ def precision(name: str, field: str) -> torch.dtype | None:
 
 def folder(text: str) -> Path:
     """A folder as people paste it: quotes around it (Windows' "Copy as path") and `~` are understood."""
-    return Path(text.strip().strip('"')).expanduser()
+    return expanded(text.strip().strip('"'))
 
 
 def text_files(job: Job) -> tuple[str, ...]:

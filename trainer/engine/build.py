@@ -29,6 +29,7 @@ from ..optim.schedulers import make_scheduler
 from ..optim.settings import parse_settings
 from ..params import core
 from ..params.job import Job
+from ..paths import is_file
 from ..stages.base import STAGES, Stage
 from . import arguments
 from .devices import encoding, fingerprint, rest_text_encoders, wake_text_encoders
@@ -66,7 +67,7 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog, restored: boo
     network.to(model.device, dtype)
     if wanted.network_resume and mode.steps and "resume" in mode.needs and not restored:
         path = arguments.folder(wanted.network_resume)
-        if not path.is_file():
+        if not is_file(path):
             raise AdapterError(
                 f"network_resume = {path.name!r}: there is no such file. Give the path of a LoRA, or leave it empty."
             )

@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
 from ..events import Event, Finished, Preflight, Step
+from ..jsontext import JsonError, read_object
 from ..modes.base import MODES
 from ..params import core
 from ..params.job import Job
@@ -57,10 +59,18 @@ def steps_of(job: Job) -> int | None:
 def known(job: Job, device: torch.device, folder: Path) -> Cost | None:
     """What the last run of this kind took; None when there was none. `job` has paths in place of names."""
     try:
-        raw = json.loads(_file(job, device, folder).read_text(encoding="ascii"))
-        return Cost(float(raw["before"]), float(raw["per_step"]), int(raw["memory_mb"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        raw = read_object(_file(job, device, folder))
+    except JsonError:  # none yet, or damaged: the next run writes it anew
         return None
+    before, per_step, memory = (raw.get(name) for name in ("before", "per_step", "memory_mb"))
+    if not (_usual(before) and _usual(per_step) and _usual(memory)):
+        return None
+    return Cost(float(before), float(per_step), int(memory))
+
+
+def _usual(number: object) -> TypeGuard[float]:
+    """Whether this is a number of seconds or megabytes that something can have taken."""
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number < 1e12
 
 
 def _silent(line: str) -> None:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ..jsontext import JsonError, read_bytes
 from ..writing import write_whole
 
 
@@ -102,12 +103,22 @@ def remembered(folder: Path, facts: Mapping[str, object], work: Callable[[], int
     """
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = folder / f"memory-{name}.txt"
-    if path.is_file() and path.read_text(encoding="ascii").isdigit():
-        return int(path.read_text(encoding="ascii"))
+    kept = _kept(path)
+    if kept is not None:
+        return kept
     value = work()
     with contextlib.suppress(OSError):  # then it is counted anew the next time
         write_whole(path, str(value).encode("ascii"))
     return value
+
+
+def _kept(path: Path) -> int | None:
+    """The number of bytes in a small file; None when it is not there or damaged: then it is worked out anew."""
+    try:
+        text = read_bytes(path, 64).decode("ascii").strip()
+    except (JsonError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdigit() and len(text) < 19 else None
 
 
 def layout(modules: Iterable[nn.Module]) -> str:

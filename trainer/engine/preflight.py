@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -12,11 +11,13 @@ from torch import Tensor
 from ..data.pairs import PairScan
 from ..data.scan import Scan, scan
 from ..errors import AdapterError, JobError, Problem
+from ..jsontext import JsonError, read_object
 from ..models.base import Model
 from ..models.tokenizer import tokenizer_beside
 from ..modes.base import MODES
 from ..params import core
 from ..params.job import Job
+from ..paths import exists, expanded, is_file
 from ..places import BASE_MODEL, Places
 from . import arguments
 from .memory import layout, module_bytes, remembered, step_bytes
@@ -33,12 +34,12 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
     """
     if name == DEMO_MODEL:
         return BASE_MODEL
-    given = Path(name).expanduser()
+    given = expanded(name)
     tries = [given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
     if field == "vae":
-        tries = [path for path in tries if path.is_file()]
+        tries = [path for path in tries if is_file(path)]
     for path in tries:
-        if name and (path.is_file() or (path / "unet" / "config.json").is_file()):
+        if name and (is_file(path) or is_file(path / "unet" / "config.json")):
             return path
     message = (
         "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, "
@@ -53,9 +54,9 @@ def resolve_texts(job: Job, folder: Path) -> tuple[Path, ...]:
     """The text encoder files a job names: paths, or names below `folder`. Raises JobError for those there are not."""
     found, problems = [], []
     for name in arguments.text_files(job):
-        given = Path(name).expanduser()
+        given = expanded(name)
         tries = (given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES))
-        path = next((path for path in tries if path.is_file()), None)
+        path = next((path for path in tries if is_file(path)), None)
         if path is None:
             message = "there is no such text encoder file. Give its path, or leave it empty."
             problems.append(Problem("te", name, message))
@@ -85,7 +86,7 @@ def check_before_loading(
     problems: list[Problem] = []
     save = job[core.Save]
     for target in (lora_path(job, places, suffix) for suffix in written):
-        if target.exists() and not save.save_overwrite and not resumed:
+        if exists(target) and not save.save_overwrite and not resumed:
             message = f"{target.name} exists already. Choose another name or switch on save_overwrite."
             problems.append(Problem("save_lora_name", save.save_lora_name, message))
     for one in (job, job.second):
@@ -116,7 +117,7 @@ def with_lora_files(job: Job, folder: Path) -> Job:
 def find_lora(name: str, folder: Path) -> Path | None:
     """The LoRA file that a text stands for: a path, or a name below `folder` with or without its ending."""
     tries = (arguments.folder(name), folder / name, folder / f"{name}.safetensors")
-    return next((path for path in tries if path.is_file()), None)
+    return next((path for path in tries if is_file(path)), None)
 
 
 def _absent_files(job: Job, resumed: bool) -> Iterator[Problem]:
@@ -133,10 +134,11 @@ def _absent_files(job: Job, resumed: bool) -> Iterator[Problem]:
     for field, given, tag, message in named:
         if resumed and field in LORA_FILES:
             continue
-        if given and tag in needs and not arguments.folder(given).is_file():
+        if given and tag in needs and not is_file(arguments.folder(given)):
             yield Problem(field, given, message)
 
 
+MOST_POSITIONS = 100_000
 WINDOW = 77
 """Positions of the text encoders of every family; small models have fewer and say so beside their weights."""
 
@@ -169,9 +171,13 @@ def long_prompts(job: Job, places: Places, model: Model | None) -> list[str]:
 
 def _window(path: Path) -> int:
     config = path / "text_encoder" / "config.json"
-    if not config.is_file():
+    if not is_file(config):
         return WINDOW
-    return int(json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", WINDOW))
+    try:
+        said = read_object(config).get("max_position_embeddings", WINDOW)
+    except JsonError:  # loading will say what is wrong with it
+        return WINDOW
+    return said if isinstance(said, int) and 2 < said <= MOST_POSITIONS else WINDOW
 
 
 def report(session: Session, target: Path, cache: Path | None) -> dict[str, object]:

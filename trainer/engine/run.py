@@ -20,6 +20,7 @@ from ..params import core
 from ..params.codec import load
 from ..params.files import read_json, write_json
 from ..params.job import Job
+from ..paths import is_file
 from ..places import Places
 from . import arguments
 from .build import PassPlan, draw_seed
@@ -80,7 +81,7 @@ def read_job(folder: Path) -> Job:
     a run folder, JobError when its job is damaged.
     """
     path = folder / JOB_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise TrainingError(f"{folder} is not a run folder: it has no {JOB_FILE}. Run folders are below logs/<date>/.")
     return load(read_json(path), catalogue(), complete=False).job
 

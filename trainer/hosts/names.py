@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import JobError, Problem
+from ..paths import expanded, is_file
 from ..places import BASE_MODEL
 
 DEMO = "demo"
@@ -22,10 +23,10 @@ def find(
     if name == DEMO:
         return str(BASE_MODEL)
     theirs = known(name) if known else None
-    given = Path(name).expanduser()
+    given = expanded(name)
     tries = [Path(theirs)] if theirs else [given, folder / name, *(folder / f"{name}{end}" for end in MODEL_SUFFIXES)]
     for path in tries:
-        if path.is_file() or (path / "unet" / "config.json").is_file():
+        if is_file(path) or is_file(path / "unet" / "config.json"):
             return str(path.absolute())
     problems.append(
         Problem(field, name, "there is no such model. Refresh the list and choose from it, or give the path of a file.")

@@ -17,6 +17,7 @@ from ..errors import ModelError
 from ..maths.schedule import V_PREDICTION
 from . import infer
 from .base import Model
+from .configured import built, number_of
 from .detect import SUPPORTED
 from .family import FAMILIES, Family, TextRow
 from .keys_text import layer_count, without_layer
@@ -57,7 +58,7 @@ def assemble(
     schedule, warnings = schedule_of(source.noise, family, v_pred)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
-    scale = vae.config.scaling_factor if vae is not None and vae_config else family.latent_scale
+    scale = number_of(vae.config, "scaling_factor", "VAE") if vae is not None and vae_config else family.latent_scale
     return Model(
         family,
         source.name,
@@ -126,10 +127,6 @@ class Placement:
         return placed if regular else placed.clone(memory_format=torch.contiguous_format)
 
 
-def _from_config(kind: Any, config: Mapping[str, Any]) -> Any:
-    return kind.from_config(dict(config))
-
-
 def _unet(
     tensors: dict[str, Tensor], config: Mapping[str, Any] | None, pooled: TextEncoder | None, where: Placement
 ) -> Any:
@@ -139,7 +136,7 @@ def _unet(
             width = pooled.clip.config.hidden_size if pooled.projection is None else pooled.projection.out_features
             config["addition_time_embed_dim"] = infer.size_width(config, width)
     with torch.device("meta"):
-        unet = _from_config(UNet2DConditionModel, config)
+        unet = built(lambda: UNet2DConditionModel.from_config(dict(config)), config, "UNet", len(tensors))
     return assign(unet, tensors, "UNet", where)
 
 
@@ -147,7 +144,7 @@ def build_vae(tensors: dict[str, Tensor], config: Mapping[str, Any] | None, fami
     """A VAE with the given tensors; its configuration inferred from them where none is given."""
     config = infer.vae_config(tensors, family.latent_scale) if config is None else config
     with torch.device("meta"):
-        vae = _from_config(AutoencoderKL, config)
+        vae = built(lambda: AutoencoderKL.from_config(dict(config)), config, "VAE", len(tensors))
     return assign(vae, tensors, "VAE", where)
 
 
@@ -162,7 +159,7 @@ def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: 
     else:
         config = {name: value for name, value in given.items() if name not in ("torch_dtype", "dtype", "architectures")}
     with torch.device("meta"):
-        clip = CLIPTextModel(CLIPTextConfig(**config))
+        clip = built(lambda: CLIPTextModel(CLIPTextConfig(**config)), config, f"text encoder {row.part}", len(tensors))
         layer = (
             None
             if projection is None or not row.pooled

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, brief
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -74,12 +74,12 @@ def refuse_unsupported(tensors: Mapping[str, Tensor], where: str) -> None:
         raise ModelError(f"{where}: this is an unCLIP model, which reads pictures. {SUPPORTED}.")
 
 
-def refuse_channels(channels: int, where: str) -> None:
+def refuse_channels(channels: object, where: str) -> None:
     """Raise ModelError when the UNet takes anything beside four latent channels."""
     if channels != 4:
-        what = _CHANNELS.get(channels, "another architecture")
+        what = _CHANNELS.get(channels, "another architecture") if isinstance(channels, int) else "another architecture"
         raise ModelError(
-            f"{where}: the UNet takes {channels} channels, so this is {what}; a base model takes 4. {SUPPORTED}."
+            f"{where}: the UNet takes {brief(channels)} channels, so this is {what}; a base model takes 4. {SUPPORTED}."
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, brief
+from ..jsontext import JsonError, read_object
+from ..paths import is_dir, is_file
 from .detect import SUPPORTED, refuse_channels, refuse_quantised
 from .family import FAMILIES
 from .keys_text import text_to_one_spelling
@@ -23,9 +24,9 @@ _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 def read_folder(path: Path) -> Source:
     """The source of a diffusers folder. Raises ModelError when it is not one of a supported family."""
-    if not (path / "unet").is_dir():
+    if not is_dir(path / "unet"):
         kind = (
-            read_json(path / "model_index.json").get("_class_name") if (path / "model_index.json").is_file() else None
+            read_json(path / "model_index.json").get("_class_name") if is_file(path / "model_index.json") else None
         )
         what = f"a diffusers {kind}" if kind else "not a diffusers folder (it has no `unet` folder)"
         raise ModelError(f"{path.name}: this is {what}. {SUPPORTED}.")
@@ -35,13 +36,13 @@ def read_folder(path: Path) -> Source:
     configs, vocabularies = dict(source.configs), {}
     rows = {row.part: row for _, family in FAMILIES.items() for row in family.texts}
     for part, row in rows.items():
-        if (path / row.folder).is_dir():
+        if is_dir(path / row.folder):
             tensors, configs[part] = read_part(path / row.folder)
             source.parts[part], _ = text_to_one_spelling(tensors)
             found = read_vocabulary(path / row.tokenizer)
             if found is not None:
                 vocabularies[part] = found
-    if (path / "vae").is_dir():
+    if is_dir(path / "vae"):
         source.parts["vae"], configs["vae"] = read_vae_folder(path / "vae")
     source.configs, source.vocabularies = configs, vocabularies
     return source
@@ -55,7 +56,7 @@ def read_vae_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_part(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, configuration) of one part of a diffusers model. Raises ModelError when either is missing."""
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise ModelError(f"{folder}: config.json is missing.")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -70,28 +71,37 @@ def _weight_files(folder: Path) -> list[Path]:
         for variant in ("", ".fp16", ".bf16"):
             for stem in _WEIGHTS:
                 whole = folder / f"{stem}{variant}.{suffix}"
-                if whole.is_file():
+                if is_file(whole):
                     return [whole]
                 for index in (f"{stem}.{suffix}.index{variant}.json", f"{stem}{variant}.{suffix}.index.json"):
-                    if (folder / index).is_file():
-                        return [folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
+                    if is_file(folder / index):
+                        return _shards(folder, index)
     raise ModelError(
         f"{folder}: no weights; expected {_WEIGHTS[0]}.safetensors (a VAE, a UNet) or "
         f"{_WEIGHTS[1]}.safetensors (a text encoder)."
     )
 
 
+def _shards(folder: Path, index: str) -> list[Path]:
+    """The files that an index names; they lie beside it. Raises ModelError."""
+    table = read_json(folder / index).get("weight_map")
+    names = set(map(str, table.values())) if isinstance(table, dict) else set()
+    if not names or any(Path(name).name != name or "\\" in name for name in names):
+        raise ModelError(f"{folder / index}: its weight_map has to name files of this folder. Get it again.")
+    missing = sorted(name for name in names if not is_file(folder / name))
+    if missing:
+        raise ModelError(f"{folder}: {brief(missing[0])} is missing. Is the download complete?")
+    return [folder / name for name in sorted(names)]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError when it is not one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: a JSON object was expected.")
-    return content
+        return read_object(path)
+    except JsonError as error:
+        raise ModelError(f"{path}: this file {error}. Is the download complete? Get it again.") from error
 
 
 def _noise(path: Path) -> NoiseFacts:
     config = path / "scheduler" / "scheduler_config.json"
-    return noise_of_scheduler(read_json(config)) if config.is_file() else NoiseFacts()
+    return noise_of_scheduler(read_json(config)) if is_file(config) else NoiseFacts()

@@ -6,7 +6,6 @@ tensors, which autograd refuses; ours are plain modules around normal tensors on
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..jsontext import parse
 from . import noise
 from .assemble import assemble
 from .base import Model
@@ -185,7 +185,7 @@ def _opened(path: Path) -> Iterator[_File]:
     # Read, not mapped: each mapped tensor would bring its neighbourhood into memory, tens of megabytes in all.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse(file.read(length))
         yield _File(names, metadata, lambda name, count: _rows(file, 8 + length, header[name], count))
 
 

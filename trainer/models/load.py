@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..paths import exists
 from ..errors import ModelError
 from .assemble import assemble
 from .base import Model
@@ -34,7 +35,7 @@ def load_model(
     Raises ModelError that says what was recognised when the model cannot be used.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise ModelError(f"{path}: there is no such model file or folder.")
     source = read_folder(path) if path.is_dir() else read_single(path)
     if vae_path is not None:
@@ -48,7 +49,7 @@ def load_model(
 
 def replace_vae(source: Source, path: Path) -> None:
     """Put the VAE of a file or folder in the place of a source's own. Raises ModelError."""
-    if not path.exists():
+    if not exists(path):
         raise ModelError(f"{path}: there is no such VAE file or folder.")
     configs = {part: config for part, config in source.configs.items() if part != "vae"}
     if path.is_dir():

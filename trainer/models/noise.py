@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, brief
+from ..jsontext import JsonError, read_bytes, read_object
 from ..maths.schedule import EPSILON, V_PREDICTION, NoiseSchedule, scaled_linear_alphas, zero_terminal_snr
+from ..paths import is_file
 from .family import Family
+
+MOST_YAML = 1024 * 1024
+MOST_STEPS = 10_000
 
 _SPELLINGS = {
     "v": V_PREDICTION,
@@ -50,29 +54,50 @@ def noise_of_scheduler(config: Mapping[str, Any]) -> NoiseFacts:
     """The facts of a diffusers `scheduler_config.json`. Raises ModelError for a schedule that is not a diffusion of
     this kind."""
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in (EPSILON, V_PREDICTION):
+    if not isinstance(prediction, str) or prediction not in (EPSILON, V_PREDICTION):
         raise ModelError(
-            f"scheduler_config.json: prediction_type {prediction!r}; epsilon and v_prediction are supported."
+            f"scheduler_config.json: prediction_type {brief(prediction)}; epsilon and v_prediction are supported."
         )
     return NoiseFacts(prediction, bool(config.get("rescale_betas_zero_snr")), _alphas(config))
 
 
 def _alphas(config: Mapping[str, Any]) -> Tensor:
     """ᾱ (T,) of diffusers' beta settings."""
-    steps = int(config.get("num_train_timesteps", 1000))
-    first, last = float(config.get("beta_start", 0.00085)), float(config.get("beta_end", 0.012))
+    steps = config.get("num_train_timesteps", 1000)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 < steps <= MOST_STEPS:
+        raise ModelError(
+            f"scheduler_config.json: num_train_timesteps {brief(steps)}; a whole number from 2 to {MOST_STEPS} is"
+            " supported, and Stable Diffusion has 1000."
+        )
+    first, last = (_beta(config, name, usual) for name, usual in (("beta_start", 0.00085), ("beta_end", 0.012)))
     kind = config.get("beta_schedule", "scaled_linear")
     if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+        betas = torch.tensor(_betas(config["trained_betas"]), dtype=torch.float64)
     elif kind == "scaled_linear":
         return scaled_linear_alphas(first, last, steps)
     elif kind == "linear":
         betas = torch.linspace(first, last, steps, dtype=torch.float64)
     else:
         raise ModelError(
-            f"scheduler_config.json: beta_schedule {kind!r}; scaled_linear, linear and trained_betas are supported."
+            f"scheduler_config.json: beta_schedule {brief(kind)}; scaled_linear, linear and trained_betas are supported."
         )
     return torch.cumprod(1 - betas, 0).float()
+
+
+def _beta(config: Mapping[str, Any], name: str, usual: float) -> float:
+    value = config.get(name, usual)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ModelError(f"scheduler_config.json: {name} {brief(value)}; a number between 0 and 1 is right.")
+    return float(value)
+
+
+def _betas(given: object) -> list[float]:
+    right = isinstance(given, list) and 1 < len(given) <= MOST_STEPS
+    if not right or not all(type(beta) in (int, float) and 0 <= beta <= 1 for beta in given):  # type: ignore[attr-defined]
+        raise ModelError(
+            f"scheduler_config.json: trained_betas {brief(given)}; 2 to {MOST_STEPS} numbers from 0 to 1 are right."
+        )
+    return [float(beta) for beta in given]  # type: ignore[attr-defined]
 
 
 def schedule_of(facts: NoiseFacts, family: Family, forced_v: bool) -> tuple[NoiseSchedule, list[str]]:
@@ -97,18 +122,20 @@ def _beside(path: Path) -> str | None:
     """What a yaml or json of the same stem says."""
     for suffix in (".yaml", ".yml"):
         config = path.with_suffix(suffix)
-        if config.is_file():
-            found = _of_yaml(config.read_text(encoding="utf-8", errors="replace"))
+        if is_file(config):
+            try:
+                found = _of_yaml(read_bytes(config, MOST_YAML).decode("utf-8", "replace"))
+            except JsonError as fault:
+                raise ModelError(f"{config.name} beside {path.name} {fault}. Get it again, or remove it.") from fault
             if found:
                 return found
     config = path.with_suffix(".json")
-    if config.is_file():
+    if is_file(config):
         try:
-            said = json.loads(config.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            said = read_object(config)
+        except JsonError:
             return None  # some other program's file: it may say nothing to us
-        if isinstance(said, dict):
-            return _SPELLINGS.get(str(said.get("prediction_type", said.get("parameterization", ""))).lower())
+        return _SPELLINGS.get(str(said.get("prediction_type", said.get("parameterization", "")))[:40].lower())
     return None
 
 

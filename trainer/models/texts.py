@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..paths import is_file
 from ..errors import ModelError
 from .detect import refuse_quantised
 from .family import FAMILIES, Family, TextRow
@@ -49,7 +50,7 @@ def _family(source: Source) -> Family:
 
 def _encoders(path: Path, family: Family) -> list[tuple[dict[str, Tensor], bool]]:
     """Every CLIP text encoder in a file, in the one spelling, and whether it came in OpenCLIP's."""
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(f"te: {path} is no file. Give the path of a text encoder, as in clip_l.safetensors.")
     tensors, _ = read_tensors(path)
     refuse_quantised(tensors, path.name)

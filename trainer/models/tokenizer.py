@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ModelError, brief
+from ..jsontext import MOST_BYTES, JsonError, read_bytes, read_object
+from ..paths import is_dir, is_file
 from .family import PAD_EOS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_TOKENS = 49408
+MOST_TOKENS, MOST_LETTERS = 1_000_000, 200
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -66,14 +69,17 @@ def _byte_pair_encoder(vocabulary: Vocabulary) -> Any:
     """CLIP's encoder in the `tokenizers` library: NFC, one space, lower case, CLIP's word pattern, bytes, merges."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    model = models.BPE(
-        vocab=vocabulary.ids,
-        merges=list(vocabulary.merges),
-        unk_token=END,
-        continuing_subword_prefix="",
-        end_of_word_suffix="</w>",
-        fuse_unk=False,
-    )
+    try:
+        model = models.BPE(
+            vocab=vocabulary.ids,
+            merges=list(vocabulary.merges),
+            unk_token=END,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+        )
+    except Exception as error:  # the library raises plain exceptions
+        raise ModelError(f"vocabulary: it cannot be used ({brief(str(error))}). Get the tokenizer files again.") from error
     encoder = Tokenizer(model)
     encoder.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -112,7 +118,7 @@ def tokenizer_beside(path: Path, places: Sequence[Path] = ()) -> Tokenizer | Non
     Padding is not that of its family: it serves to count tokens.
     """
     try:
-        own = read_vocabulary(path) if path.is_dir() else None
+        own = read_vocabulary(path) if is_dir(path) else None
         return Tokenizer(own or find_vocabulary(places), PAD_EOS)
     except ModelError:
         return None  # loading will say what is missing
@@ -120,22 +126,56 @@ def tokenizer_beside(path: Path, places: Sequence[Path] = ()) -> Tokenizer | Non
 
 def read_vocabulary(place: Path) -> Vocabulary | None:
     """The vocabulary at `place`: a BPE file, or a folder with tokenizer files or with a `tokenizer` folder; None if
-    none is there."""
-    if place.is_file():
+    none is there. Raises ModelError when one is there that cannot be used."""
+    if is_file(place):
         return _from_bpe_file(place) if place.name.endswith(".gz") else None
     for folder in (place, place / "tokenizer"):
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            merges = _merges(line for line in lines if not line.startswith("#version"))
-            return Vocabulary(
-                json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges, _pad_token(folder)
-            )
-        if (folder / "tokenizer.json").is_file():
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("model", {})
-            return Vocabulary(model.get("vocab", {}), _merges(model.get("merges", ())), _pad_token(folder))
-        if (folder / BPE_FILE).is_file():
+        if is_file(folder / "vocab.json") and is_file(folder / "merges.txt"):
+            lines = _text(folder / "merges.txt").splitlines()
+            merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+            return _vocabulary(_object(folder / "vocab.json"), merges, _pad_token(folder), folder)
+        if is_file(folder / "tokenizer.json"):
+            model = _object(folder / "tokenizer.json").get("model")
+            model = model if isinstance(model, dict) else {}
+            merges = [line.split() if isinstance(line, str) else line for line in _list(model.get("merges"))]
+            return _vocabulary(model.get("vocab"), merges, _pad_token(folder), folder)
+        if is_file(folder / BPE_FILE):
             return _from_bpe_file(folder / BPE_FILE)
     return None
+
+
+def _vocabulary(ids: object, merges: Sequence[object], pad: str | None, folder: Path) -> Vocabulary:
+    """A vocabulary out of what files hold. Raises ModelError when it cannot be one."""
+    right = isinstance(ids, dict) and 0 < len(ids) <= MOST_TOKENS
+    if not right or not all(type(number) is int and 0 <= number < MOST_TOKENS for number in ids.values()):  # type: ignore[attr-defined]
+        raise ModelError(
+            f"{folder}: its vocabulary has to give each token a number from 0 to {MOST_TOKENS - 1}. Get the file again."
+        )
+    pairs = [pair for pair in merges if isinstance(pair, list) and len(pair) == 2]
+    if len(pairs) != len(merges) or not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise ModelError(f"{folder}: its merges are not pairs of tokens throughout. Get the file again.")
+    return Vocabulary(ids, tuple((first, second) for first, second in pairs), pad)  # type: ignore[arg-type]
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _object(path: Path) -> dict[str, object]:
+    """The JSON object in a file of a tokenizer. Raises ModelError."""
+    try:
+        return read_object(path)
+    except JsonError as fault:
+        raise ModelError(f"{path}: this file {fault}. Is the download complete? Get it again.") from fault
+
+
+def _text(path: Path) -> str:
+    """The text in a file of a tokenizer. Raises ModelError."""
+    try:
+        return read_bytes(path, MOST_BYTES).decode("utf-8")
+    except (JsonError, UnicodeDecodeError) as fault:
+        what = "is not text in UTF-8" if isinstance(fault, UnicodeDecodeError) else fault
+        raise ModelError(f"{path}: this file {what}. Is the download complete? Get it again.") from fault
 
 
 def _packaged() -> list[Path]:
@@ -147,32 +187,32 @@ def _packaged() -> list[Path]:
         except ValueError:  # a host put a stand-in without a spec in its place
             continue
         folders = spec.submodule_search_locations if spec else None
-        found += [Path(folder) / BPE_FILE for folder in folders or () if (Path(folder) / BPE_FILE).is_file()]
+        found += [Path(folder) / BPE_FILE for folder in folders or () if is_file(Path(folder) / BPE_FILE)]
     return found
-
-
-def _merges(lines: Any) -> tuple[tuple[str, str], ...]:
-    pairs = (line.split() if isinstance(line, str) else line for line in lines if line)
-    return tuple((pair[0], pair[1]) for pair in pairs)
 
 
 def _pad_token(folder: Path) -> str | None:
     """The padding token that a tokenizer folder names."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
+        if is_file(folder / name):
+            token = _object(folder / name).get("pad_token")
+            token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                return token["content"] if isinstance(token, dict) else str(token)
+                return str(token)[:MOST_LETTERS]
     return None
 
 
 def _from_bpe_file(path: Path) -> Vocabulary:
-    """CLIP's 49,408 tokens: 256 bytes, the same ending a word, one per merge, start and end."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        merges = _merges(file.read().split("\n")[1 : CLIP_TOKENS - 2 * 256 - 2 + 1])
+    """CLIP's 49,408 tokens: 256 bytes, the same ending a word, one per merge, start and end. Raises ModelError."""
+    try:
+        with gzip.open(path) as file:
+            text = file.read(MOST_BYTES).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as fault:
+        raise ModelError(f"{path}: this vocabulary cannot be read ({fault}). Install its package again.") from fault
+    pairs = [line.split() for line in text.split("\n")[1 : CLIP_TOKENS - 2 * 256 - 2 + 1] if line]
     letters = byte_letters()
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
-    return Vocabulary({token: index for index, token in enumerate(tokens)}, merges)
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in pairs), START, END]
+    return _vocabulary({token: index for index, token in enumerate(tokens)}, pairs, None, path)
 
 
 def byte_letters() -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import NoReturn
 
 from ..errors import JobError, Problem
+from ..jsontext import MOST_BYTES, JsonError, read
 from ..writing import write_whole
 
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]')
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in "123456789¹²³")}
-LARGEST_FILE = 16 * 1024 * 1024
+LARGEST_FILE = MOST_BYTES
 LONGEST = 180
 """Bytes of a name, so that an ending and a step number still fit into the 255 that file systems allow."""
 
@@ -35,42 +35,11 @@ def name_problem(name: str) -> str:
 
 def read_json(path: Path | str) -> object:
     """What a JSON file holds. Raises JobError when it cannot be read or is not JSON; no key may be repeated."""
-    shown = str(path)
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        raise JobError([Problem("file", shown, f"cannot be read: {reason}. Check the name and the folder.")]) from fault
-    if len(content) > LARGEST_FILE:
-        raise JobError([Problem("file", shown, "is larger than 16 MiB; choose a settings file.")])
-    try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_constant)
-    except json.JSONDecodeError as fault:
-        message = f"is not JSON: {fault.msg} in line {fault.lineno}, column {fault.colno}. Correct it there."
-        raise JobError([Problem("file", shown, message)]) from fault
-    except UnicodeDecodeError as fault:
-        raise JobError([Problem("file", shown, "is not text in UTF-8; save it as UTF-8.")]) from fault
-    except (ValueError, RecursionError) as fault:
-        message = str(fault) if isinstance(fault, _StrictError) else "holds a number too long or is nested too deep."
-        raise JobError([Problem("file", shown, message)]) from fault
-
-
-class _StrictError(ValueError):
-    """Something JSON parsers let pass that we do not."""
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    held = dict(pairs)
-    if len(held) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise _StrictError(f"gives {', '.join(map(repr, twice))} more than once; keep one.")
-    return held
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise _StrictError(f"holds {name}, which is not a number; write a number.")
+        return read(Path(path), once=True)
+    except JsonError as fault:
+        message = f"{fault}. Choose or correct a settings file."
+        raise JobError([Problem("file", str(path), message)]) from fault
 
 
 def write_json(path: Path, data: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import JobError, Problem
+from ..paths import is_file
 from .codec import Loaded, load
 from .files import name_problem, read_json, write_json
 from .job import Job
@@ -85,7 +86,7 @@ def _names(folder: Path) -> tuple[str, ...]:
 def _find(folder: Path, name: str) -> Path | None:
     """The file of a name, ignoring case as Windows does."""
     exact = folder / f"{name}.json"
-    if exact.is_file():
+    if is_file(exact):
         return exact
     same = [folder / f"{held}.json" for held in _names(folder) if held.lower() == name.lower()]
     return same[0] if same else None

@@ -22,6 +22,7 @@ from ..modes.base import Settings
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule, without_effect
+from ..paths import expanded, is_file
 from .base import STAGES, Preparation, Stage
 from .trajectories import State, lines, trajectories
 
@@ -51,7 +52,7 @@ def context_there(job: Job, mode: ModeInfo) -> str:
     """A context file that is not there."""
     own = job[LaloraParams]
     given = own.lalora_context_path.strip()
-    if not own.lalora_lambda or not given or Path(given).expanduser().is_file():
+    if not own.lalora_lambda or not given or is_file(expanded(given)):
         return ""
     return "there is no such file; make it with the curvature tool, or leave it empty to measure before the training."
 
@@ -82,7 +83,7 @@ class Lalora(Stage):
     def prepare(self, at: Preparation) -> None:
         path = self._own.lalora_context_path.strip()
         if path:
-            self._factors = read_context(Path(path).expanduser(), at.network)
+            self._factors = read_context(expanded(path), at.network)
             at.tell(f"{Path(path).name} has the curvature of {len(self._factors)} of {len(at.network)} layers.")
             return
         prompts = self.prompts()
@@ -139,7 +140,7 @@ def measure(
 
 def read_context(path: Path, network: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """The curvature factors of a file for the layers of a network, by key. Raises AdapterError when it has none."""
-    if not path.is_file():
+    if not is_file(path):
         raise AdapterError(
             f"lalora_context_path = {path.name!r}: there is no such file, and every step is measured with it, also"
             f" those of a run that goes on. Put it back as {path}."

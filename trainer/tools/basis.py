@@ -25,6 +25,7 @@ from ..adapters.lora import DOWN as LORA_DOWN
 from ..adapters.lora import UP as LORA_UP
 from ..errors import AdapterError
 from ..maths.subspace import product_svd, truncated_svd
+from ..paths import expanded
 
 ALIKE = 0.5
 """Cosine of two LoRAs' D from which on they began alike: independent starts of a whole model stay below 0.01."""
@@ -67,7 +68,7 @@ class _File:
 @torch.no_grad()
 def make_basis(folder: Path, out: Path, rank: int = 16, tell: Callable[[str], None] = lambda line: None) -> BasisReport:
     """Write the bases of all LoRAs in a folder and its sub-folders. Raises AdapterError when none can be used."""
-    folder, out = Path(folder).expanduser(), checked_name(out, "--out")
+    folder, out = expanded(folder), checked_name(out, "--out")
     if rank < 1:
         raise AdapterError(f"--rank = {rank}: every layer needs at least 1 direction.")
     paths = sorted(path for path in folder.rglob("*.safetensors") if path.is_file())

@@ -11,6 +11,7 @@ from PIL import Image
 from ..data.images import BrokenPicture, decode_with_alpha
 from ..data.scan import PICTURE_TYPES
 from ..errors import DataError
+from ..paths import is_dir, is_file
 
 OPAQUE_ONLY = frozenset({".jpg", ".jpeg", ".bmp", ".pcx"})
 SAVE_OPTIONS: dict[str, dict[str, object]] = {
@@ -20,11 +21,11 @@ SAVE_OPTIONS: dict[str, dict[str, object]] = {
 
 def pictures_of(source: Path) -> list[Path]:
     """The picture files directly in a folder, by name, or the one picture `source` is. Raises DataError for none."""
-    if source.is_file():
+    if is_file(source):
         if source.suffix.lower() in PICTURE_TYPES:
             return [source]
         raise DataError(f"{source.name} is no picture file. Known endings: {' '.join(PICTURE_TYPES)}.")
-    if not source.is_dir():
+    if not is_dir(source):
         raise DataError(f"{str(source)!r} is neither a folder nor a picture. Check the spelling.")
     found = sorted(
         path for path in source.iterdir()

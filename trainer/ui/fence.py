@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import AtelierError, Problem
 from ..params.job import SECOND_PASS
 from ..params.table import Catalogue
+from ..paths import exists, expanded, is_file
 from ..places import BASE_MODEL, BASE_PICTURES, Places
 
 READS = frozenset({"folder", "picture", "lora", "model", "vae", "te", "file"})
@@ -46,7 +47,7 @@ def served(folder: Path, name: str, suffixes: frozenset[str]) -> Path:
     if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
         raise refused
     path = folder.joinpath(*parts)
-    if path.suffix.lower() not in suffixes or not inside(path, folder) or not path.is_file():
+    if path.suffix.lower() not in suffixes or not inside(path, folder) or not is_file(path):
         raise refused
     return path
 
@@ -93,13 +94,10 @@ class Fence:
         # A network path is refused before it is touched: asking for it would already log in to the other machine.
         if _NETWORK.match(value) or "\x00" in value or (ntpath.splitdrive(value)[0] and not Path(value).is_absolute()):
             return False
-        try:
-            given, folder = Path(value).expanduser(), self._folders.get(kind)
-            if folder is not None and not given.is_absolute():  # in the order in which a run looks
-                beside = [folder / value, *(folder / f"{value}{end}" for end in SUFFIXES)]
-                given = next((path for path in (given, *beside) if path.exists()), folder / value)
-        except (OSError, RuntimeError, ValueError):  # too long for a path, an unknown ~user
-            return False
+        given, folder = expanded(value), self._folders.get(kind)
+        if folder is not None and not given.is_absolute():  # in the order in which a run looks
+            beside = [folder / value, *(folder / f"{value}{end}" for end in SUFFIXES)]
+            given = next((path for path in (given, *beside) if exists(path)), folder / value)
         return any(inside(given, root) for root in self._roots[kind])
 
     def why(self) -> str:

@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse
 
 from ..errors import AtelierError, JobError
 from ..jobs.listing import QueueError, UnknownJobError
+from ..jsontext import JsonError, parse
 from ..params.files import LARGEST_FILE
 from ..params.table import Catalogue
 from .fence import NotServedError
@@ -126,16 +127,12 @@ async def read_call(request: Request) -> Call:
             raise RequestError(413, "The body is larger than 16 MiB.")
         parts.append(part)
     try:
-        body = json.loads(b"".join(parts).decode("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as fault:
-        raise RequestError(400, "The body is not JSON.") from fault
+        body = parse(b"".join(parts))
+    except JsonError as fault:
+        raise RequestError(400, f"The body {fault}.") from fault
     if not isinstance(body, dict):
         raise RequestError(400, "The body must be a JSON object.")
     return Call(dict(request.path_params), dict(request.query_params), body)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(name)
 
 
 def answer(value: object, status: int = 200) -> Response:

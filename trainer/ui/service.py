@@ -19,6 +19,7 @@ from ..params.codec import Loaded, load
 from ..params.job import SECOND_PASS, Job
 from ..params.table import Catalogue
 from ..params.widgets import widgets
+from ..paths import expanded
 from ..places import Places
 from . import views
 from .fence import DEMO, Fence
@@ -172,7 +173,7 @@ class Service:
         fence = self._fence()
         if not fence.allows(text, kind):
             raise JobError([Problem(field, text, fence.why())])
-        return Path(text).expanduser()
+        return expanded(text)
 
     def picture(self, wish: Wish) -> Any:
         """The PIL image of a wish. Raises AtelierError."""

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -13,9 +12,10 @@ from pathlib import Path
 from ..adapters.metadata import JOB_KEY
 from ..errors import AtelierError, JobError, Problem
 from ..jobs.live import Facts
+from ..jsontext import JsonError, parse
 from ..params.codec import Loaded, load
 from ..params.core import Save, Task
-from ..params.files import LARGEST_FILE, read_json, write_json
+from ..params.files import read_json, write_json
 from ..params.presets import Presets
 from ..params.table import Catalogue
 from ..places import BASE_PICTURES, Places
@@ -101,12 +101,7 @@ class Shelf:
         """`settings` and `warnings` of a text: a settings file, or the header of a LoRA of ours, whose metadata holds
         its job. Raises JobError.
         """
-        if len(text.encode("utf-8", "replace")) > LARGEST_FILE:
-            raise JobError([Problem("file", "", "is larger than 16 MiB; choose a settings file or a LoRA.")])
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as fault:
-            raise JobError([Problem("file", text[:40], f"is not JSON: {fault}. Choose a settings file.")]) from fault
+        raw = _parsed(text, "Choose a settings file or a LoRA.")
         metadata = raw.get("__metadata__") if isinstance(raw, Mapping) else None
         if metadata is None:
             return _filled(load(raw, self._catalogue, complete=False))
@@ -114,7 +109,8 @@ class Shelf:
         if not isinstance(held, str):
             message = "carries no settings: it was made by another program, or with save_metadata minimal or none."
             raise JobError([Problem("file", "LoRA", message)])
-        found = _filled(load(json.loads(held), self._catalogue, complete=False))
+        settings = _parsed(held, "The settings in this LoRA are damaged; choose another file.")
+        found = _filled(load(settings, self._catalogue, complete=False))
         note = "A LoRA names folders and files without their path; give the data folder and the model again."
         return {**found, "warnings": [note, *_list(found["warnings"])]}
 
@@ -160,6 +156,14 @@ class Shelf:
 
 def _filled(loaded: Loaded) -> dict[str, object]:
     return {"settings": loaded.job.to_dict(full=True), "warnings": list(loaded.warnings)}
+
+
+def _parsed(text: str, advice: str) -> object:
+    """What a JSON text from a request holds. Raises JobError."""
+    try:
+        return parse(text)
+    except JsonError as fault:
+        raise JobError([Problem("file", text[:40], f"{fault}. {advice}")]) from fault
 
 
 def _list(value: object) -> list[object]:
