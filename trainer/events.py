@@ -52,7 +52,9 @@ class Stage(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """One optimizer step: its loss and learning rates, told in groups when the losses are read from the device."""
+    """One optimizer step: its loss and learning rates, told in groups when the losses are read, at least
+    once a second unless one step takes longer.
+    """
 
     step: int
     total: int

@@ -83,27 +83,34 @@ def optimizer_step(session: Session, plateau: float | None) -> Tensor:
 def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing, hooks: Hooks) -> None:
     """Run optimizer steps from `session.step` to the end or to a stop. Raises DivergedError when the loss breaks."""
     limits = session.limits
+    ring.restart_clock()
     while session.step < limits.total_steps and not control.stopping:
         rates = tuple(optimizer_rates(session.optimizer).values())
         ring.push(session.step + 1, optimizer_step(session, ring.plateau), rates)
         step = session.step
         state_due = bool(limits.state_every) and step % limits.state_every == 0
         sample_due = bool(limits.sample_every) and step % limits.sample_every == 0
-        if ring.full or state_due or sample_due or step in limits.save_steps:
+        save_due = step in limits.save_steps
+        if ring.due or state_due or sample_due or save_due:
             tell(session, ring, log)
-        if step in limits.save_steps:
+        elif ring.overdue:  # clocks differ: several processes stop together, at a step that all of them read
+            tell(session, ring, log, finite=session.process.count > 1)
+        if save_due:
             hooks.save()
         if sample_due:
             hooks.sample()
         if state_due:
             hooks.keep(ring)
+        if save_due or sample_due or state_due:
+            ring.restart_clock()
     tell(session, ring, log)
 
 
-def tell(session: Session, ring: LossRing, log: EventLog) -> None:
-    """Read the pending losses and tell them. Raises DivergedError at the first that is not finite."""
-    readings, seconds = ring.read()
-    per_step = seconds / max(len(readings), 1)
+def tell(session: Session, ring: LossRing, log: EventLog, finite: bool = False) -> None:
+    """Read the pending losses and report them, with `finite` those before the first that is not finite. Raises
+    DivergedError at that one.
+    """
+    readings, per_step = ring.read(finite)
     limits = session.limits
     for reading in readings:
         if not math.isfinite(reading.loss):
