@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from trainer.data.images import decode, picture_bytes
+
 
 def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
     """A picture of random pixels, (width, height)."""
@@ -19,6 +21,13 @@ def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Imag
         Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(levels.reshape(*shape[:2], channels), 2, 0)
     ]
     return bands[0] if channels == 1 else Image.merge(mode, bands)
+
+
+def load_rgb(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A whole picture as `rgb_CHW` in [-1, 1] and its transparency `mask_HW` in [0, 1], None if fully opaque."""
+    rgb, mask = decode(picture_bytes(path))
+    pixels = torch.from_numpy(np.array(rgb, np.float32)).permute(2, 0, 1) / 127.5 - 1
+    return pixels, None if mask is None else torch.from_numpy(np.array(mask, np.float32)) / 255
 
 
 def write(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, caption: str | None = None) -> Path:

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from data_pictures import PoolingEncoder, noise, write
+from data_pictures import PoolingEncoder, load_rgb, noise, write
 from PIL import Image
 
 from trainer.data.cache import TensorCache
 from trainer.data.dataset import Dataset, SizeFacts, arrange, build
-from trainer.data.images import load_rgb
 from trainer.data.scan import scan
 from trainer.data.settings import ImageSettings
 from trainer.errors import DataError

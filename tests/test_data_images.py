@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 import struct
+import subprocess
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_pictures import noise
+from data_pictures import load_rgb, noise
 from PIL import Image, ImageFile, ImageOps
 
 from trainer.data import images
 from trainer.data.buckets import place
-from trainer.data.images import BrokenPicture, decode, fit, load_rgb, read_size
+from trainer.data.images import BrokenPicture, decode, fit, read_size
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -211,15 +213,49 @@ def test_missing_file(tmp_path: Path) -> None:
             read(tmp_path / "gone.png")
 
 
-def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
-    noise((64, 64)).save(tmp_path / "a.png")
+def header_only(width: int, height: int, mode: int = 2) -> bytes:
+    """A PNG file of some hundred bytes that says how many pixels it has, and holds none of them."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    ihdr = struct.pack(">IIBBBBB", width, height, 8, mode, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(bytes(50))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("size", "mode", "why"), [
+    ((1, 178_956_970), 2, "at most 32768 are read on a side"), ((178_956_970, 1), 2, "on a side"),
+    ((13_377, 13_377), 2, "179 megapixels, more than the 100"), ((9_000, 9_000), 6, "81 megapixels, more than the 31"),
+])  # fmt: skip
+def test_more_pixels_than_there_is_memory_for(tmp_path: Path, size: tuple[int, int], mode: int, why: str) -> None:
+    """Refused by the header: nothing of that size is ever allocated."""
+    (tmp_path / "a.png").write_bytes(header_only(*size, mode))
+    tracemalloc.start()
     for read in (read_size, load_rgb):
-        with pytest.raises(BrokenPicture, match="64×64 pixels"):
+        with pytest.raises(BrokenPicture, match=why):
             read(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BrokenPicture, match="pixels that are read"):
-        read_size(tmp_path / "a.png")
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_an_icon_is_judged_by_the_picture_inside() -> None:
+    inside = header_only(9_000, 9_000)
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
+    with pytest.raises(BrokenPicture, match="9000×9000"):
+        decode(struct.pack("<HHH", 0, 1, 1) + entry + inside)
+
+
+def test_a_program_is_never_started_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript, whatever the file's name says."""
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    for read in (read_size, load_rgb):
+        with pytest.raises(BrokenPicture, match="not a picture of a kind that is read"):
+            read(tmp_path / "a.png")
+
+
+def test_strips_are_the_picture(tmp_path: Path) -> None:
+    noise((7, 600), 3).save(tmp_path / "a.png")
+    assert torch.equal(torch.cat(list(images.strips(tmp_path / "a.png")), 1), load_rgb(tmp_path / "a.png")[0])
 
 
 def test_files_are_closed(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

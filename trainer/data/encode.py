@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from ..errors import DataError
 from .buckets import Placement
 from .cache import TensorCache, Tensors, fingerprint
-from .images import BrokenPicture, decode, fit
+from .images import BrokenPicture, decode, fit, picture_bytes
 from .scan import Broken, Picture
 from .text import Progress
 
@@ -50,7 +49,7 @@ def check_pictures(
         if progress:
             progress("checking pictures", done, len(work))
         try:
-            data = _bytes_of(picture.path)
+            data = picture_bytes(picture.path)
             content = hashlib.sha256(data).hexdigest()
             keys = tuple(latents_key(content, placement, vae) for placement in placements)
             pending = [
@@ -150,7 +149,7 @@ def _encode_batch(batch: Sequence[Pending], encode_images: EncodeImages, cache: 
 
 def _load(item: Pending) -> tuple[torch.Tensor, torch.Tensor | None]:
     try:
-        data = _bytes_of(item.picture.path)
+        data = picture_bytes(item.picture.path)
         if hashlib.sha256(data).hexdigest() == item.content:
             return fit(*decode(data), item.placement)
         reason = "it changed"
@@ -160,10 +159,3 @@ def _load(item: Pending) -> tuple[torch.Tensor, torch.Tensor | None]:
         f"{item.picture.name} could be read a moment ago, but not now: {reason}. "
         "Start again when nothing writes to the folder."
     )
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BrokenPicture(error.strerror or str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ..errors import DataError
 from .buckets import Placement, Size
+from .limits import ICON, LARGEST_FILE, formats, icon_refusal, refusal
 
-MAX_PIXELS = 178_956_970  # where Pillow, left as it is installed, refuses too
+_STRIP = 256
+"""Rows that are worked on at once where a picture takes more memory on the way than in the end."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,10 +66,13 @@ class _Watched(io.BytesIO):
 def read_size(path: Path) -> Size:
     """Width and height of the upright picture, from its header where the format allows. Raises BrokenPicture."""
     try:
-        if not path.stat().st_size:
-            raise BrokenPicture("the file is empty")
-        with Image.open(path) as image:
-            _check_pixels(image.size)
+        _check_length(path.stat().st_size)
+        with path.open("rb") as file:
+            icon = file.read(len(ICON)) == ICON
+        if icon:
+            _check_icon(picture_bytes(path))
+        with Image.open(path, formats=formats()) as image:
+            _check(image)
             if image.format == "PNG" and _has_late_metadata(path):
                 image.load()
             orientation = _orientation(image)
@@ -93,19 +99,19 @@ def decode_with_alpha(data: bytes) -> Image.Image:
     """The upright picture in a file's bytes as RGBA, or as RGB when it is fully opaque. Raises BrokenPicture."""
     with _opened(data) as (image, orientation):
         rgb, mask = _split(image)
-        picture = rgb if mask is None else image.convert("RGBA")
+        picture = rgb if mask is None else image if image.mode == "RGBA" else image.convert("RGBA")
     return _turned(picture, orientation)
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[tuple[Image.Image, int]]:
     """The decoded picture in a file's bytes, and how it has to be turned. Raises BrokenPicture, also inside."""
-    if not data:
-        raise BrokenPicture("the file is empty")
+    _check_length(len(data))
+    _check_icon(data)
     source = _Watched(data)
     try:
-        with Image.open(source) as image:
-            _check_pixels(image.size)
+        with Image.open(source, formats=formats()) as image:
+            _check(image)
             source.past_end = False
             image.load()
             # Other extensions switch Pillow's tolerance on for the whole process; half a picture is still broken.
@@ -120,17 +126,21 @@ def _turned(picture: Image.Image, orientation: int) -> Image.Image:
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
-def load_rgb(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A whole picture as `rgb_CHW` float32 in [-1, 1] and its transparency `mask_HW` in [0, 1], None if fully opaque.
-
-    Raises BrokenPicture.
-    """
+def picture_bytes(path: Path) -> bytes:
+    """The bytes of a picture file. Raises BrokenPicture, also for a file too large to be a picture."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        with path.open("rb") as file:
+            _check_length(os.fstat(file.fileno()).st_size)
+            return file.read()
+    except (OSError, ValueError) as error:
         raise BrokenPicture(_reason(error)) from error
-    rgb, mask = decode(data)
-    return _rgb_tensor(rgb), _mask_tensor(mask)
+
+
+def strips(path: Path) -> Iterator[torch.Tensor]:
+    """A picture in strips from the top, each `rgb_CHW` float32 in [-1, 1]. Raises BrokenPicture."""
+    rgb, _ = decode(picture_bytes(path))
+    for top in range(0, rgb.height, _STRIP):
+        yield _rgb_tensor(rgb.crop((0, top, rgb.width, min(top + _STRIP, rgb.height))))
 
 
 def fit(rgb: Image.Image, mask: Image.Image | None, placement: Placement) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -154,7 +164,7 @@ def fit(rgb: Image.Image, mask: Image.Image | None, placement: Placement) -> tup
 
 def _rgb_tensor(rgb: Image.Image) -> torch.Tensor:
     pixels_HWC = torch.from_numpy(np.array(rgb, dtype=np.float32))
-    return (pixels_HWC / 127.5 - 1).permute(2, 0, 1).contiguous()
+    return pixels_HWC.div_(127.5).sub_(1).permute(2, 0, 1).contiguous()
 
 
 def _mask_tensor(mask: Image.Image | None) -> torch.Tensor | None:
@@ -167,18 +177,21 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode not in ("RGBA", "RGBa", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB"), None
-    rgba = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB"), None
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     mask = rgba.getchannel("A")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    rgb = Image.alpha_composite(white, rgba).convert("RGB")
+    rgb = Image.new("RGB", rgba.size)
+    for top in range(0, rgba.height, _STRIP):
+        strip = rgba.crop((0, top, rgba.width, min(top + _STRIP, rgba.height)))
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     low, _ = mask.getextrema()
     return rgb, None if low == 255 else mask
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits, or of 0 to 1 in floating point, as 8 bits."""
-    levels = np.asarray(image).astype(np.float64)
+    levels = np.asarray(image)
     low, high = float(levels.min()), float(levels.max())
     white = 1.0 if image.mode == "F" else 65535.0
     if not (low >= 0 and high <= white):
@@ -186,14 +199,30 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
             f"its grey levels run from {low:g} to {high:g}; 0 to 1 (floating point) or 0 to 65535 can be read. "
             "Save it as an 8-bit picture"
         )
-    return Image.fromarray(np.rint(levels * (255 / white)).astype(np.uint8))
+    grey = np.empty(levels.shape, np.uint8)
+    for top in range(0, len(levels), _STRIP):
+        strip = levels[top : top + _STRIP].astype(np.float64)
+        grey[top : top + _STRIP] = np.rint(strip * (255 / white)).astype(np.uint8)
+    return Image.fromarray(grey)
 
 
-def _check_pixels(size: Size) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        raise BrokenPicture(f"{size[0]}×{size[1]} pixels are more than the {MAX_PIXELS // 10**6} million that are read")
-    if not size[0] or not size[1]:
-        raise BrokenPicture("it has no pixels")
+def _check_length(length: int) -> None:
+    if not length:
+        raise BrokenPicture("the file is empty")
+    if length > LARGEST_FILE:
+        raise BrokenPicture(f"the file is larger than the {LARGEST_FILE // 2**20} MiB that are read")
+
+
+def _check_icon(data: bytes) -> None:
+    why = icon_refusal(data) if data.startswith(ICON) else ""
+    if why:
+        raise BrokenPicture(why)
+
+
+def _check(image: Image.Image) -> None:
+    why = refusal(image)
+    if why:
+        raise BrokenPicture(why)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -222,9 +251,9 @@ def _has_late_metadata(path: Path) -> bool:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture, or damaged at its start"
+        return "not a picture of a kind that is read, or damaged at its start"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"it has more than the {MAX_PIXELS // 10**6} million pixels that are read"
+        return "it has more pixels than are read. Make it smaller first"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

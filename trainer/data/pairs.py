@@ -15,7 +15,7 @@ from .cache import TensorCache, fingerprint
 from .dataset import Dataset, Item, SizeFacts
 from .dataset import build as build_dataset
 from .encode import EncodeImages
-from .images import BrokenPicture, decode, fit, load_rgb, read_size
+from .images import BrokenPicture, decode, fit, picture_bytes, read_size, strips
 from .plan import Plan, filled
 from .scan import Picture, Scan, listed, scan
 from .settings import ImageSettings
@@ -258,7 +258,7 @@ def _mask(originals: Dataset, targets: Dataset, pair: tuple[int, int], cache: Te
 
 
 def _pixels(picture: Picture, placement: Placement) -> torch.Tensor:
-    rgb, _ = fit(*decode(picture.path.read_bytes()), placement)
+    rgb, _ = fit(*decode(picture_bytes(picture.path)), placement)
     return rgb
 
 
@@ -277,7 +277,8 @@ def _unequal(one: Picture, other: Picture) -> Iterator[str]:
 
 def _identical(one: Picture, other: Picture, masked: bool) -> Iterator[str]:
     try:
-        most = float(_summed(load_rgb(one.path)[0], load_rgb(other.path)[0]).max())
+        pairs = zip(strips(one.path), strips(other.path), strict=False)
+        most = max(float(_summed(*pair).max()) for pair in pairs if pair[0].shape == pair[1].shape)
     except BrokenPicture:
         return  # told with its name when all pictures are checked
     if not most:

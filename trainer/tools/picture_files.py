@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.images import BrokenPicture, decode_with_alpha
+from ..data.images import BrokenPicture, decode_with_alpha, picture_bytes
 from ..data.scan import PICTURE_TYPES
 from ..errors import DataError
 from ..paths import is_dir, is_file
@@ -39,9 +39,9 @@ def pictures_of(source: Path) -> list[Path]:
 def read_picture(path: Path) -> Image.Image:
     """The upright picture as RGB, or RGBA when it has transparent parts. Raises DataError naming the file."""
     try:
-        return decode_with_alpha(path.read_bytes())
-    except (BrokenPicture, OSError) as error:
-        raise DataError(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        return decode_with_alpha(picture_bytes(path))
+    except BrokenPicture as error:
+        raise DataError(f"{path.name} cannot be read: {error}.") from error
 
 
 def check_picture(name: str, content: bytes) -> None:
