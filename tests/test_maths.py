@@ -118,19 +118,3 @@ def test_draws_do_not_depend_on_who_draws_them():
     torch.testing.assert_close(both[2:], rng.normal((2, 3), "noise", 5, 9, [2, 3]), rtol=0, atol=0)
     assert not torch.equal(both[0], both[1])
     assert not torch.equal(both, rng.normal((2, 3), "noise", 5, 10, [0, 1, 2, 3]))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("old", [False, True])
-def test_a_scaler_is_there_in_the_torch_that_webuis_pin(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if old:
-        monkeypatch.delattr(torch.amp, "GradScaler", raising=False)  # as in torch 2.1
-    weight = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    scaler = loss.grad_scaler("cpu", False)
-    scaler.scale(weight.square().sum()).backward()
-    scaler.unscale_(optimizer)
-    assert weight.grad.item() == 4.0
-    scaler.step(optimizer)
-    scaler.update()
-    assert weight.item() == 0.0 and scaler.state_dict() == {}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.errors import AtelierError, JobError, MissingPackageError
 from trainer.optim import optimizers
+from trainer.maths.scaling import LossScaler
 from trainer.optim.optimizers import OPTIMIZERS, advice, evaluating, make_optimizer, rates
 from trainer.optim.schedulers import SCHEDULERS, make_scheduler
 from trainer.optim.settings import parse_settings
@@ -369,8 +370,14 @@ def test_flatten_keeps_tensors_of_every_kind_apart() -> None:
         flatten({"f": flatten})
 
 
-def test_grad_scaler_state_round_trips() -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)
-    scaler.scale(torch.ones(()))
+def test_a_scaler_that_is_off_changes_nothing_and_its_state_round_trips() -> None:
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    weight.grad = torch.tensor([4.0])
+    optimizer, off = torch.optim.SGD([weight], lr=0.5), LossScaler([weight.grad], False)
+    off.unscale_(optimizer)
+    off.step(optimizer)
+    off.update()
+    assert weight.item() == 0.0 and off.scale(weight) is weight and off.state_dict() == {}
+    scaler = LossScaler([torch.zeros(2)], True)
     tensors, rest = flatten(scaler.state_dict())
     assert unflatten(tensors, json.loads(json.dumps(rest))) == scaler.state_dict()

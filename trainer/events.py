@@ -53,7 +53,8 @@ class Stage(Event):
 @dataclass(frozen=True)
 class Step(Event):
     """One optimizer step: its loss and learning rates, told in groups when the losses are read, at least
-    once a second unless one step takes longer.
+    once a second unless one step takes longer. `skipped`: how many steps up to it were left out because fp16 gradients
+    overflowed.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Step(Event):
     rates: tuple[float, ...]
     images_per_second: float
     seconds_left: float
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

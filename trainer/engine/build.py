@@ -20,7 +20,7 @@ from ..data.text import TextOutputs
 from ..errors import AdapterError
 from ..events import EventLog
 from ..maths import rng
-from ..maths.loss import grad_scaler
+from ..maths.scaling import LossScaler
 from ..models.base import Model
 from ..models.layers import layers_of
 from ..modes.base import MODES, Mode, Pass, Preparation
@@ -32,6 +32,7 @@ from ..params.job import Job
 from ..paths import is_file
 from ..stages.base import STAGES, Stage
 from . import arguments
+from .descent import Descent
 from .devices import encoding, fingerprint, rest_text_encoders, wake_text_encoders
 from .flat import FlatParameters
 from .kit import Kit, Text
@@ -199,8 +200,10 @@ def build(
     asked = (*source.prompts(), *mode.prompts(), *(prompt for stage in stages for prompt in stage.prompts()))
     text = make_text(job, model, network, beneath, asked, site)
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
-    flat = FlatParameters(parameter for parameter in network.parameters() if parameter.requires_grad)
-    optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
+    flat = FlatParameters(network)
+    with flat.exact():
+        optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
+    scaled = torch.float16 in (model.compute, *(value.dtype for value in flat.values))
     model.set_gradient_checkpointing(train.use_gradient_checkpointing, network.repeated)
     kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
@@ -211,6 +214,7 @@ def build(
                 resumed=resumed,
                 stopping=site.stopping,
                 progress=site.log.progress,
+                descent=partial(Descent, flat, scaled),
             )
             _prepare(mode, stages, at, flat, site)
     except BaseException:
@@ -229,7 +233,7 @@ def build(
         flat=flat,
         optimizer=optimizer,
         scheduler=scheduler,
-        scaler=grad_scaler(model.device.type, model.compute == torch.float16),
+        scaler=LossScaler(flat.gradients, scaled),
         limits=limits,
         process=site.process,
         folder=site.folder,
@@ -249,6 +253,7 @@ def _prepare(mode: Mode, stages: Sequence[Stage], at: Preparation, flat: FlatPar
         frozen = (p for p in at.network.parameters() if not p.requires_grad)
         buffers = (b for b in at.network.buffers() if b.is_floating_point())
         site.process.share([*flat.values, *frozen, *buffers])
+    flat.adopt()
 
 
 def _text_encoder(model: Model, clip_skip: int) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:

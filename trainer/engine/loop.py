@@ -14,13 +14,20 @@ from ..errors import DivergedError
 from ..events import EventLog, Step
 from ..optim.optimizers import rates as optimizer_rates
 from .control import Control
+from .flags import native_bf16
 from .losses import LossRing
 from .session import Session
 
 _NOT_FINITE = (
     "The loss became {loss} at step {step}. The update was discarded and the last good file is kept. "
-    "Lower train_learning_rate (now {rate:g}), set train_max_grad_norm to 1, or train with train_model_precision bf16 "
-    "or fp32."
+    "Lower train_learning_rate (now {rate:g}), set train_max_grad_norm to 1, or {advice}."
+)
+_SKIPPED = (
+    "{count} of the last {read} steps were skipped, because fp16 gradients overflowed; the loss scale is now {scale:g}."
+)
+_NOTHING_LEARNED = (
+    "fp16 gradients overflowed in {row} steps in a row, up to step {step} (loss scale {scale:g}), so that nothing is "
+    "learned. The last good file is kept. Lower train_learning_rate (now {rate:g}), or {advice}."
 )
 
 
@@ -48,34 +55,46 @@ def gradients(session: Session, step: int) -> Tensor:
             loss = session.mode.loss(session.kit, batch).sum() / (batch.share * len(micro_batches))
             if loss.requires_grad:  # module dropout may have left out every layer
                 session.scaler.scale(loss).backward()
+                session.flat.collect()
         total += loss.detach()
     for stage in session.stages:
         penalty = stage.penalty(session.network)
         if penalty is not None:
             penalty = penalty / session.process.count  # every process adds its part of one penalty
             session.scaler.scale(penalty).backward()
+            session.flat.collect()
             total += penalty.detach()
     session.process.sum([total, *session.flat.gradients])
     return total
 
 
 def optimizer_step(session: Session, plateau: float | None) -> Tensor:
-    """One optimizer step; returns its loss, 0-d on the device. A non-finite step leaves the parameters as they were."""
+    """One optimizer step; returns its loss, 0-d on the device. A non-finite step leaves the parameters as they were.
+
+    Whether the scaler skipped it, and its scale, are left in `session.scaling`, on the device too.
+    """
     for stage in session.stages:
         stage.step(session.network, session.step, session.limits.total_steps)
     loss = gradients(session, session.step)
     scaler, flat = session.scaler, session.flat
-    if scaler.is_enabled():
+    scaled = scaler.is_enabled()
+    if scaled:
         scaler.unscale_(session.optimizer)
     finite = flat.guard(loss, session.limits.max_grad_norm)
-    flat.remember()
+    if not scaled:  # the scaler leaves such a step out as a whole
+        flat.remember()
     scaler.step(session.optimizer)
     scaler.update()
-    flat.undo_unless(finite)
-    session.network.limit_norms()
-    session.scheduler.step(plateau)
+    if not scaled:
+        flat.undo_unless(finite)
+    with flat.exact():
+        session.network.limit_norms()
+    flat.publish()
+    if not session.skips.hold():
+        session.scheduler.step(plateau)
     session.step += 1
-    if scaler.is_enabled():  # an overflow of the scaled gradients is the scaler's own business, a broken loss is not
+    if scaled:  # an overflow of the scaled gradients is the scaler's own business, a broken loss is not
+        session.scaling = (~finite, scaler.scale(torch.ones_like(loss)))
         return loss
     return torch.where(finite, loss, torch.full_like(loss, math.nan))
 
@@ -86,7 +105,8 @@ def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing,
     ring.restart_clock()
     while session.step < limits.total_steps and not control.stopping:
         rates = tuple(optimizer_rates(session.optimizer).values())
-        ring.push(session.step + 1, optimizer_step(session, ring.plateau), rates)
+        loss = optimizer_step(session, ring.plateau)
+        ring.push(session.step, loss, rates, session.scaling)
         step = session.step
         state_due = bool(limits.state_every) and step % limits.state_every == 0
         sample_due = bool(limits.sample_every) and step % limits.sample_every == 0
@@ -104,18 +124,24 @@ def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing,
         if save_due or sample_due or state_due:
             ring.restart_clock()
     tell(session, ring, log)
+    if session.skips.total:
+        log.note(f"{session.skips.total} of {session.step} steps were skipped, because fp16 gradients overflowed.")
 
 
 def tell(session: Session, ring: LossRing, log: EventLog, finite: bool = False) -> None:
     """Read the pending losses and report them, with `finite` those before the first that is not finite. Raises
-    DivergedError at that one.
+    DivergedError at that one, and, without `finite`, when fp16 skips steps without end.
     """
+    before = session.skips.total
     readings, per_step = ring.read(finite)
     limits = session.limits
     for reading in readings:
-        if not math.isfinite(reading.loss):
-            rate = max(reading.rates, default=0.0)
-            raise DivergedError(_NOT_FINITE.format(loss=reading.loss, step=reading.step, rate=rate))
+        learns = session.skips.take(reading) or finite
+        if not learns or not math.isfinite(reading.loss):
+            said = _NOTHING_LEARNED if math.isfinite(reading.loss) else _NOT_FINITE
+            facts = {"loss": reading.loss, "step": reading.step, "scale": reading.scale, "row": session.skips.row}
+            rate, advice = max(reading.rates, default=0.0), wider_precision(session)
+            raise DivergedError(said.format(**facts, rate=rate, advice=advice))
         log.tell(
             Step(
                 step=reading.step,
@@ -125,6 +151,21 @@ def tell(session: Session, ring: LossRing, log: EventLog, finite: bool = False) 
                 rates=reading.rates,
                 images_per_second=limits.batch_size * limits.accumulation / max(per_step, 1e-9),
                 seconds_left=per_step * (limits.total_steps - reading.step),
+                skipped=session.skips.total,
                 at=time.time(),
             )
         )
+    if session.skips.total > before:
+        count, scale = session.skips.total - before, readings[-1].scale
+        log.note(_SKIPPED.format(count=count, read=len(readings), scale=scale))
+
+
+def wider_precision(session: Session) -> str:
+    """The advice to train with a precision of a larger range, as far as this run has not got it."""
+    wide = "bf16 or fp32" if native_bf16(session.model.device) else "fp32"
+    fields = []
+    if session.model.compute == torch.float16:
+        fields.append("train_model_precision")
+    if any(value.dtype == torch.float16 for value in session.flat.values):
+        fields.append("train_lora_precision")
+    return f"train with {' and '.join(fields) or 'train_model_precision'} {wide}"

@@ -22,12 +22,16 @@ EMA_DECAY = 0.95
 
 @dataclass(frozen=True)
 class Reading:
-    """One step as read back: its loss, the average after it, and the learning rates it used."""
+    """One step as read back: its loss, the average after it, the learning rates it used, whether the scaler skipped it,
+    and the scale after it (infinite without one).
+    """
 
     step: int
     loss: float
     ema: float
     rates: tuple[float, ...]
+    skipped: bool = False
+    scale: float = math.inf
 
 
 class LossRing:
@@ -44,7 +48,8 @@ class LossRing:
         plateau: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._ring = torch.zeros(READ_EVERY, dtype=torch.float32, device=device)
+        self._ring = torch.zeros(READ_EVERY, 3, dtype=torch.float32, device=device)
+        self._ring[:, 2] = math.inf
         self._pending: list[tuple[int, tuple[float, ...]]] = []
         self.average, self.plateau = average, plateau
         self._clock, self._since = clock, clock()
@@ -52,9 +57,16 @@ class LossRing:
         self._paces: deque[tuple[int, float]] = deque()
         self._per_step = 0.0
 
-    def push(self, step: int, loss: Tensor, rates: tuple[float, ...]) -> None:
-        """Remember the loss (0-d) of optimizer step `step`; nothing is read."""
-        self._ring[len(self._pending)] = loss
+    def push(
+        self, step: int, loss: Tensor, rates: tuple[float, ...], scaling: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Remember the loss (0-d) of optimizer step `step`; nothing is read. `scaling`: whether the scaler skipped the
+        step, and its scale after it (0-d each).
+        """
+        row = self._ring[len(self._pending)]
+        row[0] = loss
+        if scaling is not None:
+            row[1], row[2] = scaling
         self._pending.append((step, rates))
 
     def restart_clock(self) -> None:
@@ -78,15 +90,16 @@ class LossRing:
 
         With `finite` a step whose loss is not finite stays pending, and all after it, until the next read without.
         """
-        values = self._ring[: len(self._pending)].tolist()
+        values = self._ring[: len(self._pending)].cpu().tolist()
         count = len(values)
         if finite:
-            count = next((index for index, loss in enumerate(values) if not math.isfinite(loss)), count)
+            count = next((index for index, (loss, *_) in enumerate(values) if not math.isfinite(loss)), count)
         readings = []
-        for (step, rates), loss in zip(self._pending[:count], values[:count], strict=True):
+        for (step, rates), (loss, skipped, scale) in zip(self._pending[:count], values[:count], strict=True):
             if math.isfinite(loss):
                 self.average = loss if self.average is None else EMA_DECAY * self.average + (1 - EMA_DECAY) * loss
-            readings.append(Reading(step, loss, math.nan if self.average is None else self.average, rates))
+            average = math.nan if self.average is None else self.average
+            readings.append(Reading(step, loss, average, rates, bool(skipped), scale))
             if step % READ_EVERY == 0:
                 self.plateau = self.average
         self._ring[: len(values) - count] = self._ring[count : len(values)].clone()

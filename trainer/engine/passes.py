@@ -149,7 +149,8 @@ class Passes:
         """
         may_follow = plan.number + 1 < len(MODES.get(plan.asked[core.Task].mode).passes())
         if may_follow and trained and session.process.leads and self._may_be_cached(plan):
-            self.site.cache.put(self._cache_key(session), session.network.state_dict())
+            with session.flat.exact():
+                self.site.cache.put(self._cache_key(session), session.network.state_dict())
         if plan.final:
             return
         if session.process.leads:
@@ -192,9 +193,10 @@ def _fits(session: Session, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _assign(session: Session, tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), session.flat.exact():
         for key, value in session.network.state_dict(keep_vars=True).items():
             value.copy_(tensors[key])
+    session.flat.publish()
 
 
 def _result_name(session: Session) -> str:
@@ -205,7 +207,8 @@ def _write_result(session: Session) -> None:
     """Keep a finished pass in the run folder, exactly as it is."""
     target = session.folder / _result_name(session)
     beside = target.with_suffix(".tmp")
-    state = session.network.state_dict()
+    with session.flat.exact():
+        state = session.network.state_dict()
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, beside)
     os.replace(beside, target)
 

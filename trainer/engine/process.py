@@ -14,9 +14,12 @@ from ..errors import AtelierError
 
 
 class Process:
-    """A single process: sums are what they are."""
+    """A single process: sums are what they are. `device`: the one to train on, None for the best there is."""
 
     rank, count = 0, 1
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
 
     @property
     def leads(self) -> bool:
@@ -38,7 +41,9 @@ class Process:
         yield
 
     def device(self) -> torch.device:
-        """The best device that is there: cuda, mps, cpu."""
+        """The device that was asked for, else the best that is there: cuda, mps, cpu."""
+        if self._device is not None:
+            return self._device
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         if torch.backends.mps.is_available():
@@ -73,6 +78,8 @@ class ManyProcesses(Process):
         return torch.device(self._accelerator.device)
 
 
-def this_process() -> Process:
-    """The process as its launcher describes it (WORLD_SIZE > 1 means several)."""
-    return ManyProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Process()
+def this_process(device: torch.device | None = None) -> Process:
+    """The process as its launcher describes it (WORLD_SIZE > 1 means several, each on the device it is given), else one
+    on `device`.
+    """
+    return ManyProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Process(device)

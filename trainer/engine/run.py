@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data.cache import TensorCache
 from ..errors import AtelierError, TrainingError
 from ..events import EventLog, Finished, Opened, Preflight, Sampled, Saved
 from ..models.base import Model
 from ..models.load import load_model
-from ..optim.optimizers import evaluating
 from ..params import core
 from ..params.codec import load
 from ..params.files import read_json, write_json
@@ -28,6 +29,7 @@ from .catalogue import catalogue
 from .control import Control
 from .csvlog import CsvLog
 from .devices import SpillWatch, encoding
+from .flags import bf16_warning, training_flags
 from .loop import Hooks, run_steps
 from .losses import LossRing
 from .output import write_network
@@ -65,7 +67,8 @@ class Result:
 @dataclass
 class Request:
     """What is asked of `run`. `model` is a loaded model to use in place of the job's; `resume` a run folder; without
-    `estimates` the report says nothing of memory and the run begins some seconds earlier.
+    `estimates` the report says nothing of memory and the run begins some seconds earlier. `device` is the one that the
+    host draws with; None takes the best there is. A lent model stays on its own.
     """
 
     job: Job
@@ -74,6 +77,7 @@ class Request:
     resume: Path | None = None
     dry: bool = False
     estimates: bool = True
+    device: torch.device | None = None
 
 
 def read_job(folder: Path) -> Job:
@@ -89,13 +93,14 @@ def read_job(folder: Path) -> Job:
 def run(request: Request, log: EventLog, control: Control | None = None) -> Result:
     """Carry out one job. Every ending is told as a Finished event; errors are raised after it was told."""
     control = control or Control()
-    process = this_process()
+    process = this_process(request.device)
     if not process.leads:
         log = EventLog()
     step = [0]
     began = time.perf_counter()
     try:
-        result = _run(request, process, log, control, step)
+        with training_flags(request.model.device if request.model else process.device()):
+            result = _run(request, process, log, control, step)
     except BaseException as error:
         text = str(error) if isinstance(error, AtelierError) else f"{type(error).__name__}: {error}"
         log.tell(Finished("failed", None, step[0], text))
@@ -116,6 +121,8 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
     saved = read_state(folder) if request.resume else None
     model = request.model or load_base(job, places, process, log)
+    if warning := bf16_warning(model.device, model.compute):
+        log.warn(warning)
     cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
     site = Site(places, process, log, folder, cache, lambda: control.stopping, request.estimates)
     passes = Passes(plan_passes(job), model, site, found, drawn)
@@ -226,7 +233,7 @@ def _write(session: Session, places: Places, log: EventLog, steps: str = "", fin
     """Write the LoRA file of a session, with `steps` at the end of its name; returns where it is."""
     path = lora_path(session.job, places, session.suffix + steps)
     if session.process.leads:
-        with evaluating(session.optimizer):
+        with session.evaluating():
             path = write_network(session, path, log.note if final else lambda line: None)
         log.tell(Saved(str(path), session.step, final))
     return path
@@ -260,7 +267,7 @@ def _sample(session: Session, log: EventLog) -> None:
     if not prompts or not session.process.leads:
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(session.optimizer))
+        stack.enter_context(session.evaluating())
         stack.enter_context(encoding(session.model))
         for network in session.beneath:  # whoever uses the file will not have them
             stack.enter_context(network.at_strength(0.0))

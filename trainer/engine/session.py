@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..adapters.network import Network
 from ..models.base import Model
+from ..maths.scaling import LossScaler
 from ..modes.base import Batch, Mode
+from ..optim.optimizers import evaluating
 from ..params import core
 from ..params.job import Job
 from ..stages.base import Stage
@@ -18,6 +23,7 @@ from .flat import FlatParameters
 from .kit import Kit
 from .length import Length
 from .process import Process
+from .skips import Skips
 
 
 class Source(Protocol):
@@ -75,7 +81,8 @@ class Session:
 
     `job` has the settings of this pass of the mode, `asked` is the job as it was given. `number` counts passes from 0,
     `suffix` is what the names of its file and log have more than the job's; `beneath` are the frozen adapters of
-    earlier passes.
+    earlier passes. `scaling`: whether the scaler skipped the last step, and its scale after it (0-d each); None without
+    a scaler.
     """
 
     job: Job
@@ -90,7 +97,7 @@ class Session:
     flat: FlatParameters
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    scaler: Any
+    scaler: LossScaler
     limits: Limits
     process: Process
     folder: Path
@@ -99,8 +106,16 @@ class Session:
     suffix: str = ""
     beneath: tuple[Network, ...] = ()
     step: int = 0
+    skips: Skips = field(default_factory=Skips)
+    scaling: tuple[Tensor, Tensor] | None = None
 
     @property
     def name(self) -> str:
         """The name of its file without ending, and of its log."""
         return (self.job[core.Save].save_lora_name or "untitled") + self.suffix
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block the network has the values to save or sample with (see `optimizers.evaluating`), exact."""
+        with evaluating(self.optimizer), self.flat.exact():
+            yield

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..optim.state import flatten, restore, unflatten
+from .flat import HALF
 from .losses import LossRing
 from .session import Session
 
@@ -30,7 +31,8 @@ FORMAT = 1
 
 def write_state(session: Session, ring: LossRing) -> Path:
     """Write the state of a session whose losses have been read. The file before it stays whole until the new one is."""
-    tensors: dict[str, Tensor] = {f"network/{key}": value for key, value in session.network.state_dict().items()}
+    with session.flat.exact():
+        tensors: dict[str, Tensor] = {f"network/{key}": value for key, value in session.network.state_dict().items()}
     optimizer_tensors, optimizer_json = flatten(session.optimizer.state_dict())
     tensors.update({f"optimizer/{key}": value for key, value in optimizer_tensors.items()})
     scheduler_tensors, scheduler_json = flatten(session.scheduler.state_dict())
@@ -50,6 +52,7 @@ def write_state(session: Session, ring: LossRing) -> Path:
         "optimizer": optimizer_json,
         "scheduler": scheduler_json,
         "scaler": session.scaler.state_dict(),
+        "skips": session.skips.state_dict(),
     }
     target = session.folder / STATE_FILE
     temporary = target.with_suffix(".tmp")
@@ -96,15 +99,23 @@ def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
-    with torch.no_grad():
+    with torch.no_grad(), session.flat.exact():
         for key, value in session.network.state_dict(keep_vars=True).items():
             value.copy_(tensors[f"network/{key}"])
-    restore(session.optimizer, unflatten(part("optimizer/"), facts["optimizer"]))
+    session.flat.publish()
+    restore(session.optimizer, unflatten(_moments(part("optimizer/"), facts), facts["optimizer"]))
     session.scheduler.load_state_dict(unflatten(part("scheduler/"), facts["scheduler"]))
-    if session.scaler.is_enabled():
-        session.scaler.load_state_dict(facts["scaler"])
+    session.scaler.load_state_dict(facts["scaler"])
+    session.skips.load_state_dict(facts.get("skips", {}))
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
     ring.average, ring.plateau = facts["loss_average"], facts["loss_plateau"]
     session.step = facts["step"]
+
+
+def _moments(tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
+    """The optimizer's tensors; those of a state from before there were float32 masters in float32 as well."""
+    if "skips" in facts:
+        return tensors
+    return {key: value.float() if value.dtype in HALF else value for key, value in tensors.items()}

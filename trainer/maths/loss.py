@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,14 +70,3 @@ WEIGHTS: dict[str, Callable[[NoiseSchedule, Tensor], Tensor]] = {
 def uniform_timesteps(uniforms_B: Tensor, low: int, high: int) -> Tensor:
     """Integers in [low, high) from uniforms in [0, 1), (B,) int64; low == high gives that constant."""
     return (low + (uniforms_B * (high - low)).floor().clamp_max(max(high - low - 1, 0))).long()
-
-
-def grad_scaler(device: str, enabled: bool) -> Any:
-    """What scales a loss up before its backward in float16; one that is not enabled changes nothing.
-
-    torch before 2.3 (AUTOMATIC1111's WebUI pins 2.1) has the one for CUDA only.
-    """
-    general = getattr(torch.amp, "GradScaler", None)
-    if general is not None:
-        return general(device, enabled=enabled)
-    return torch.cuda.amp.GradScaler(enabled=enabled and device == "cuda")

@@ -98,13 +98,18 @@ class Settings(Protocol):
         """The values of a section."""
 
 
+def _no_descent(rate: float) -> Callable[[Tensor], None]:
+    raise TypeError("this preparation was made without a network to train")
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What stages and modes work with before the first step, the adapter attached.
 
     `batch(i)` gives this process's part of the i-th micro batch, `tell` writes a line into the log, `stopping` says
     whether the user wants the run to end, `progress(name, done, total)` shows how far something long is, `loss(batch)`
-    is the mode's, per sample. A `resumed` run restores its parameters and buffers after the stages.
+    is the mode's, per sample. A `resumed` run restores its parameters and buffers after the stages. `descent(rate)` gives
+    a function that takes one AdamW step on the adapter down a loss (0-d), for a training before the training.
     """
 
     network: Any
@@ -117,6 +122,7 @@ class Preparation:
     resumed: bool = False
     stopping: Callable[[], bool] = lambda: False
     progress: Callable[[str, int, int], None] = lambda name, done, total: None
+    descent: Callable[[float], Callable[[Tensor], None]] = _no_descent
 
 
 @dataclass(frozen=True)

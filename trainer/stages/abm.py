@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ..maths import rng
-from ..maths.loss import grad_scaler
 from ..modes.base import Batch, Settings
 from ..params.field import param
 from ..params.rules import without_effect
@@ -88,19 +87,14 @@ class Abm(Stage):
         at.tell(f"ABM: {before:.1%} of the signs agreed before, {after:.1%} after {steps} steps.")
 
     def _train(self, at: Preparation, gates: list[nn.Module], own: AbmParams) -> int:
-        trained = [p for p in at.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=own.abm_lr, weight_decay=0.0)
-        scaler = grad_scaler(at.model.device.type, at.model.compute == torch.float16)
+        descend = at.descent(own.abm_lr)
         best, idle, power = self._agreement(at, gates), 0, POWERS[own.abm_weight_strategy]
         for step in range(own.abm_steps):
             if at.stopping():
                 return step
             wanted, got = self._both(at, gates, _batch(at, step, own.abm_batch_size, AHEAD))
             loss = boundary_loss(wanted, got, own.abm_margin, power)
-            optimizer.zero_grad(set_to_none=False)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            descend(loss)
             if (step + 1) % EVERY == 0:
                 agreed = self._agreement(at, gates)
                 best, idle = (agreed, 0) if agreed > best + RISE else (best, idle + 1)

@@ -234,7 +234,7 @@ def _bare(unet: nn.Module, data: Data) -> Contender:
 
 def _ours(unet: nn.Module, data: Data, network: Network) -> Contender:
     """The step of `engine.loop`: flat gradients, guard against non-finite values, clipping, multi-tensor AdamW."""
-    flat = FlatParameters(network.parameters())
+    flat = FlatParameters(network)
     optimizer = make_optimizer("AdamW", [{**group, "lr": RATE} for group in network.trainable()], {}, network)
 
     def finish(loss: Tensor) -> None:
