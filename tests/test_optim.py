@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import AtelierError, JobError, MissingPackageError
-from trainer.optim import optimizers
 from trainer.maths.scaling import LossScaler
+from trainer.optim import optimizers
 from trainer.optim.optimizers import OPTIMIZERS, advice, evaluating, make_optimizer, rates
 from trainer.optim.schedulers import SCHEDULERS, make_scheduler
 from trainer.optim.settings import parse_settings

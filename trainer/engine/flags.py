@@ -74,7 +74,9 @@ def _set_tf32(before: ExitStack) -> None:
         _set(before, matmul, "fp32_precision", "tf32")
 
 
-def _call(before: ExitStack, ask: Callable[[], bool] | None, change: Callable[[bool], None] | None, value: bool) -> None:
+def _call(
+    before: ExitStack, ask: Callable[[], bool] | None, change: Callable[[bool], None] | None, value: bool
+) -> None:
     if ask is None or change is None:
         return
     before.callback(change, ask())

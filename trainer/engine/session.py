@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.network import Network
-from ..models.base import Model
 from ..maths.scaling import LossScaler
+from ..models.base import Model
 from ..modes.base import Batch, Mode
 from ..optim.optimizers import evaluating
 from ..params import core

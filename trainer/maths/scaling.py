@@ -84,7 +84,7 @@ class LossScaler:
         return {"scale": float(self._scale), "_growth_tracker": int(self._good)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state of this class or of torch's GradScaler; an empty one is that of a scaler that was off."""
+        """Continue from a state of this class or of torch's GradScaler; an empty one is of a scaler that was off."""
         if self._enabled and state:
             self._scale.fill_(state["scale"])
             self._good.fill_(state["_growth_tracker"])

@@ -108,8 +108,8 @@ class Preparation:
 
     `batch(i)` gives this process's part of the i-th micro batch, `tell` writes a line into the log, `stopping` says
     whether the user wants the run to end, `progress(name, done, total)` shows how far something long is, `loss(batch)`
-    is the mode's, per sample. A `resumed` run restores its parameters and buffers after the stages. `descent(rate)` gives
-    a function that takes one AdamW step on the adapter down a loss (0-d), for a training before the training.
+    is the mode's, per sample. A `resumed` run restores its parameters and buffers after the stages. `descent(rate)`
+    gives a function that takes one AdamW step on the adapter down a loss (0-d), for a training before the training.
     """
 
     network: Any
