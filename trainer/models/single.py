@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ModelError
+from .checkpoints import read_checkpoint
 from .detect import UNET, VAE, refuse_quantised, refuse_unsupported
 from .family import FAMILIES
 from .infer import Tensors
@@ -19,6 +17,7 @@ from .keys_text import is_open_clip, text_to_one_spelling
 from .keys_unet import plan_of_ldm, unet_names
 from .keys_vae import vae_to_diffusers
 from .noise import noise_of_file
+from .pickles import ForeignNameError, PickleError
 from .source import Source
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -28,7 +27,7 @@ _VAE_PREFIXES = (VAE, "vae.", "")
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file, on the CPU, in the file's precision, memory-mapped where the format allows.
 
-    Pickled files are loaded weights-only. Raises ModelError when the file cannot be read.
+    Of pickled files the tensors alone are read, and nothing in them is run. Raises ModelError when the file cannot be read.
     """
     if path.suffix.lower() == ".safetensors":
         try:
@@ -39,35 +38,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path.name}: not a readable safetensors file ({error}). Is the download complete?"
             ) from error
     if path.suffix.lower() in PICKLES:
-        return _tensors_only(_unpickle(path)), {}
+        return _unpickled(path), {}
     raise ModelError(f"{path.name}: a model file ends in .safetensors or .ckpt, or is a diffusers folder.")
 
 
-def _unpickle(path: Path) -> Any:
-    load = torch.serialization.load  # the real one: hosts replace torch.load
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file. Raises ModelError."""
     try:
-        try:
-            return load(str(path), map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6, which cannot be memory-mapped
-            return load(str(path), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        return read_checkpoint(path)
+    except ForeignNameError as error:
         raise ModelError(
-            f"{path.name}: this pickled file is damaged, or holds more than tensors so that loading it could run code. "
-            "Convert it to .safetensors with a tool you trust (the WebUI's checkpoint merger can) and choose that file."
+            f"{path.name}: {error}; loading such a file elsewhere could run code, and here it is not read. Convert it to"
+            " .safetensors with a tool you trust (the WebUI's checkpoint merger can) and choose that file."
         ) from error
-    except Exception as error:  # torch's reader of damaged pickles raises whatever its loop runs into
-        raise ModelError(f"{path.name}: not a readable checkpoint ({error}). Is the download complete?") from error
-
-
-def _tensors_only(content: Any) -> dict[str, Tensor]:
-    """The tensors of a pickled file, which may keep them under `state_dict`."""
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    return (
-        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
+    except (PickleError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"{path.name}: not a readable checkpoint ({why}). Is the download complete?") from error
 
 
 def read_single(path: Path) -> Source:
