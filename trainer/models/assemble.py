@@ -22,6 +22,7 @@ from .detect import SUPPORTED
 from .family import FAMILIES, Family, TextRow
 from .keys_text import layer_count, without_layer
 from .noise import schedule_of
+from .quantised import surplus_of_layers
 from .source import Source
 from .text import TextEncoder
 from .tokenizer import Tokenizer, Vocabulary, find_vocabulary
@@ -180,7 +181,8 @@ def _plain(vocabulary: Vocabulary) -> Vocabulary:
 def assign(module: nn.Module, tensors: dict[str, Tensor], what: str, where: Placement) -> Any:
     """Give a module built on `meta` its tensors (the dictionary is emptied), frozen and in evaluation mode.
 
-    Raises ModelError when tensors are missing or have another shape; surplus ones are left out.
+    Raises ModelError when tensors are missing, have another shape, or are surplus in a layer in use; other surplus ones
+    are left out.
     """
     expected = {name: tensor.shape for name, tensor in module.state_dict().items() if not name.endswith("position_ids")}
     missing = [name for name in expected if name not in tensors]
@@ -197,6 +199,12 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], what: str, where: Plac
             f"{list(expected[name])} was expected."
         )
     placed = {name: where(tensors.pop(name)) for name in expected}
+    strange = next(surplus_of_layers(expected, tensors), None)
+    if strange is not None:
+        raise ModelError(
+            f"{what}: {strange} belongs to a layer in use, and this architecture has no place for it; without it the layer"
+            " would be another one. Use the plain fp16, bf16 or fp32 file of this model."
+        )
     tensors.clear()
     module.load_state_dict(placed, strict=False, assign=True)
     for part in module.modules():  # position numbers are no weights: no file has to bring them

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..errors import ModelError, brief
@@ -66,8 +65,7 @@ def refuse_unsupported(tensors: Mapping[str, Tensor], where: str) -> None:
                 )
         some = ", ".join(list(tensors)[:3]) or "none at all"
         raise ModelError(f"{where}: the architecture is not known (its first tensors: {some}). {SUPPORTED}.")
-    refuse_quantised(tensors, where)
-    refuse_channels(entry.shape[1], where)
+    refuse_channels(entry.shape[1] if entry.ndim == 4 else list(entry.shape), where)
     if any(name.startswith("conditioner.embedders.0.model.") for name in tensors):
         raise ModelError(f"{where}: this is the SDXL refiner; train on the SDXL base model. {SUPPORTED}.")
     if any(name.startswith("embedder.model.visual.") for name in tensors):
@@ -81,16 +79,6 @@ def refuse_channels(channels: object, where: str) -> None:
         raise ModelError(
             f"{where}: the UNet takes {brief(channels)} channels, so this is {what}; a base model takes 4. {SUPPORTED}."
         )
-
-
-def refuse_quantised(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise ModelError when weights are stored as integers."""
-    for name, tensor in tensors.items():
-        if name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8, torch.int32):
-            raise ModelError(
-                f"{where}: its weights are quantised ({name} is {tensor.dtype}); "
-                "use the fp16, bf16 or fp32 file of this model."
-            )
 
 
 def _first(tensors: Mapping[str, Tensor], pattern: str) -> str | None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..errors import ModelError, brief
 from ..jsontext import JsonError, read_object
 from ..paths import is_dir, is_file
-from .detect import SUPPORTED, refuse_channels, refuse_quantised
+from .detect import SUPPORTED, refuse_channels
 from .family import FAMILIES
 from .keys_text import text_to_one_spelling
 from .keys_vae import vae_to_diffusers
 from .noise import NoiseFacts, noise_of_scheduler
+from .quantised import multiplied_out
 from .single import read_tensors
 from .source import Source
 from .tokenizer import read_vocabulary
@@ -61,7 +62,7 @@ def read_part(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         tensors.update(read_tensors(file)[0])
-    refuse_quantised(tensors, str(folder))
+    tensors = multiplied_out(tensors, str(folder))
     return tensors, read_json(folder / "config.json")
 
 

@@ -24,6 +24,7 @@ from .assemble import assemble
 from .base import Model
 from .detect import TEXT_PREFIXES, UNET, VAE
 from .load import replace_vae
+from .quantised import is_scale
 from .single import read_tensors, source_of
 from .source import Source
 from .texts import replace_texts
@@ -126,6 +127,8 @@ def check_plain(tensors: Mapping[str, Tensor]) -> None:
             raise NotAdoptable(f"its weights are packed ({name} is {type(tensor).__name__})")
         if name.endswith(".weight") and tensor.dtype not in PLAIN:
             raise NotAdoptable(f"its weights are quantised ({name} is {_plainly(tensor.dtype)})")
+        if is_scale(name):
+            raise NotAdoptable(f"its weights are quantised ({name} belongs to their storage)")
         if tensor.is_meta:
             raise NotAdoptable("it is not in memory at the moment")
         if name.startswith(UNET):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .checkpoints import read_checkpoint
-from .detect import UNET, VAE, refuse_quantised, refuse_unsupported
+from .detect import TEXT_PREFIXES, UNET, VAE, refuse_unsupported
 from .family import FAMILIES
 from .infer import Tensors
 from .keys_text import is_open_clip, text_to_one_spelling
@@ -18,6 +18,7 @@ from .keys_unet import plan_of_ldm, unet_names
 from .keys_vae import vae_to_diffusers
 from .noise import noise_of_file
 from .pickles import ForeignNameError, PickleError
+from .quantised import multiplied_out, refuse_packed
 from .source import Source
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -39,6 +40,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             ) from error
     if path.suffix.lower() in PICKLES:
         return _unpickled(path), {}
+    if path.suffix.lower() == ".gguf":
+        raise refuse_packed(path.name, "is a GGUF file", path.name)
     raise ModelError(f"{path.name}: a model file ends in .safetensors or .ckpt, or is a diffusers folder.")
 
 
@@ -69,6 +72,7 @@ def source_of(tensors: Tensors, metadata: Mapping[str, str], name: str, path: Pa
     `conditioner.embedders.N.`. Raises ModelError, saying what was recognised, when they are something else.
     """
     refuse_unsupported(tensors, name)
+    tensors = multiplied_out(tensors, name, metadata, (UNET, VAE, *TEXT_PREFIXES))
     source = Source(name, {}, noise_of_file(tensors.keys(), metadata, path), path)
     unet = _below(tensors, UNET)
     names = unet_names(plan_of_ldm(unet))
@@ -100,8 +104,8 @@ def _add_texts(source: Source, tensors: Tensors) -> None:
 def read_vae(path: Path) -> dict[str, Tensor]:
     """The tensors of a VAE file in diffusers spelling; it may be in any spelling, or a whole checkpoint. Raises
     ModelError."""
-    tensors, _ = read_tensors(path)
-    refuse_quantised(tensors, path.name)
+    tensors, metadata = read_tensors(path)
+    tensors = multiplied_out(tensors, path.name, metadata)
     for prefix in _VAE_PREFIXES:
         vae = _without_training_parts(_below(tensors, prefix))
         if any(name.startswith("encoder.conv_in.") for name in vae):

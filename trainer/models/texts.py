@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..paths import is_file
 from ..errors import ModelError
-from .detect import refuse_quantised
 from .family import FAMILIES, Family, TextRow
 from .infer import unet_facts
 from .keys_text import is_open_clip, layer_count, text_to_one_spelling
+from .quantised import multiplied_out
 from .single import read_tensors
 from .source import Source
 
@@ -52,8 +52,8 @@ def _encoders(path: Path, family: Family) -> list[tuple[dict[str, Tensor], bool]
     """Every CLIP text encoder in a file, in the one spelling, and whether it came in OpenCLIP's."""
     if not is_file(path):
         raise ModelError(f"te: {path} is no file. Give the path of a text encoder, as in clip_l.safetensors.")
-    tensors, _ = read_tensors(path)
-    refuse_quantised(tensors, path.name)
+    tensors, metadata = read_tensors(path)
+    tensors = multiplied_out(tensors, path.name, metadata)
     inside = [prefix for row in family.texts for prefix in row.prefixes]
     found = []
     for prefix in (*inside, *_PREFIXES):
