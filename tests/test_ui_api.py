@@ -155,6 +155,7 @@ def test_editing_the_queue(case: Case) -> None:
     assert case.post("queue/go").json["going"] is True
     assert case.queue.wait(10)
     assert case.post("queue/resume", {"id": ids[0]}).status == 409, "what is done does not go on"
+    assert len(case.get("queue").json["ended"]) == 2 and case.post("queue/clear").json["ended"] == []
 
 
 def test_status_gives_only_what_is_new(case: Case) -> None:

@@ -28,7 +28,8 @@ class BadEntryError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One job of the queue. `job` are its plain settings, `order` its place among those that wait (lowest first).
+    """One job of the queue. `job` are its plain settings, `order` its place among those that wait (lowest first;
+    one between two others needs no change of theirs).
 
     Times are unix seconds. `folder` is the run folder once there is one, `path` the LoRA that was written; `resume`
     says that it goes on from the state in `folder` instead of starting anew.
@@ -37,7 +38,7 @@ class Entry:
     id: str
     job: Mapping[str, object] = field(hash=False)
     state: str = WAITING
-    order: int = 0
+    order: float = 0.0
     added: float = 0.0
     started: float = 0.0
     ended: float = 0.0
@@ -67,14 +68,14 @@ class Entry:
         return {"format": FORMAT, **dataclasses.asdict(self), "job": dict(self.job)}
 
 
-def new_entry(job: Mapping[str, object], order: int = 0) -> Entry:
+def new_entry(job: Mapping[str, object], order: float = 0.0) -> Entry:
     """An entry that waits, under an identity nobody has."""
     identity = f"{time.time_ns():012x}-{secrets.token_hex(4)}"
     return Entry(identity, dict(job), order=order, added=time.time())
 
 
 _KINDS: Mapping[str, type] = {
-    "id": str, "state": str, "order": int, "added": float, "started": float, "ended": float, "folder": str,
+    "id": str, "state": str, "order": float, "added": float, "started": float, "ended": float, "folder": str,
     "path": str, "resume": bool, "error": str, "step": int, "total": int,
 }  # fmt: skip
 

@@ -64,12 +64,17 @@ class Queue(Listing):
 
     def present(self) -> tuple[Entry | None, Facts | None]:
         """The job that runs, and what is known of it or of the last one (see `Live.facts`), of one moment."""
-        with self._lock:
-            return self.running(), self.live.facts()
+        with self._shown:
+            return self._running(), self.live.facts()
+
+    def _running(self) -> Entry | None:
+        """The job that runs, for who holds `_shown`."""
+        return next((entry for entry in self._entries.values() if entry.state == RUNNING), None)
 
     def resume_offer(self) -> tuple[Entry, ...]:
         """Jobs that were running when their process ended, and that can go on."""
-        return tuple(entry for entry in self.ended() if entry.state == INTERRUPTED and self.can_resume(entry))
+        over = self.snapshot().ended
+        return tuple(entry for entry in over if entry.state == INTERRUPTED and self.can_resume(entry))
 
     def can_resume(self, entry: Entry) -> bool:
         """Whether a job that is over can go on from its state."""
@@ -101,7 +106,7 @@ class Queue(Listing):
         """Start nothing more after the job that runs."""
         with self._lock:
             self._going = False
-            self.revision += 1
+            self._show()
 
     def run_now(self, identity: str) -> Entry:
         """Make a waiting job the next one and work off the queue. Raises QueueError when it does not wait."""
@@ -136,7 +141,7 @@ class Queue(Listing):
                 self._going = False
             self._control.stop(save=save)
             self.live.stopping()
-            self.revision += 1
+            self._show()
             return entry
 
     def close(self, timeout: float = 30.0) -> bool:
@@ -175,8 +180,10 @@ class Queue(Listing):
             return None
         entry = waiting[0].replace(state=RUNNING, started=time.time(), ended=0.0, error="")
         self._control = self._worker.control()
-        self._keep(entry)
-        self.live.begin(entry)
+        self._write(entry)
+        with self._shown:
+            self._exchange(entry)
+            self.live.begin(entry)
         return entry
 
     def _work(self) -> None:
@@ -210,16 +217,24 @@ class Queue(Listing):
         if facts is not None:
             entry = entry.replace(step=facts.step, total=facts.total)
         entry = entry.replace(ended=time.time())
-        self._keep(entry)
+        self._write(entry)
         self._control = None
+        with self._shown:
+            self._exchange(entry)
+            self.live.end(entry)
         self._forget_old()
-        self.live.end(entry)
 
     def _follow(self, event: Event) -> None:
-        """What has to be on disk if the process dies now, and what is only told."""
-        with self._lock:
-            entry = self.running()
-            if entry is not None and isinstance(event, Opened):
-                self._keep(entry.replace(folder=event.folder))
-            elif entry is not None and isinstance(event, Step):
-                self._entries[entry.id] = entry.replace(step=event.step, total=event.total)
+        """What has to be on disk if the process dies now, and what is only shown."""
+        if isinstance(event, Step):
+            with self._shown:
+                running = self._running()
+                if running is not None:
+                    self._entries[running.id] = running.replace(step=event.step, total=event.total)
+        elif isinstance(event, Opened):
+            with self._lock:
+                entry = self.snapshot().running
+                if entry is not None:
+                    opened = entry.replace(folder=event.folder)
+                    self._write(opened)
+                    self._show(opened)

@@ -54,7 +54,7 @@ def _status(service: Service, call: Call) -> object:
 async def _finished(service: Service, call: Call) -> object:
     """Waits, without holding a thread, until a run is over, ten minutes have passed or the server wants to end."""
     identity, end = call.query.get("id", ""), time.monotonic() + HELD
-    while (running := service.queue.running()) is not None and running.id == identity:
+    while (running := service.queue.snapshot().running) is not None and running.id == identity:
         if call.leaving() or time.monotonic() > end:
             return {"ended": False}
         await asyncio.sleep(0.25)
@@ -81,6 +81,7 @@ ENTRANCES: tuple[Entrance, ...] = (
     _post("queue/hold", lambda s, c: s.hold()),
     _post("queue/move", lambda s, c: s.move(c.text("id"), c.whole("to")), "id", "to"),
     _post("queue/delete", lambda s, c: s.delete(c.text("id")), "id"),
+    _post("queue/clear", lambda s, c: s.clear()),
     _post("queue/run", lambda s, c: s.run_now(c.text("id")), "id"),
     _post("queue/resume", lambda s, c: s.resume(c.text("id")), "id"),
     _get("presets", lambda s, c: s.shelf.presets()),

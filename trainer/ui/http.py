@@ -135,15 +135,25 @@ async def read_call(request: Request) -> Call:
     return Call(dict(request.path_params), dict(request.query_params), body)
 
 
+class Encoded(bytes):
+    """An answer that is JSON already."""
+
+
+def encoded(value: object) -> bytes:
+    """A value as JSON; numbers that are not finite become null."""
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    # Half of a surrogate pair, which a file name on Linux can hold, cannot be sent.
+    return text.encode("utf-8", "replace")
+
+
 def answer(value: object, status: int = 200) -> Response:
     """A JSON response, or the file of a path."""
     if isinstance(value, Path):
         # Pictures and the page's own files change their address with their content; logs grow.
         grows = value.suffix.lower() in (".csv", ".json")
         return FileResponse(value, headers=HEADERS if grows else {**HEADERS, "Cache-Control": "private, max-age=3600"})
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-    # Half of a surrogate pair, which a file name on Linux can hold, cannot be sent.
-    return Response(text.encode("utf-8", "replace"), status, dict(HEADERS), "application/json")
+    content = bytes(value) if isinstance(value, Encoded) else encoded(value)
+    return Response(content, status, dict(HEADERS), "application/json")
 
 
 def _finite(value: object) -> object:

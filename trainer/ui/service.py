@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from ..errors import AtelierError, JobError, Problem
 from ..jobs.entry import Entry
-from ..jobs.listing import UnknownJobError
 from ..jobs.queue import Queue
 from ..params import core
 from ..params.codec import Loaded, load
@@ -23,6 +22,8 @@ from ..paths import expanded
 from ..places import Places
 from . import views
 from .fence import DEMO, Fence
+from .http import Encoded
+from .queue_list import QueueList
 from .shelf import Shelf
 from .wish import Wish
 
@@ -105,6 +106,7 @@ class Service:
 
     def __init__(self, catalogue: Catalogue, host: Host, queue: Queue, backend: Backend, shelf: Shelf) -> None:
         self.catalogue, self.host, self.queue, self.backend, self.shelf = catalogue, host, queue, backend, shelf
+        self._list = QueueList(queue, self._viewed)
 
     # ---------------------------------------------------------------- the table
 
@@ -236,9 +238,9 @@ class Service:
             "queue": {
                 "revision": queue.revision,
                 "running": None if running is None else running.id,
-                "waiting": len(queue.waiting()),
+                "waiting": len(queue.snapshot().waiting),
                 "going": queue.going,
-                "interrupted": [self._entry(entry) for entry in queue.resume_offer()],
+                "interrupted": [self._viewed(entry, -1, True) for entry in queue.resume_offer()],
             },
             "problems": list(queue.problems),
         }
@@ -251,64 +253,60 @@ class Service:
         """How a run ended, in short: `id`, `name`, `started`, `state`, `error`, `lora`, without those when it is not
         listed any more; `next`: `id` and `started` of the one that runs now, None when none does.
         """
-        running = self.queue.running()
-        following = None if running is None else {"id": running.id, "started": running.started}
-        try:
-            found = self._entry(self.queue.get(identity))
-        except UnknownJobError:
+        now = self.queue.snapshot()
+        following = None if now.running is None else {"id": now.running.id, "started": now.running.started}
+        ended = next((entry for entry in now.entries if entry.id == identity), None)
+        if ended is None:
             return {"next": following}
+        found = self._viewed(ended, -1, False)
         return {name: found[name] for name in ("id", "name", "started", "state", "error", "lora")} | {"next": following}
 
     # ---------------------------------------------------------------- the queue
 
-    def entries(self) -> dict[str, object]:
-        """The whole queue: `running`, `waiting` (next first), `ended` (latest first), `going`, `revision`."""
-        queue = self.queue
-        running = queue.running()
-        return {
-            "revision": queue.revision,
-            "going": queue.going,
-            "running": None if running is None else self._entry(running),
-            "waiting": [self._entry(entry) for entry in queue.waiting()],
-            "ended": [self._entry(entry) for entry in queue.ended()],
-        }
+    def entries(self) -> Encoded:
+        """The whole queue as JSON (see `QueueList`)."""
+        return self._list.json()
 
     def settings_of(self, identity: str) -> dict[str, object]:
         """All settings of a job in the queue, to fill the form. Raises UnknownJobError when it is gone."""
         return dict(self.queue.get(identity).job)
 
-    def move(self, identity: str, place: int) -> dict[str, object]:
+    def move(self, identity: str, place: int) -> Encoded:
         """Put a waiting job at another place (0 is the next); the whole queue comes back."""
         self.queue.move(identity, place)
         return self.entries()
 
-    def delete(self, identity: str) -> dict[str, object]:
+    def delete(self, identity: str) -> Encoded:
         """Take a job out of the list; the whole queue comes back."""
         self.queue.delete(identity)
         return self.entries()
 
-    def run_now(self, identity: str) -> dict[str, object]:
+    def clear(self) -> Encoded:
+        """Take the jobs that are over and cannot go on out of the list; the whole queue comes back."""
+        self.queue.clear(kept=[entry.id for entry in self.queue.ended() if self.queue.can_resume(entry)])
+        return self.entries()
+
+    def run_now(self, identity: str) -> Encoded:
         """Make a waiting job the next one and work off the queue; the whole queue comes back."""
         self.queue.run_now(identity)
         return self.entries()
 
-    def resume(self, identity: str) -> dict[str, object]:
+    def resume(self, identity: str) -> Encoded:
         """Let a stopped or interrupted job go on from its state; the whole queue comes back."""
         self.queue.resume(identity)
         return self.entries()
 
-    def go(self) -> dict[str, object]:
+    def go(self) -> Encoded:
         """Work off what waits; the whole queue comes back."""
         self.queue.go()
         return self.entries()
 
-    def hold(self) -> dict[str, object]:
+    def hold(self) -> Encoded:
         """Start nothing more after the running job; the whole queue comes back."""
         self.queue.hold()
         return self.entries()
 
-    def _entry(self, entry: Entry) -> dict[str, object]:
-        place, resumable = self.queue.position(entry.id), self.queue.can_resume(entry)
+    def _viewed(self, entry: Entry, place: int, resumable: bool) -> dict[str, object]:
         return views.entry(entry, place, resumable, self.host.places(), self.catalogue)
 
     # ---------------------------------------------------------------- folders

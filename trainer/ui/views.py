@@ -112,8 +112,17 @@ def settings(job: Mapping[str, object], catalogue: Catalogue) -> list[list[str]]
     return rows
 
 
+LONGEST = 200
+"""Letters of a value in the list of the queue; `GET queue/ID` has all of it."""
+
+
 def readable(value: object) -> str:
-    """A value as people write it."""
+    """A value as people write it, a long one cut."""
+    text = _words(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+
+
+def _words(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, (list, tuple)):
