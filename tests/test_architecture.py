@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "optim": (ROW_2_BASE, TENSORS | LIBRARIES | {"pytorch_optimizer", "bitsandbytes"}),
     "modes": ({"maths", "registry", *DECLARING}, {"torch"}),
     "stages": ({"maths", "registry", "modes", "adapters.file", *DECLARING}, {"torch"}),
-    "engine": (BELOW_ENGINE, TENSORS | {"PIL", "accelerate", "diffusers", "tensorboard", "wandb"}),
+    "engine": (BELOW_ENGINE, TENSORS | {"PIL", "accelerate", "diffusers", "psutil", "tensorboard", "wandb"}),
     "jobs": ({"params"}, set()),
     "demo": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL"}),
     "tools": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL", "peft", "lycoris"}),
@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"gradio", "fastapi", "starlette", "pandas", "matplotlib", "PIL"},
     ),
     "hosts": (
-        {"jobs", "params", "registry", "tools", "demo", "models.base", "models.live", "engine.arguments"},
+        {"jobs", "params", "registry", "tools", "demo", "engine.arguments"}
+        | {"models.base", "models.live", "models.room"},
         {"torch", "modules", "modules_forge", "backend", "ldm_patched"},
     ),
     "cli": (BELOW_UI | {"ui", "hosts"}, {"tqdm", "torch", "PIL", "psutil", "fastapi", "gradio", "uvicorn"}),

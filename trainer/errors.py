@@ -78,6 +78,10 @@ class DivergedError(TrainingError):
     """A loss that is no longer a number: the learning rate was too high, or the precision too low."""
 
 
+class MemoryShortageError(AtelierError):
+    """A phase of a run that needs more memory than there is."""
+
+
 class MissingPackageError(AtelierError):
     """An optional package is not installed; names the setting, the package and the command."""
 

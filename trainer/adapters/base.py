@@ -49,7 +49,8 @@ class AdapterSpec:
 
     `options`: the parameter sections of single types, by class; `spec[Section]` gives one, its defaults when absent.
     `shared`: what `Adapter.shared` made for the network that is being built. `restored`: every parameter and buffer
-    will be overwritten from a state, so that only their shapes count.
+    will be overwritten from a state, so that only their shapes count. `device`: where to compute what takes long, the
+    weights may rest elsewhere.
     """
 
     type: str = "lierla"
@@ -60,6 +61,7 @@ class AdapterSpec:
     options: Mapping[type, Any] = field(default_factory=dict)
     shared: Any = field(default=None, compare=False, repr=False)
     restored: bool = False
+    device: torch.device | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.conv_rank < 0:

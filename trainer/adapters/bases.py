@@ -37,11 +37,13 @@ def weight_bases(
     name: str,
     path: str,
     tell: Callable[[str], None],
+    device: torch.device | None = None,
 ) -> dict[str, Pair]:
     """`make(W (out, in), rows, columns)` for every layer, by key; `counts` says how many rows and columns it gets.
 
     With a `path`, pairs are taken from that file when it has them for the same weights (a hash names them) and kept
-    there under `name`. Raises AdapterError when the file is something else.
+    there under `name`. Weights are decomposed on `device` where that is CUDA. Raises AdapterError when the file is
+    something else.
     """
     kept, found, made = _read(path), {}, 0
     started = time.perf_counter()
@@ -51,7 +53,7 @@ def weight_bases(
         label = f"{_hash(weight)}.{name}" if path else ""
         down, up = kept.get(f"{label}.down"), kept.get(f"{label}.up")
         if down is None or up is None or len(down) < rows or up.shape[1] < columns:
-            where = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+            where = device if device is not None and device.type == "cuda" else torch.device("cpu")
             down, up = (basis.cpu().contiguous() for basis in make(weight.to(where), rows, columns))
             kept.update({f"{label}.down": down, f"{label}.up": up} if path else {})
             made += 1

@@ -53,7 +53,7 @@ class Null(Factored):
             counts[layer.key] = halves(layer.key, spec.rank_of(layer.kind, layer.block), fan_in, fan_out)
         if spec.restored:
             return blank(layers, counts)
-        return weight_bases(layers, counts, _least, "null", spec[SvdParams].svd_cache_path, tell)
+        return weight_bases(layers, counts, _least, "null", spec[SvdParams].svd_cache_path, tell, spec.device)
 
     def product(self) -> tuple[Tensor, Tensor]:
         down = self._parameters["down"]

@@ -89,7 +89,7 @@ class Universal(Factored):
         given = read_basis(path, layers) if path else {}
         short = [layer for layer in layers if layer.key not in given or len(given[layer.key].down) < ranks[layer.key]]
         counts = {layer.key: (ranks[layer.key],) * 2 for layer in short}
-        own = weight_bases(short, counts, _main, "main", spec[SvdParams].svd_cache_path, tell)
+        own = weight_bases(short, counts, _main, "main", spec[SvdParams].svd_cache_path, tell, spec.device)
         if path:
             tell(
                 f"{Path(path).name} has bases for {len(given)} of {len(layers)} layers; {len(short)} layers get"

@@ -204,6 +204,12 @@ def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:
     )
 
 
+def previewed(job: Job) -> tuple[str, ...]:
+    """The prompts that previews are drawn of; none where none are drawn."""
+    wanted = job[core.Sample]
+    return tuple(line for line in wanted.sample_prompts.splitlines() if line.strip()) if wanted.sample_every else ()
+
+
 def sample_settings(job: Job) -> SampleSettings:
     """How preview pictures are drawn."""
     wanted = job[core.Sample]
@@ -213,7 +219,7 @@ def sample_settings(job: Job) -> SampleSettings:
         cfg=wanted.sample_cfg,
         seed=wanted.sample_seed,
         clip_skip=job[core.Train].train_clip_skip,
-        batch_size=1 if job[core.Images].image_size[0] > 256 else 8,
+        batch_size=1 if max(job[core.Images].image_size) > 256 else 8,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,12 @@ from ..paths import is_file
 from ..stages.base import STAGES, Stage
 from . import arguments
 from .descent import Descent
-from .devices import encoding, fingerprint, rest_text_encoders, wake_text_encoders
+from .devices import Visit, fingerprint, picture_encoder, settle
 from .flat import FlatParameters
 from .kit import Kit, Text
 from .pairs import original_source, pair_source, target_source
 from .session import Session, Source
+from .shortage import ADAPTER, IMAGES, PREPARING, TEXTS, phase
 from .site import Site
 from .sources import PictureSource, PromptSource
 
@@ -55,9 +56,10 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog, restored: boo
     """
     wanted = job[core.Network]
     mode = MODES.get(job[core.Task].mode)(job)
+    spec = arguments.adapter_spec(job, restored) if mode.steps else arguments.solved_spec(job, mode.rank(model))
     network = build_network(
         [layer for layer in layers_of(model) if mode.covers(layer)],
-        arguments.adapter_spec(job, restored) if mode.steps else arguments.solved_spec(job, mode.rank(model)),
+        replace(spec, device=model.device),
         blocks=wanted.network_blocks,
         element=wanted.network_element if mode.steps else None,
         parts=arguments.parts(job, mode.needs) if mode.steps else ("unet",),
@@ -92,9 +94,9 @@ def picture_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan 
     """Encode the pictures that are not in the cache and plan the batches."""
     settings = arguments.image_settings(job)
     at_once = 1 if max(settings.size) > 256 else 16
-    with site.process.leader_first(), encoding(model):
+    with site.process.leader_first(), picture_encoder(model, site.log) as encode:
         dataset = build_dataset(
-            settings, model.encode_images, fingerprint(model.vae), site.cache, site.log.progress, at_once, scanned
+            settings, encode, fingerprint(model.vae), site.cache, site.log.progress, at_once, scanned
         )
     return PictureSource(dataset, model, seed, job[core.Train].train_batch_size, site.process, arguments.fills(job))
 
@@ -120,12 +122,11 @@ def make_text(
     """Where conditionings come from: prepared once, unless a text encoder has adapters."""
     clip_skip = job[core.Train].train_clip_skip
     if text_is_trained(network, *beneath):
-        wake_text_encoders(model)
         return Text(model, clip_skip, None, network)
-    cached = TextOutputs(site.cache, _text_encoder(model, clip_skip), fingerprint(*model.text_encoders), clip_skip)
-    with site.process.leader_first(), encoding(model):
+    encode = Visit(model, model.text_encoders, _text_encoder(model, clip_skip))
+    cached = TextOutputs(site.cache, encode, fingerprint(*model.text_encoders), clip_skip)
+    with site.process.leader_first(), encode:
         cached.prepare(prompts, site.log.progress)
-    rest_text_encoders(model)
     return Text(model, clip_skip, cached)
 
 
@@ -188,17 +189,28 @@ def build(
 
     `found` is what was found of the data before the model was loaded; `beneath` are attached networks of earlier
     passes. A `resumed` pass gets its adapter from the state afterwards. Mode and stages prepare the adapter, unless it
-    is not to be `prepared`, which is enough to report on.
+    is not to be `prepared`, which is enough to report on. Raises MemoryShortageError naming the phase.
     """
+    with phase(PREPARING, plan.job, model.device):
+        return _build(plan, model, site, found, beneath, resumed, prepared)
+
+
+def _build(
+    plan: PassPlan, model: Model, site: Site, found: Any, beneath: Sequence[Network], resumed: bool, prepared: bool
+) -> Session:
     job, seed = plan.job, draw_seed(plan.job)
     train = job[core.Train]
     mode = MODES.get(job[core.Task].mode)(job)
-    network = make_network(job, model, seed, site.log, resumed)
-    source = SOURCES[plan.kind.source](job, model, seed, site, found)
+    with phase(ADAPTER, job, model.device):
+        network = make_network(job, model, seed, site.log, resumed)
+    with phase(IMAGES, job, model.device):
+        source = SOURCES[plan.kind.source](job, model, seed, site, found)
     wanted = (stage for _, stage in STAGES.items() if mode.steps and stage.wanted(job))
     stages = tuple(stage(job) for stage in sorted(wanted, key=lambda stage: stage.turn))
     asked = (*source.prompts(), *mode.prompts(), *(prompt for stage in stages for prompt in stage.prompts()))
-    text = make_text(job, model, network, beneath, asked, site)
+    with phase(TEXTS, job, model.device):
+        text = make_text(job, model, network, beneath, (*asked, *arguments.previewed(job)), site)
+    settle(model, model.unet, *(model.text_encoders if text.trained else ()))
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
     flat = FlatParameters(network)
     with flat.exact():

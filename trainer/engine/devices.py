@@ -1,57 +1,131 @@
-"""Which part of a model is on the device when, and how to recognise its weights again."""
+"""Which part of a model is on the device when, and how to recognise its weights again.
+
+A run has phases, and each has only the parts on the device that it uses: the VAE while pictures are encoded, the text
+encoders while texts are, then the UNet. A text encoder that is trained stays beside it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..events import Event, EventLog, Step
 from ..models.base import Model
+from ..models.room import empty_caches, is_shortage, let_go
 
 _SAMPLED = 4096
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def move(module: nn.Module | None, device: torch.device) -> None:
-    """Move a part when it is not there yet."""
-    if module is not None and place(module) != device:
-        module.to(device)
+def settle(model: Model, *parts: nn.Module | None) -> None:
+    """These parts are on the model's device, and no other of it; what is not needed leaves before they come."""
+    wanted = {id(part) for part in parts}
+    for part in model.parts:
+        if id(part) not in wanted:
+            model.go_home(part)
+    empty_caches()
+    for part in parts:
+        if part is not None:
+            model.bring(part)
 
 
 @contextmanager
-def encoding(model: Model) -> Iterator[None]:
-    """VAE and text encoders are on the model's device inside the block; the VAE, and what came for the block, leave it
-    afterwards.
+def using(model: Model, *parts: nn.Module | None) -> Iterator[None]:
+    """These parts alone are on the model's device inside the block; afterwards every part is where it was.
+
+    Where they are there already, nothing is moved.
     """
-    came = [encoder for encoder in model.text_encoders if place(encoder) != model.device]
-    for part in (model.vae, *model.text_encoders):
-        move(part, model.device)
-    try:
+    if all(part is None or model.is_here(part) for part in parts):
         yield
+        return
+    before = [part for part in model.parts if model.is_here(part)]
+    try:
+        settle(model, *parts)
+        yield
+    except BaseException as error:
+        let_go(error)  # what the block was computing makes room for what comes back
+        raise
     finally:
-        for part in (model.vae, *came):
-            if part is not None:
-                model.go_home(part)
+        settle(model, *before)
 
 
-def place(module: nn.Module) -> torch.device:
-    """The device a part is on."""
-    return next(module.parameters()).device
+class Visit(Generic[P, R]):
+    """`work` as a function that brings the parts it needs to the model's device (see `using`).
+
+    In a `with` block they come at the first call and stay until its end: who finds everything in a cache moves nothing.
+    """
+
+    def __init__(self, model: Model, parts: Sequence[nn.Module | None], work: Callable[P, R]) -> None:
+        self._model, self._parts, self._work = model, tuple(parts), work
+        self._stay: ExitStack | None = None
+        self._came = False
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._stay is None:
+            with using(self._model, *self._parts):
+                return self._work(*args, **kwargs)
+        if not self._came:
+            self._stay.enter_context(using(self._model, *self._parts))
+            self._came = True
+        return self._work(*args, **kwargs)
+
+    def __enter__(self) -> Visit[P, R]:
+        self._stay, self._came = ExitStack(), False
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        stay, self._stay = self._stay, None
+        if stay is not None:
+            stay.__exit__(kind, error, trace)
 
 
-def rest_text_encoders(model: Model) -> None:
-    """Text encoders that are not trained leave the device."""
-    for encoder in model.text_encoders:
-        model.go_home(encoder)
+TILE = 512
+"""Edge in pixels of the tiles in which a VAE works where a whole picture takes too much memory."""
+WHOLE = 1536 * 1024
+"""Pixels of the largest picture that is decoded as a whole elsewhere than in main memory (4.5 GiB in float32)."""
 
 
-def wake_text_encoders(model: Model) -> None:
-    """Text encoders that are trained are on the device."""
-    for encoder in model.text_encoders:
-        move(encoder, model.device)
+def picture_encoder(model: Model, log: EventLog) -> Visit[[Tensor], tuple[Tensor, Tensor]]:
+    """`model.encode_images` with the VAE on the device; pictures that do not fit there are encoded in tiles."""
+    told: set[tuple[int, ...]] = set()
+
+    def encode(pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return model.encode_images(pixels_BCHW)
+        except Exception as error:
+            if model.device.type == "cpu" or not is_shortage(error):
+                raise
+            let_go(error)
+        empty_caches()
+        found = model.encode_images(pixels_BCHW, TILE)
+        height, width = pixels_BCHW.shape[-2:]
+        if (height, width) not in told:
+            told.add((height, width))
+            log.warn(f"{width}x{height} does not fit on the device as a whole: encoded in tiles of {TILE} pixels.")
+        return found
+
+    return Visit(model, [model.vae], encode)
+
+
+def decode(model: Model, latents_BCHW: Tensor) -> Tensor:
+    """`model.decode`, in tiles where a picture is large or does not fit on the device; the VAE is there already."""
+    height, width = (edge * model.latent_factor for edge in latents_BCHW.shape[-2:])
+    if model.device.type == "cpu":
+        return model.decode(latents_BCHW)
+    try:
+        return model.decode(latents_BCHW, TILE if height * width > WHOLE else 0)
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        let_go(error)
+    empty_caches()
+    return model.decode(latents_BCHW, TILE)
 
 
 def fingerprint(*modules: nn.Module | None) -> str:

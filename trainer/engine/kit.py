@@ -43,6 +43,11 @@ class Text:
     ) -> None:
         self._model, self._clip_skip, self._cached, self._network = model, clip_skip, cached, network
 
+    @property
+    def trained(self) -> bool:
+        """Whether the text encoders are needed in every step."""
+        return self._cached is None
+
     def rows_each(self, prompts: Sequence[str]) -> int:
         """How many rows of its batch a text encoder computes for each of these prompts."""
         return 1 if self._cached is not None else max(map(self._model.chunk_count, prompts))

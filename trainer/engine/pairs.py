@@ -13,7 +13,7 @@ from ..modes.base import Batch
 from ..params import core
 from ..params.job import Job
 from . import arguments
-from .devices import encoding, fingerprint
+from .devices import fingerprint, picture_encoder
 from .process import Process
 from .site import Site
 from .sources import PictureSource, facts_of, share_of, time_ids_of
@@ -92,10 +92,8 @@ def pair_source(job: Job, model: Model, seed: int, site: Site, found: PairScan) 
     settings = arguments.pair_settings(job)
     wanted = job[core.Pair].diff_use_diff_mask
     mask = MaskRule(traintrain=job[core.Train].train_traintrain_compatible) if wanted else None
-    with site.process.leader_first(), encoding(model):
-        work = Encoding(
-            model.encode_images, fingerprint(model.vae), site.cache, _at_once(found.originals), site.log.progress
-        )
+    with site.process.leader_first(), picture_encoder(model, site.log) as encode:
+        work = Encoding(encode, fingerprint(model.vae), site.cache, _at_once(found.originals), site.log.progress)
         pairs = build_pairs(settings, found, work, mask)
     return PairSource(pairs, model, seed, job[core.Train].train_batch_size, site.process, arguments.fills(job))
 
@@ -105,10 +103,10 @@ def _side_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan) -
     batch_size = job[core.Train].train_batch_size
     repeats = batch_size * site.process.count
     scanned = replace(scanned, pictures=tuple(replace(picture, repeats=repeats) for picture in scanned.pictures))
-    with site.process.leader_first(), encoding(model):
+    with site.process.leader_first(), picture_encoder(model, site.log) as encode:
         dataset = build_dataset(
             arguments.pair_settings(job),
-            model.encode_images,
+            encode,
             fingerprint(model.vae),
             site.cache,
             site.log.progress,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.cache import TensorCache
-from ..errors import AtelierError, TrainingError
+from ..errors import AtelierError, MemoryShortageError, TrainingError
 from ..events import EventLog, Finished, Opened, Preflight, Sampled, Saved
 from ..models.base import Model
 from ..models.load import load_model
+from ..models.room import let_go
 from ..params import core
 from ..params.codec import load
 from ..params.files import read_json, write_json
@@ -28,7 +31,7 @@ from .build import PassPlan, draw_seed
 from .catalogue import catalogue
 from .control import Control
 from .csvlog import CsvLog
-from .devices import SpillWatch, encoding
+from .devices import SpillWatch
 from .flags import bf16_warning, training_flags
 from .loop import Hooks, run_steps
 from .losses import LossRing
@@ -45,6 +48,7 @@ from .preflight import (
 from .process import Process, this_process
 from .samples import sample, write_samples
 from .session import Session
+from .shortage import LOADING, PREVIEW, SAVING, TRAINING, WHOLE, phase
 from .site import Site
 from .state import State, read_state, restore_state, write_state
 from .trackers import TRACKERS
@@ -66,9 +70,10 @@ class Result:
 
 @dataclass
 class Request:
-    """What is asked of `run`. `model` is a loaded model to use in place of the job's; `resume` a run folder; without
-    `estimates` the report says nothing of memory and the run begins some seconds earlier. `device` is the one that the
-    host draws with; None takes the best there is. A lent model stays on its own.
+    """What is asked of `run`. `model` is a loaded model to use in place of the job's, which `run` takes out of here so
+    that nobody holds it when the run is over; `resume` a run folder; without `estimates` the report says nothing of
+    memory and the run begins some seconds earlier. `device` is the one that the host draws with; None takes the best
+    there is. A lent model stays on its own.
     """
 
     job: Job
@@ -91,7 +96,10 @@ def read_job(folder: Path) -> Job:
 
 
 def run(request: Request, log: EventLog, control: Control | None = None) -> Result:
-    """Carry out one job. Every ending is told as a Finished event; errors are raised after it was told."""
+    """Carry out one job. Every ending is told as a Finished event; errors are raised after it was told.
+
+    Nothing of the model is held by the error then, so that whoever lent the device finds it free.
+    """
     control = control or Control()
     process = this_process(request.device)
     if not process.leads:
@@ -99,9 +107,11 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
     step = [0]
     began = time.perf_counter()
     try:
-        with training_flags(request.model.device if request.model else process.device()):
+        device = request.model.device if request.model else process.device()
+        with training_flags(device), phase(WHOLE, request.job, device):
             result = _run(request, process, log, control, step)
     except BaseException as error:
+        let_go(error)
         text = str(error) if isinstance(error, AtelierError) else f"{type(error).__name__}: {error}"
         log.tell(Finished("failed", None, step[0], text))
         raise
@@ -120,7 +130,10 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
     folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
     saved = read_state(folder) if request.resume else None
-    model = request.model or load_base(job, places, process, log)
+    model, request.model = request.model, None
+    if model is None:
+        with phase(LOADING, job, process.device(), partial(_file_bytes, job, places)):
+            model = load_base(job, places, process, log)
     if warning := bf16_warning(model.device, model.compute):
         log.warn(warning)
     cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
@@ -198,6 +211,13 @@ def load_base(job: Job, places: Places, process: Process, log: EventLog) -> Mode
     return model
 
 
+def _file_bytes(job: Job, places: Places) -> int:
+    """Bytes of the files of a base model."""
+    path = resolve_model(job[core.Task].model, places.checkpoints)
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def _open_folder(job: Job, places: Places, folder: Path) -> None:
     """Make the run folder with the job in it, and the settings JSON when the job asks for it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +253,7 @@ def _write(session: Session, places: Places, log: EventLog, steps: str = "", fin
     """Write the LoRA file of a session, with `steps` at the end of its name; returns where it is."""
     path = lora_path(session.job, places, session.suffix + steps)
     if session.process.leads:
-        with session.evaluating():
+        with phase(SAVING, session.job, session.model.device), session.evaluating():
             path = write_network(session, path, log.note if final else lambda line: None)
         log.tell(Saved(str(path), session.step, final))
     return path
@@ -250,7 +270,9 @@ def _train(
         if plan.written:
             _write(session, places, log, f"_{session.step}steps", final=False)
 
-    run_steps(session, control, log, ring, Hooks(keep=keep, save=save_now, sample=lambda: _sample(session, log)))
+    hooks = Hooks(keep=keep, save=save_now, sample=lambda: _sample(session, log))
+    with phase(TRAINING, session.job, session.model.device):
+        run_steps(session, control, log, ring, hooks)
     if session.step < session.limits.total_steps:
         keep(ring)
         if not control.saving:
@@ -263,14 +285,22 @@ def _train(
 
 
 def _sample(session: Session, log: EventLog) -> None:
-    prompts = [line for line in session.job[core.Sample].sample_prompts.splitlines() if line.strip()]
+    prompts = arguments.previewed(session.job)
     if not prompts or not session.process.leads:
         return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(session.evaluating())
-        stack.enter_context(encoding(session.model))
-        for network in session.beneath:  # whoever uses the file will not have them
-            stack.enter_context(network.at_strength(0.0))
-        pictures = sample(session.model, prompts, arguments.sample_settings(session.job))
+    try:
+        with phase(PREVIEW, session.job, session.model.device):
+            pictures = _draw(session, prompts)
+    except MemoryShortageError as error:
+        log.warn(f"No preview was drawn at step {session.step}, the training goes on. {error}")
+        return
     paths = write_samples(pictures, session.folder / f"samples{session.suffix}", f"{session.step:06d}")
     log.tell(Sampled(session.step, tuple(map(str, paths))))
+
+
+def _draw(session: Session, prompts: Sequence[str]) -> Tensor:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(session.evaluating())
+        for network in session.beneath:  # whoever uses the file will not have them
+            stack.enter_context(network.at_strength(0.0))
+        return sample(session.model, prompts, arguments.sample_settings(session.job), text=session.kit.text)

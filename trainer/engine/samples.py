@@ -14,6 +14,7 @@ from torch import Tensor
 from ..maths import rng
 from ..models.base import Conditioning, Model
 from ..writing import write_whole
+from .devices import decode, using
 
 
 @dataclass(frozen=True)
@@ -75,22 +76,39 @@ def sample_latents(
 
 @torch.no_grad()
 def sample(
-    model: Model, prompts: Sequence[str], settings: SampleSettings, progress: Callable[[int, int], None] | None = None
+    model: Model,
+    prompts: Sequence[str],
+    settings: SampleSettings,
+    progress: Callable[[int, int], None] | None = None,
+    text: Callable[[Sequence[str]], Conditioning] | None = None,
 ) -> Tensor:
-    """Pictures for the prompts, (len(prompts), 3, H, W) in [−1, 1] on the CPU; picture i depends on (seed, i) alone."""
-    height, width = settings.size
-    pictures = []
-    for start in range(0, len(prompts), settings.batch_size):
-        part = list(prompts[start : start + settings.batch_size])
-        rows = model.encode_prompts([*part, *([""] * len(part))], settings.clip_skip)
-        shape = (model.latent_channels, height // 8, width // 8)
-        indices = range(start, start + len(part))
-        noise = rng.normal(shape, "sample", settings.seed, 0, list(indices)).to(model.device)
-        latents = sample_latents(model, rows[: len(part)], rows[len(part) :], noise, settings)
-        pictures.append(model.decode(latents).float().clamp(-1, 1).cpu())
-        if progress:
-            progress(start + len(part), len(prompts))
-    return torch.cat(pictures)
+    """Pictures for the prompts, (len(prompts), 3, H, W) in [−1, 1] on the CPU; picture i depends on (seed, i) alone.
+
+    All texts first, then all latents, then all pictures, each with only the parts on the device that it needs. `text`
+    gives conditionings, of the text encoders where they are wanted: None asks the model.
+    """
+    height, width = (edge // model.latent_factor for edge in settings.size)
+    starts = range(0, len(prompts), settings.batch_size)
+    parts = [list(prompts[start : start + settings.batch_size]) for start in starts]
+    wanted = [[*part, *([""] * len(part))] for part in parts]
+    if text is None:
+        with using(model, *model.text_encoders):
+            rows = [model.encode_prompts(part, settings.clip_skip) for part in wanted]
+    else:
+        rows = [text(part) for part in wanted]
+    found: list[Tensor] = []
+    with using(model, model.unet):
+        for start, part, row in zip(starts, parts, rows, strict=True):
+            indices = list(range(start, start + len(part)))
+            noise = rng.normal((model.latent_channels, height, width), "sample", settings.seed, 0, indices)
+            latents = sample_latents(
+                model, row[: len(part)], row[len(part) :], noise.to(model.device), settings
+            )
+            found.append(latents.cpu())
+            if progress:
+                progress(start + len(part), len(prompts))
+    with using(model, model.vae):
+        return torch.cat([decode(model, latents).float().clamp(-1, 1).cpu() for latents in found])
 
 
 def to_pil(picture_CHW: Tensor) -> Image.Image:

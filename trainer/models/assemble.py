@@ -38,16 +38,18 @@ def assemble(
     vocabularies: Sequence[Path] = (),
     resting: bool = False,
 ) -> Model:
-    """The model of a source. `resting`: the tensors are a host's; those already in `storage` (None: any) and on `device`
-    are adopted (same storage, no copy), and everything but the UNet stays where it is.
+    """The model of a source, to be computed with on `device`; every part rests where its tensors are until it is needed.
+
+    On the CPU that is where they are computed with, laid out for it (see `Placement`). `resting`: the tensors are a
+    host's; those already in `storage` (None: any) are adopted: same storage, no copy.
 
     The source is emptied on the way, so that tensors that had to be cast are freed one part at a time.
     Raises ModelError when the family is not known, tensors are missing or do not fit, or no vocabulary is there.
     """
     family = recognise(source)
-    where = Placement(torch.device(device), storage, shared=resting)
-    aside = dataclasses.replace(where, device=None) if resting else where
-    texts = [_text_encoder(source, row, aside, vocabularies) for row in family.texts]
+    device = torch.device(device)
+    where = Placement(storage, shared=resting or device.type != "cpu")
+    texts = [_text_encoder(source, row, where, vocabularies) for row in family.texts]
     pooled = next((text for text in texts if text.row.pooled), None)
     unet_tensors = source.parts.pop("unet")
     unet = _unet(unet_tensors, source.configs.get("unet"), pooled, where)
@@ -55,7 +57,7 @@ def assemble(
     vae = None
     if vae_tensors is not None:
         _same_latents(vae_tensors, unet, source.name)
-        vae = build_vae(vae_tensors, vae_config, family, dataclasses.replace(aside, storage=vae_storage))
+        vae = build_vae(vae_tensors, vae_config, family, dataclasses.replace(where, storage=vae_storage))
     schedule, warnings = schedule_of(source.noise, family, v_pred)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
@@ -70,6 +72,7 @@ def assemble(
         latent_scale=scale,
         path=source.path,
         warnings=(*source.warnings, *warnings),
+        device=device,
     )
 
 
@@ -106,14 +109,13 @@ ALIGNMENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where tensors go (None: they stay) and how they are stored (None: as they are; 8-bit floats become 16-bit ones).
+    """How tensors are stored (None: as they are; 8-bit floats become 16-bit ones), where they are.
 
-    On the CPU, weights are contiguous and begin at a multiple of ALIGNMENT bytes: a matrix library chooses its kernels
+    For the CPU, weights are contiguous and begin at a multiple of ALIGNMENT bytes: a matrix library chooses its kernels
     by address and strides too, and the same weights in a mapped file, which begin anywhere, would give other last bits.
-    `shared` tensors, those of a host's model, are left as they are.
+    `shared` tensors, those of a host's model or those that go to another device, are left as they are.
     """
 
-    device: torch.device | None
     storage: torch.dtype | None
     shared: bool = False
 
@@ -121,7 +123,7 @@ class Placement:
         storage = self.storage
         if storage is None and tensor.is_floating_point() and tensor.element_size() == 1:
             storage = torch.float16
-        placed = tensor.to(device=self.device, dtype=storage)
+        placed = tensor.to(dtype=storage)
         if self.shared or type(placed) is not Tensor or placed.device.type != "cpu":
             return placed
         regular = placed.is_contiguous() and not placed.data_ptr() % ALIGNMENT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..maths.schedule import NoiseSchedule
 from . import precision
 from .family import Family
 from .recompute import Around, recompute
+from .room import same_device
 from .text import TextEncoder
 
 
@@ -63,7 +65,8 @@ class Model:
     """A base model. Its parts are plain attributes; all of them are frozen and in evaluation mode when loaded.
 
     `family` is its architecture row (with `base_version` as it stands in LoRA files), `name` the file's base name,
-    `schedule` the noise schedule with the prediction type, `warnings` what the user should be told.
+    `schedule` the noise schedule with the prediction type, `warnings` what the user should be told. `device` is the one
+    to compute on (None: where the UNet is). The parts may rest elsewhere: whoever uses one brings it there first.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Model:
         latent_scale: float | None = None,
         path: Path | None = None,
         warnings: Sequence[str] = (),
+        device: torch.device | None = None,
     ) -> None:
         self.family, self.name, self.path = family, name, path
         self.unet, self.text_encoders, self.vae = unet, tuple(text_encoders), vae
@@ -87,12 +91,17 @@ class Model:
         self.latent_channels: int = unet.config.in_channels
         self.latent_factor: int = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.window: int = min(encoder.window for encoder in self.text_encoders)
-        self.device = unet.conv_in.weight.device
+        self.device = unet.conv_in.weight.device if device is None else device
         self.storage = main_dtype(unet)
         self._compute: torch.dtype | None = None
         self._hash: str | None = None
         self._home: dict[nn.Parameter, Tensor] = {}
         self._settle()
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """UNet, text encoders and, where there is one, the VAE."""
+        return (self.unet, *self.text_encoders, *(() if self.vae is None else (self.vae,)))
 
     @property
     def compute(self) -> torch.dtype:
@@ -119,10 +128,18 @@ class Model:
     def to(self, device: torch.device | str) -> Model:
         """Move everything to a device; the compute precision follows unless it was set."""
         self.device = torch.device(device)
-        for part in (self.unet, *self.text_encoders, *([] if self.vae is None else [self.vae])):
-            nn.Module.to(part, self.device)
+        for part in self.parts:
+            self.bring(part)
         self._settle()
         return self
+
+    def is_here(self, part: nn.Module) -> bool:
+        """Whether all weights of a part are on the model's device."""
+        return all(same_device(parameter.device, self.device) for parameter in part.parameters())
+
+    def bring(self, part: nn.Module) -> None:
+        """Put a part on the model's device."""
+        nn.Module.to(part, self.device)
 
     def set_home(self, parts: Sequence[nn.Module], addresses: Collection[int]) -> None:
         """Remember where the weights of parts lie now, if their storage is among the addresses, as their place while
@@ -137,7 +154,10 @@ class Model:
         remembered.
         """
         for parameter in part.parameters():  # buffers follow when the part is next moved
-            parameter.data = self._home[parameter] if parameter in self._home else parameter.data.cpu()
+            if parameter in self._home:
+                parameter.data = self._home[parameter]
+            elif parameter.device.type not in ("cpu", "meta"):
+                parameter.data = parameter.data.cpu()
 
     def _settle(self) -> None:
         for part in (self.unet, *self.text_encoders):
@@ -194,19 +214,37 @@ class Model:
             raise ModelError(f"{self.name}: this model file has no VAE; choose a VAE file beside it.")
         return self.vae
 
-    @torch.no_grad()
-    def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, standard deviation) of the latents of pictures in [−1, 1], scaled for the UNet, float32."""
+    @contextmanager
+    def _tiles(self, edge: int) -> Iterator[Any]:
+        """The VAE, which inside the block works on overlapping tiles of `edge` pixels that are blended; 0: on all."""
         vae = self._need_vae()
-        latents = vae.encode(pixels_BCHW.to(self.device, vae.dtype)).latent_dist
+        names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+        before = {name: getattr(vae, name) for name in names}
+        values = (True, edge, edge // self.latent_factor) if edge else (False, *list(before.values())[1:])
+        try:
+            for name, value in zip(names, values, strict=True):
+                setattr(vae, name, value)
+            yield vae
+        finally:
+            for name, value in before.items():
+                setattr(vae, name, value)
+
+    @torch.no_grad()
+    def encode_images(self, pixels_BCHW: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
+        """(mean, standard deviation) of the latents of pictures in [−1, 1], scaled for the UNet, float32.
+
+        With `tile` larger pictures are encoded in overlapping tiles of so many pixels: less memory, faint seams.
+        """
+        with self._tiles(tile) as vae:
+            latents = vae.encode(pixels_BCHW.to(self.device, vae.dtype)).latent_dist
         return latents.mean.float() * self.latent_scale, latents.std.float() * self.latent_scale
 
     @torch.no_grad()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Pictures (about [−1, 1], float32) of latents as the UNet sees them."""
-        vae = self._need_vae()
+    def decode(self, latents_BCHW: Tensor, tile: int = 0) -> Tensor:
+        """Pictures (about [−1, 1], float32) of latents as the UNet sees them; for `tile` see `encode_images`."""
         unscaled = latents_BCHW.to(self.device, torch.float32) / self.latent_scale
-        pixels: Tensor = vae.decode(unscaled.to(vae.dtype)).sample
+        with self._tiles(tile) as vae:
+            pixels: Tensor = vae.decode(unscaled.to(vae.dtype)).sample
         return pixels.float()
 
     # ---------------------------------------------------------------- prediction

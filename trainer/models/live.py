@@ -70,8 +70,8 @@ def adopt(
 ) -> Model:
     """Our own modules around the tensors of a loaded model.
 
-    The UNet is put on `device` (None: it stays), the other parts stay where they are until they are needed. Where
-    neither device nor precision changes, nothing is copied. Raises NotAdoptable when the tensors are quantised, spread
+    They are computed with on `device` (None: where the UNet is) and rest where they are until they are needed, and again
+    afterwards. Where neither device nor precision changes, nothing is copied. Raises NotAdoptable when the tensors are quantised, spread
     over devices, or differ from the file; ModelError as for a file.
     """
     check_plain(live.tensors)
@@ -93,8 +93,7 @@ def adopt(
         vocabularies=vocabularies,
         resting=True,
     )
-    resting = (*model.text_encoders, *(() if model.vae is None else (model.vae,)))
-    model.set_home(resting, storages(live.tensors.values()))
+    model.set_home(model.parts, storages(live.tensors.values()))
     model.known_hash(live.sha256)
     return model
 
@@ -113,8 +112,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def copied_bytes(model: Model, live: Live) -> int:
     """Bytes of a model's weights that do not lie in the storages of the loaded one."""
-    modules: list[nn.Module] = [model.unet, *model.text_encoders, *([] if model.vae is None else [model.vae])]
-    mine = storages(p for module in modules for p in module.parameters())
+    mine = storages(p for part in model.parts for p in part.parameters())
     theirs = storages(live.tensors.values())
     return sum(size for address, size in mine.items() if address not in theirs)
 
