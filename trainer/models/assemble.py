@@ -61,7 +61,8 @@ def assemble(
     schedule, warnings = schedule_of(source.noise, family, v_pred)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
-    scale = number_of(vae.config, "scaling_factor", "VAE") if vae is not None and vae_config else family.latent_scale
+    if vae is not None and vae_config:
+        family = dataclasses.replace(family, latent_scale=number_of(vae.config, "scaling_factor", "VAE"))
     return Model(
         family,
         source.name,
@@ -69,7 +70,6 @@ def assemble(
         texts,
         vae,
         schedule,
-        latent_scale=scale,
         path=source.path,
         warnings=(*source.warnings, *warnings),
         device=device,

@@ -78,7 +78,6 @@ class Model:
         vae: Any | None,
         schedule: NoiseSchedule,
         *,
-        latent_scale: float | None = None,
         path: Path | None = None,
         warnings: Sequence[str] = (),
         device: torch.device | None = None,
@@ -86,7 +85,7 @@ class Model:
         self.family, self.name, self.path = family, name, path
         self.unet, self.text_encoders, self.vae = unet, tuple(text_encoders), vae
         self.schedule = schedule
-        self.latent_scale = family.latent_scale if latent_scale is None else latent_scale
+        self.latent_scale = family.latent_scale
         self.warnings = tuple(warnings)
         self.latent_channels: int = unet.config.in_channels
         self.latent_factor: int = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
