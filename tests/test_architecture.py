@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "adapters": (ROW_2_BASE | DECLARING, TENSORS | {"lycoris.functional"}),
     "optim": (ROW_2_BASE, TENSORS | LIBRARIES | {"pytorch_optimizer", "bitsandbytes"}),
     "modes": ({"maths", "registry", *DECLARING}, {"torch"}),
-    "stages": ({"maths", "registry", "modes", "adapters.file", *DECLARING}, {"torch"}),
+    "stages": ({"maths", "registry", "modes", "adapters.file", "adapters.checked", *DECLARING}, {"torch"}),
     "engine": (BELOW_ENGINE, TENSORS | {"PIL", "accelerate", "diffusers", "psutil", "tensorboard", "wandb"}),
     "jobs": ({"params"}, set()),
     "demo": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL"}),

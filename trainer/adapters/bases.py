@@ -52,7 +52,7 @@ def weight_bases(
         weight = layer.module.weight.detach().flatten(1)
         label = f"{_hash(weight)}.{name}" if path else ""
         down, up = kept.get(f"{label}.down"), kept.get(f"{label}.up")
-        if down is None or up is None or len(down) < rows or up.shape[1] < columns:
+        if down is None or up is None or not _hold(down, up, weight, rows, columns):
             where = device if device is not None and device.type == "cuda" else torch.device("cpu")
             down, up = (basis.cpu().contiguous() for basis in make(weight.to(where), rows, columns))
             kept.update({f"{label}.down": down, f"{label}.up": up} if path else {})
@@ -69,6 +69,13 @@ def weight_bases(
         hint = f" Kept in {Path(path).name}." if path else " Set svd_cache_path to keep them for the next run."
         tell(f"The weights of {made} layers were decomposed in {seconds:.0f} s.{hint}")
     return found
+
+
+def _hold(down: Tensor, up: Tensor, weight: Tensor, rows: int, columns: int) -> bool:
+    """Whether a kept pair has the sizes of this weight and directions enough."""
+    if down.ndim != 2 or up.ndim != 2 or (down.shape[1], up.shape[0]) != (weight.shape[1], weight.shape[0]):
+        return False
+    return len(down) >= rows and up.shape[1] >= columns
 
 
 def blank(layers: Sequence[LayerLike], counts: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:

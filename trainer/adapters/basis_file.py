@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, brief
 from ..paths import expanded, is_file
 from .base import LayerLike
+from .checked import taken
 from .file import read_lora
 
 MARK, VERSION = "atelier_basis", "1"
@@ -46,7 +47,7 @@ def read_basis(path: str, layers: Iterable[LayerLike]) -> dict[str, Basis]:
             f"basis_path = {place.name!r}: this is not a file of bases. Make one from a folder of LoRAs with the basis"
             " tool, or leave it empty to use the model's own directions."
         )
-    made = _of_fork(tensors) if fork else _ours(tensors)
+    made = _of_fork(tensors, place.name) if fork else _ours(tensors, place.name)
     found = {}
     for layer in layers:
         names = (layer.key, *getattr(layer, "also", ()))
@@ -71,14 +72,18 @@ def plain_name(name: str) -> str:
     return flat
 
 
-def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
+def _ours(tensors: Mapping[str, Tensor], file: str) -> dict[str, Basis]:
     names = [name.rpartition(".")[0] for name in tensors if name.endswith(f".{DOWN}")]
-    return {
-        plain_name(name): Basis(*(tensors[f"{name}.{part}"].float() for part in (DOWN, UP, MEAN))) for name in names
-    }
+    found = {}
+    for name in names:
+        basis = Basis(*(taken(tensors, f"{name}.{part}", 2, file) for part in (DOWN, UP, MEAN)))
+        if not basis.down.shape[0] == basis.up.shape[1] == basis.mean.shape[0] == basis.mean.shape[1]:
+            raise AdapterError(f"{file}: the bases of {brief(name)} have different sizes. Make the file anew.")
+        found[plain_name(name)] = basis
+    return found
 
 
-def _of_fork(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
+def _of_fork(tensors: Mapping[str, Tensor], file: str) -> dict[str, Basis]:
     """Its principal components and means; the mean comes first, because it holds most of what its LoRAs share."""
     found = {}
     for name in (name.removesuffix(_FORK) for name in tensors if name.endswith(_FORK)):
@@ -86,7 +91,10 @@ def _of_fork(tensors: Mapping[str, Tensor]) -> dict[str, Basis]:
             continue
         sides = {}
         for side in ("down", "up"):
-            mean, components = (tensors[f"{name}.lora_{side}.weight.{part}"].float() for part in ("mean", "basis"))
+            head = f"{name}.lora_{side}.weight"
+            mean, components = taken(tensors, f"{head}.mean", 1, file), taken(tensors, f"{head}.basis", 2, file)
+            if len(mean) != len(components):
+                raise AdapterError(f"{file}: {brief(head)} has a mean and a basis of two sizes. Make the file anew.")
             sides[side] = mean, torch.linalg.qr(torch.cat([mean[:, None], components], dim=1)).Q
         (mean_down, down), (mean_up, up) = sides["down"], sides["up"]
         count = min(down.shape[1], up.shape[1])

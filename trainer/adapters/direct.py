@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from .base import ADAPTERS, Adapter
+from .checked import single
 
 ALPHA = "alpha"
 
@@ -34,7 +35,7 @@ class Direct(Adapter):
 
     def file_scale(self, tensors: Mapping[str, Tensor]) -> float:
         """What a file's ΔW is multiplied with: alpha / rank, where there is an alpha."""
-        return float(tensors[ALPHA]) / self.rank if self.ranked and ALPHA in tensors else 1.0
+        return single(tensors[ALPHA]) / self.rank if self.ranked and ALPHA in tensors else 1.0
 
     def tensors(self) -> dict[str, Tensor]:
         own = {name: p.detach() for name, p in self.own().items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from ..maths.subspace import product_norm
 from .base import RESNET_OWNERS, TRANSFORMER_OWNERS, Adapter, AdapterSpec, LayerLike, Strength
+from .checked import single
 from .dora import DoraOptions
 from .lora import ALPHA, DOWN, UP, Lora
 
@@ -100,7 +101,7 @@ class Factored(Lora):
                 f"{self.key} in the file is made for a layer of {up.shape[0]} × {down.shape[1]} numbers, this model's"
                 f" has {self.fan_out} × {self.fan_in}. The file was made for another kind of base model."
             )
-        alpha = float(found[ALPHA]) if ALPHA in found else float(len(down))
+        alpha = single(found[ALPHA]) if ALPHA in found else float(len(down))
         own = self.fit(down, up * (factor * alpha / len(down) / self.scale))
         return {**own, "rows": torch.zeros(self.fan_out)} if self.row_scaled else own
 

@@ -15,6 +15,7 @@ from .. import writing
 from ..errors import AdapterError
 from ..jsontext import parse
 from ..paths import expanded
+from .checked import check_numbers
 
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 _TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
@@ -82,6 +83,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"Could not read {path}: {error.strerror or error}.") from error
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(f"{path.name} is not a complete safetensors file ({error}). Get it again.") from error
+    check_numbers(tensors, path.name)
     return tensors, dict(header.get("__metadata__") or {})
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from ..jsontext import JsonError, parse, read_object
 from ..paths import is_file
+from .checked import LARGEST_ALPHA, check_forms
 from .file import read_lora
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
@@ -46,9 +47,12 @@ def in_our_names(
     """The tensors of a LoRA file under the names of kohya and LyCORIS, layers still as the file calls them.
 
     `metadata` is the file's; `settings` what PEFT keeps in a file of its own. Where a LoRA has no alpha, it is made
-    from these; where they say nothing either, none is added (readers then take the rank: a scale of 1).
+    from these; where they say nothing either, none is added (readers then take the rank: a scale of 1). Raises
+    AdapterError for tensors of another form than their names say.
     """
-    found = _ia3({our_name(name): tensor for name, tensor in tensors.items()})
+    renamed = {our_name(name): tensor for name, tensor in tensors.items()}
+    check_forms(renamed)
+    found = _ia3(renamed)
     for name in [name for name in found if name.endswith(".dora_scale") and name not in tensors]:
         found[name] = _as_column(found[name], found.get(f"{name.removesuffix('dora_scale')}lora_down.weight"))
     parts = _parts(metadata, settings)
@@ -136,7 +140,7 @@ def _alphas(tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]
         prefix, settings = found
         alpha = settings.get("lora_alpha", settings.get("alpha"))
         alpha = _by_pattern(settings.get("alpha_pattern"), head.removeprefix(prefix), alpha)
-        if isinstance(alpha, (int, float)):
+        if isinstance(alpha, (int, float)) and 0 < abs(alpha) <= LARGEST_ALPHA:
             rank = tensor.shape[1] if tail == "lokr_w1_a" else tensor.shape[0]
             rooted = math.sqrt(rank) if settings.get("use_rslora") else 1.0
             made[f"{head}.alpha"] = torch.tensor(float(alpha) * rooted)

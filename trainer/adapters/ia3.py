@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from ..maths.lowrank import per_sample
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .checked import single
 from .direct import Direct
 from .where import ignores, in_transformer
 
@@ -44,10 +45,11 @@ class Ia3(Direct):
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
         side = tensors.get("on_input")
-        if side is not None and bool(side) != self.on_input:
+        if side is not None and bool(single(side)) != self.on_input:
+            there, here = ("output", "input") if self.on_input else ("input", "output")
             raise AdapterError(
-                f"{self.key}: the file acts on the {'input' if bool(side) else 'output'} of this layer, here it is the"
-                f" {'input' if self.on_input else 'output'}. It was made with other targets and cannot be continued."
+                f"{self.key}: the file acts on the {there} of this layer, here it is the {here}."
+                " It was made with other targets and cannot be continued."
             )
         return super().read(tensors, factor)
 

@@ -27,6 +27,7 @@ from .base import (
     Strength,
     is_wide,
 )
+from .checked import single
 from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .timesteps import RULES as TIMESTEP_RULES
 from .timesteps import TimestepOptions
@@ -169,7 +170,7 @@ class Lora(Adapter):
         down, up = tensors[DOWN].float(), tensors[UP].float().flatten(1)
         if MID in tensors:
             down = cored(tensors[MID].float(), down)
-        scale = float(tensors[ALPHA]) / len(up.T) if ALPHA in tensors else 1.0
+        scale = single(tensors[ALPHA]) / len(up.T) if ALPHA in tensors else 1.0
         return low_rank_delta(down, up, scale).view(self.module.weight.shape)
 
     def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]:
@@ -191,7 +192,7 @@ class Lora(Adapter):
                 f"{self.key}: the file has rank {rank}, this network has rank {self.rank}."
                 f" Set {setting} to {rank}, or choose a file of rank {self.rank}."
             )
-        alpha = float(found[ALPHA]) if ALPHA in found else float(rank)
+        alpha = single(found[ALPHA]) if ALPHA in found else float(rank)
         found = self.rescaled({DOWN: found[DOWN].float(), UP: found[UP].float()}, factor * alpha / self.alpha)
         return {"down": self._shaped(DOWN, found[DOWN], self.down), "up": self._shaped(UP, found[UP], self.up)}
 

@@ -219,9 +219,17 @@ class Network(nn.Module):
             )
         try:
             values = {key: self.adapters[key].read(own, 1.0 / baked) for key, own in found.items()}
+        except torch.linalg.LinAlgError as error:
+            raise AdapterError(
+                f"The LoRA file cannot be taken apart for network_type {self.spec.type}: its numbers are too large or"
+                f" too small ({error}). Choose another file."
+            ) from error
         except AdapterError as error:
             seen = described((self.adapters[key].kind, self.adapters[key].block, own) for key, own in found.items())
             raise AdapterError(f"{error} {seen}") from error
+        large = next((key for key, own in values.items() if not all(map(_all_finite, own.values()))), None)
+        if large is not None:
+            raise AdapterError(f"The LoRA file's numbers for {large} are too large to go on with. Choose another file.")
         self._refuse_disagreement(values)
         for key, value in values.items():
             self.adapters[key].assign(value)
@@ -278,6 +286,10 @@ class Network(nn.Module):
                 kept = tensor.dtype if name in adapter.exact else dtype or own[name].dtype
                 exported[f"{key}.{name}"] = tensor.to(kept).clone().contiguous()
         return exported
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def build_network(

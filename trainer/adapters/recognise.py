@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from .base import is_wide
+from .checked import single
 
 Seen = tuple[str, str, Mapping[str, Tensor]]
 """Kind and block of a layer, and what a file has for it."""
@@ -71,4 +72,4 @@ def rank_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _alpha(tensors: Mapping[str, Tensor]) -> float:
-    return float(tensors["alpha"]) if "alpha" in tensors and rank_of(tensors) else 0.0
+    return single(tensors["alpha"]) if "alpha" in tensors and rank_of(tensors) else 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..adapters.file import read_lora
+from ..adapters.foreign import read_any
 from ..adapters.metadata import JOB_KEY
 from ..adapters.network import Network
 from ..engine.build import make_network
@@ -83,7 +83,7 @@ def network_of(path: Path, model: Model) -> Network:
 
     A file of ours says what it is; in others only plain LoRA is recognised, by its tensors.
     """
-    tensors, metadata = read_lora(path)
+    tensors, metadata = read_any(path)
     jobs = [job for job in (_own_job(metadata), _plain_job(tensors)) if job is not None]
     if not jobs:
         raise AdapterError(f"{path.name} is not a kind of LoRA that can be drawn with here. Use a WebUI for it.")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.checked import taken
 from ..adapters.file import read_lora
 from ..errors import AdapterError
 from ..maths import rng
@@ -153,7 +154,7 @@ def read_context(path: Path, network: Any) -> dict[str, tuple[Tensor, Tensor]]:
         name = next((name for name in (adapter.key, *adapter.also) if f"{name}.{ROWS}" in tensors), None)
         if name is None:
             continue
-        rows, columns = tensors[f"{name}.{ROWS}"].float(), tensors[f"{name}.{COLUMNS}"].float()
+        rows, columns = (taken(tensors, f"{name}.{part}", 1, path.name) for part in (ROWS, COLUMNS))
         weight = adapter.module.weight
         if (len(rows), len(columns)) == (weight.shape[0], weight[0].numel()):
             found[adapter.key] = rows.to(weight.device), columns.to(weight.device)

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters.basis_file import DOWN, MARK, MEAN, UP, VERSION, plain_name
-from ..adapters.file import checked_name, name_note, write_lora
+from ..adapters.checked import check_forms, single
+from ..adapters.file import checked_name, name_note, read_lora, write_lora
 from ..adapters.foreign import our_name
 from ..adapters.lora import ALPHA
 from ..adapters.lora import DOWN as LORA_DOWN
@@ -61,7 +62,7 @@ class _File:
         """D (r, in) and U (out, r) of ΔW, the scale on U."""
         names = self.layers[layer]
         down, up = (self.handle.get_tensor(names[part]).float().flatten(1) for part in (LORA_DOWN, LORA_UP))
-        alpha = float(self.handle.get_tensor(names[ALPHA])) if ALPHA in names else float(len(down))
+        alpha = single(self.handle.get_tensor(names[ALPHA])) if ALPHA in names else float(len(down))
         return down, up * (alpha / len(down))
 
 
@@ -130,9 +131,11 @@ def likeness(one: Any, two: Any) -> tuple[float, float]:
 
 def _opened(path: Path, stack: ExitStack, left_out: dict[str, str]) -> _File | None:
     try:
+        tensors, _ = read_lora(path)
+        check_forms({our_name(name): tensor for name, tensor in tensors.items()})
         handle = stack.enter_context(safe_open(path, framework="pt"))
-        names = list(handle.keys())
-    except (SafetensorError, OSError) as error:
+        names = list(tensors)
+    except (AdapterError, SafetensorError, OSError) as error:
         left_out[path.name] = f"it cannot be read ({error})"
         return None
     found: dict[str, dict[str, str]] = {}
@@ -145,11 +148,16 @@ def _opened(path: Path, stack: ExitStack, left_out: dict[str, str]) -> _File | N
             continue
         found.setdefault(plain_name(own.removesuffix(f".{ending}")), {})[ending] = name
     whole = {layer: parts for layer, parts in found.items() if LORA_DOWN in parts and LORA_UP in parts}
-    layers = {layer: parts for layer, parts in whole.items() if layer not in strange}
+    layers = {layer: parts for layer, parts in whole.items() if layer not in strange and _paired(tensors, parts)}
     if not layers:
         left_out[path.name] = "it is no plain LoRA"
         return None
     return _File(path.name, handle, layers)
+
+
+def _paired(tensors: Mapping[str, Tensor], parts: Mapping[str, str]) -> bool:
+    """Whether D (r, …) and U (out, r, …) of a layer have one rank."""
+    return tensors[parts[LORA_DOWN]].shape[0] == tensors[parts[LORA_UP]].flatten(1).shape[1]
 
 
 def _leave_out_twins(files: list[_File], left_out: dict[str, str]) -> None:
