@@ -17,7 +17,8 @@
     function use(answer, name) {
         const { "2nd pass": second, traintrain, ...first } = answer.settings;
         Atelier.form.fill(first, second, traintrain === undefined ? {} : { traintrain });
-        if (name) tell("Filled from {name}", { name });
+        if (name && answer.note) tell("Filled from {name}: {note}", { name, note: Atelier.t(answer.note) });
+        else if (name) tell("Filled from {name}", { name });
         Atelier.form.show([], answer.warnings, false);
     }
 

@@ -41,7 +41,7 @@ def test_no_preset_of_a_type_is_left_out() -> None:
     types = {json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8")).get("network_type") for name in shipped}
     assert types - {None} == {name for name, _ in ADAPTERS.items()}
     others = {name for name in shipped if not name.startswith(("LoRA", "ADDifT", "Difference"))}
-    assert others - set(FAMILY) == {"Instant", "iLECO", "demo"}
+    assert others - set(FAMILY) == {"Instant", "iLECO", "iLECO_Instant", "demo"}
 
 
 @pytest.mark.parametrize("name", [*sorted(path.stem for path in SHIPPED.glob("LoRA*.json")), *FAMILY])

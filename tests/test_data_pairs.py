@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 from trainer.data.cache import TensorCache
-from trainer.data.pairs import Encoding, MaskRule, build_pairs, difference_mask, find_pairs, single_pair
+from trainer.data.pairs import (
+    Encoding,
+    MaskRule,
+    build_pairs,
+    difference_mask,
+    find_pairs,
+    opaque_mask,
+    single_pair,
+)
 from trainer.data.settings import ImageSettings
 from trainer.errors import DataError
 
@@ -120,10 +128,18 @@ def test_the_mask_by_hand():
     assert torch.equal(difference_mask(before, after, (8, 8)), expected)
     alone = torch.zeros(1, 8, 8)
     alone[:, 2, 3] = 1
-    assert torch.equal(difference_mask(before, after, (8, 8), MaskRule(grow=0)), alone)
-    theirs = torch.zeros(1, 8, 8)  # pixels 4..36 × 12..44, looked at in each latent's upper left pixel
-    theirs[:, 1:5, 2:6] = 1
-    assert torch.equal(difference_mask(before, after, (8, 8), MaskRule(traintrain=True)), theirs)
+    assert torch.equal(difference_mask(before, after, (8, 8), grow=0), alone)
+
+
+def test_traintrains_mask_is_the_originals_transparency_by_hand():
+    """More than a tenth opaque, looked at in each latent's upper left pixel; without transparency all of it."""
+    alpha = torch.ones(64, 64)
+    alpha[16, 24] = 0.1  # latent (2, 3)
+    alpha[17:24, 25:32] = 0  # beside it, where nothing is looked at
+    expected = torch.ones(1, 8, 8)
+    expected[:, 2, 3] = 0
+    assert torch.equal(opaque_mask(alpha, (8, 8)), expected)
+    assert torch.equal(opaque_mask(None, (8, 8)), torch.ones(1, 8, 8))
 
 
 def test_a_difference_that_is_cut_off_is_told_by_name(tmp_path):

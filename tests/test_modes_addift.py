@@ -207,7 +207,7 @@ def test_projected_pure_noise_is_held_at_the_own_prediction():
 
 
 def test_traintrain_knows_no_projection():
-    """Its presets have it on, and go on to load with its rules: the switch is told to have no effect, and has none."""
+    """With its rules the switch is reported to have no effect, and has none."""
     from trainer.engine.catalogue import catalogue
     from trainer.params.codec import load
 

@@ -25,7 +25,7 @@ def test_a_settings_file():
     assert job[Network].network_blocks == BLOCKS
     assert (job[Train].train_optimizer, job[Train].train_learning_rate) == ("AdamW8bit", 5e-4)
     assert job[Train].train_lr_scheduler_settings == "eta_min=0.00001"
-    assert (job[Train].train_textencoder_learning_rate, job[Train].train_seed) == (0.0, -1)
+    assert (job[Train].train_textencoder_learning_rate, job[Train].train_seed) == (None, -1)
     assert (job[Images].image_size, job[Images].image_mirroring) == ((768, 512), True)
     assert job[Images].lora_data_directory == "C:\\pictures\\cat"
     assert (job[Task].vae, job[Task].te, job[Log].logging_save_csv, job[Save].save_as_json) == ("", "", False, True)
@@ -36,7 +36,6 @@ def test_real_numbers_of_older_files():
     raw = traintrain_file() | {
         "network_rank": 16.0,
         "train_learning_rate": 0.0005,
-        "train_textencoder_learning_rate": 0,
     }
     assert load(raw, TABLE).job == load(traintrain_file(), TABLE).job
 

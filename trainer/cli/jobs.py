@@ -15,6 +15,7 @@ from ..events import EventLog
 from ..params.cli import add_flags, apply_overrides, collect_flags, lay_over, unknown_flag_hint
 from ..params.codec import load
 from ..params.files import read_json
+from ..params.job import NOTE
 from ..params.presets import Presets
 from ..paths import is_file
 from ..places import ROOT, Places
@@ -76,8 +77,16 @@ def request(name: str, given: Given, places: Places, *, resume: bool, dry: bool,
 
 
 def preset_text(name: str | None) -> str:
-    """The list of presets, or one as JSON."""
+    """The list of presets with the notes they carry, or one as JSON."""
     shelf = presets()
     if name is None:
-        return "\n".join(shelf.names())
-    return json.dumps(shelf.load(name, catalogue()).job.to_dict(), indent=2, ensure_ascii=False)
+        return "\n".join(f"{known:24} {note}".rstrip() for known in shelf.names() for note in [_note(shelf, known)])
+    note, job = shelf.note(name), shelf.load(name, catalogue()).job
+    return json.dumps({**({NOTE: note} if note else {}), **job.to_dict()}, indent=2, ensure_ascii=False)
+
+
+def _note(shelf: Presets, name: str) -> str:
+    try:
+        return shelf.note(name)
+    except JobError:  # a damaged file is named when it is chosen
+        return ""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import DataError
-from .buckets import Placement, Size
+from .buckets import Placement, Size, place
 from .cache import TensorCache, fingerprint
 from .dataset import Dataset, Item, SizeFacts
 from .dataset import build as build_dataset
@@ -35,6 +35,11 @@ class PairScan:
     def reverted(self) -> PairScan:
         """The same with originals and targets swapped."""
         return PairScan(self.targets, self.originals)
+
+    def with_captions(self, captions: tuple[str, str], replace: bool) -> PairScan:
+        """The same with captions for originals and targets: for all with `replace`, else for those that have none."""
+        sides = zip((self.originals, self.targets), captions, strict=True)
+        return PairScan(*(_captioned(side, caption, replace) for side, caption in sides))
 
 
 def single_pair(original: Path, target: Path, captions: tuple[str, str], masked: bool = False) -> PairScan:
@@ -169,23 +174,29 @@ class PairDataset:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How a difference mask is grown to latents: `grow` latents around every latent that has a different pixel; or, as
-    TrainTrain does, 16 pixels around every different pixel, then one pixel for each latent.
+    """What a mask of a pair is: `grow` latents around every latent that has a different pixel; or, with `opaque`, as in
+    TrainTrain, where the original is not transparent.
     """
 
     grow: int = 1
-    traintrain: bool = False
+    opaque: bool = False
 
 
 def difference_mask(
-    original_CHW: torch.Tensor, target_CHW: torch.Tensor, latents: tuple[int, int], rule: MaskRule | None = None
+    original_CHW: torch.Tensor, target_CHW: torch.Tensor, latents: tuple[int, int], grow: int = 1
 ) -> torch.Tensor:
     """Where two pictures in [−1, 1] differ, `mask_1HW` of 0 and 1 at the size of the latents (height, width)."""
-    rule = rule or MaskRule()
     different_1HW = _summed(original_CHW, target_CHW).gt(DIFFERENT).float()
-    if rule.traintrain:
-        return F.interpolate(F.max_pool2d(different_1HW[None], 33, 1, 16), latents)[0]
-    return F.max_pool2d(F.adaptive_max_pool2d(different_1HW, latents), 2 * rule.grow + 1, 1, rule.grow)
+    return F.max_pool2d(F.adaptive_max_pool2d(different_1HW, latents), 2 * grow + 1, 1, grow)
+
+
+def opaque_mask(alpha_HW: torch.Tensor | None, latents: tuple[int, int]) -> torch.Tensor:
+    """Where a picture is more than a tenth opaque, at one pixel for each latent, `mask_1HW` of 0 and 1; ones without
+    transparency (None).
+    """
+    if alpha_HW is None:
+        return torch.ones(1, *latents)
+    return F.interpolate(alpha_HW.gt(0.1).float()[None, None], latents, mode="nearest")[0]
 
 
 @dataclass(frozen=True)
@@ -221,11 +232,11 @@ def build_pairs(
     partner = {
         one.name: other.name for one, other in zip(found.originals.pictures, found.targets.pictures, strict=True)
     }
-    place = {(item.picture.name, item.placement): index for index, item in enumerate(sides[1].items)}
+    places = {(item.picture.name, item.placement): index for index, item in enumerate(sides[1].items)}
     pairs = [
-        (index, place[key])
+        (index, places[key])
         for index, item in enumerate(sides[0].items)
-        if (key := (partner[item.picture.name], item.placement)) in place
+        if (key := (partner[item.picture.name], item.placement)) in places
     ]
     if not pairs:
         raise DataError("No pair is left: of every one a picture cannot be read. Repair or replace them.")
@@ -238,17 +249,22 @@ def build_pairs(
 def _mask(originals: Dataset, targets: Dataset, pair: tuple[int, int], cache: TensorCache, rule: MaskRule) -> str:
     """The cache key of a pair's mask, which is made unless it is there."""
     names = (originals.key(pair[0]), targets.key(pair[1]))
-    key = fingerprint(kind="difference mask", pair=names, grow=rule.grow, traintrain=rule.traintrain, limit=DIFFERENT)
+    key = fingerprint(kind="pair mask", pair=names, grow=rule.grow, opaque=rule.opaque, limit=DIFFERENT)
     if cache.get(key) is None:
-        placement = originals.items[pair[0]].placement
+        item = originals.items[pair[0]]
+        mean, _ = originals.latents([pair[0]])
+        latents = (mean.shape[-2], mean.shape[-1])
+        if rule.opaque:  # TrainTrain's masks are not mirrored with their pictures
+            upright = place(item.placement.size, item.placement.bucket)
+            cache.put(key, {"mask": opaque_mask(_pixels(item.picture, upright)[1], latents)})
+            return key
         pictures = [
-            _pixels(side.items[index].picture, placement)
+            _pixels(side.items[index].picture, item.placement)[0]
             for side, index in zip((originals, targets), pair, strict=True)
         ]
-        mean, _ = originals.latents([pair[0]])
-        made = difference_mask(pictures[0], pictures[1], (mean.shape[-2], mean.shape[-1]), rule)
+        made = difference_mask(pictures[0], pictures[1], latents, rule.grow)
         if not made.any():
-            name, (width, height) = originals.items[pair[0]].picture.name, placement.bucket
+            name, (width, height) = item.picture.name, item.placement.bucket
             raise DataError(
                 f"{name} and its target do not differ clearly any more where they were cut to {width}×{height} pixels,"
                 " so diff_use_diff_mask leaves nothing to learn. Switch it off, or use a larger image_size."
@@ -257,9 +273,17 @@ def _mask(originals: Dataset, targets: Dataset, pair: tuple[int, int], cache: Te
     return key
 
 
-def _pixels(picture: Picture, placement: Placement) -> torch.Tensor:
-    rgb, _ = fit(*decode(picture_bytes(picture.path)), placement)
-    return rgb
+def _pixels(picture: Picture, placement: Placement) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The picture in its bucket, `rgb_CHW` in [−1, 1], and how opaque it is, `alpha_HW` in [0, 1] or None."""
+    return fit(*decode(picture_bytes(picture.path)), placement)
+
+
+def _captioned(side: Scan, caption: str, replaced: bool) -> Scan:
+    pictures = (
+        replace(picture, caption=caption) if replaced or (caption and not picture.captioned) else picture
+        for picture in side.pictures
+    )
+    return replace(side, pictures=tuple(pictures))
 
 
 def _stem(name: str) -> str:

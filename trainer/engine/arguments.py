@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
 from ..adapters.base import ADAPTERS, AdapterSpec
 from ..adapters.export import ExportSettings
-from ..data.pairs import PairScan, find_pairs, single_pair
+from ..data.pairs import MaskRule, PairScan, find_pairs, single_pair
 from ..data.scan import with_trigger
 from ..data.settings import ImageSettings
 from ..errors import JobError, Problem
@@ -24,7 +24,7 @@ from .kit import LossSettings
 from .length import Length
 from .samples import SampleSettings
 from .session import Limits
-from .sources import PromptPairs
+from .sources import PromptPairs, Rules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,27 +76,58 @@ def pair_settings(job: Job) -> ImageSettings:
 
 
 def find_pair_data(job: Job) -> PairScan:
-    """The pair or pairs of a job, in the direction it asks for. Raises DataError naming what cannot be used."""
+    """The pair or pairs of a job, in the direction it asks for. Raises DataError naming what cannot be used.
+
+    In a folder the prompts stand in for captions that are missing, and by TrainTrain's rules for all of them.
+    """
     task, needs, pair = job[core.Task], MODES.get(job[core.Task].mode).needs, job[core.Pair]
-    masked = "pair" in needs and pair.diff_use_diff_mask
+    own_rules = not job[core.Train].train_traintrain_compatible
+    masked = "pair" in needs and pair.diff_use_diff_mask and own_rules
+    prompts = pair_prompts(job)
     if "pictures" in needs:
-        found = single_pair(folder(task.original_image), folder(task.target_image), pair_prompts(job), masked)
+        found = single_pair(folder(task.original_image), folder(task.target_image), prompts, masked)
     else:
         found = find_pairs(image_settings(job), job[core.Images].diff_target_name, masked)
-    return found.reverted() if "pair" in needs and pair.diff_revert_original_target else found
+        found = found.with_captions(prompts, replace=not own_rules)
+    if "pair" not in needs or not pair.diff_revert_original_target:
+        return found
+    turned = found.reverted()
+    return turned if own_rules else turned.with_captions(prompts, replace=True)
 
 
 def pair_prompts(job: Job) -> tuple[str, str]:
-    """Captions of original and target picture, behind the trigger word.
+    """Captions of original and target picture, after the trigger word.
 
-    An empty target prompt is the original one. TrainTrain takes it as it is, and in Difference never looks at it.
+    An empty target prompt is the original one. TrainTrain takes it as it is, in Difference never looks at it, and has
+    the trigger word in neither.
     """
     task, images = job[core.Task], job[core.Images]
     original, target = task.original_prompt.strip(), task.target_prompt.strip()
-    seed = job.traintrain or job[core.Train].train_traintrain_compatible
+    seed = of_traintrain(job)
     if (not seed and not target) or (seed and "first_pass" in MODES.get(task.mode).needs):
         target = original
-    return with_trigger(images.lora_trigger_word, original), with_trigger(images.lora_trigger_word, target)
+    trigger = "" if seed else images.lora_trigger_word
+    return with_trigger(trigger, original), with_trigger(trigger, target)
+
+
+def of_traintrain(job: Job) -> bool:
+    """Whether the values are meant as TrainTrain means them: its own file, or its rules asked for."""
+    return job.traintrain or job[core.Train].train_traintrain_compatible
+
+
+def pair_mask(job: Job) -> MaskRule | None:
+    """How the masks of a job's pairs are made; None for no masks, which is what TrainTrain has for a single pair."""
+    if not job[core.Pair].diff_use_diff_mask or "pair" not in MODES.get(job[core.Task].mode).needs:
+        return None
+    if not job[core.Train].train_traintrain_compatible:
+        return MaskRule()
+    return None if "pictures" in MODES.get(job[core.Task].mode).needs else MaskRule(opaque=True)
+
+
+def max_grad_norm(job: Job) -> float:
+    """The limit of the gradients' norm, 0 for none. TrainTrain never clips, so empty means that in its files."""
+    given = job[core.Train].train_max_grad_norm
+    return given if given is not None else 0.0 if of_traintrain(job) else 1.0
 
 
 def loss_settings(job: Job) -> LossSettings:
@@ -136,20 +167,23 @@ def solved_spec(job: Job, rank: int) -> AdapterSpec:
 def parts(job: Job, needs: Collection[str]) -> Collection[str]:
     """The parts of the model that are trained: unet, te1, te2.
 
-    Modes that ask whether to train the text encoder (`te_train` among their `needs`) leave it out unless told to.
+    Modes that ask whether to train the text encoder (`te_train` among their `needs`) leave it out unless told to. So
+    does a learning rate of 0.
     """
     wanted = {"both": ("unet", "te1", "te2"), "unet": ("unet",), "text_encoder": ("te1", "te2")}
     network = job[core.Network]
     chosen = wanted[network.network_targets]
-    if "te_train" in needs and not network.network_train_text_encoder:
+    if ("te_train" in needs and not network.network_train_text_encoder) or not text_rate(job):
         return tuple(part for part in chosen if part == "unet")
     return chosen
 
 
 def prompts(job: Job) -> PromptPairs:
     """The pairs of prompts of a job, and the anchors its mode holds."""
-    anchors = MODES.get(job[core.Task].mode)(job).anchors()
-    return PromptPairs(*prompt_pairs(job), job[core.Images].image_size, anchors)
+    anchors, size = MODES.get(job[core.Task].mode)(job).anchors(), job[core.Images].image_size
+    if job[core.Train].train_traintrain_compatible:
+        size = (min(size), max(size))  # its pictures are never upright here
+    return PromptPairs(*prompt_pairs(job), size, anchors)
 
 
 def typed_prompts(job: Job) -> tuple[str, ...]:
@@ -186,6 +220,22 @@ def fills(job: Job) -> bool:
     return train.train_traintrain_compatible and not train.train_epochs
 
 
+def batch_rules(job: Job) -> Rules:
+    """How the batches of a job are made."""
+    return Rules(fills(job), sizes_in_latents=job[core.Train].train_traintrain_compatible)
+
+
+def unused_prompts(job: Job, found: PairScan) -> Iterator[str]:
+    """Lines to warn with: prompts that were typed for the pairs of a folder which all have captions of their own."""
+    task = job[core.Task]
+    if "pair_name" not in MODES.get(task.mode).needs or job[core.Train].train_traintrain_compatible:
+        return
+    if all(picture.captioned for side in (found.originals, found.targets) for picture in side.pictures):
+        for field, typed in (("original prompt", task.original_prompt), ("target prompt", task.target_prompt)):
+            if typed.strip():
+                yield f"{field} has no effect: every picture has a caption of its own, which is used instead."
+
+
 def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:
     """The numbers of the loop; `batches_per_epoch` is None for modes without pictures."""
     train, save = job[core.Train], job[core.Save]
@@ -196,7 +246,7 @@ def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:
         due |= {end for epoch in ends if (end := counted.end_of(epoch)) < counted.steps}
     return Limits(
         length=counted,
-        max_grad_norm=train.train_max_grad_norm,
+        max_grad_norm=max_grad_norm(job),
         state_every=train.train_state_every if counted.steps else 0,
         sample_every=job[core.Sample].sample_every,
         save_steps=frozenset(due),
@@ -231,6 +281,14 @@ def export_settings(job: Job) -> ExportSettings:
 
 def rates(job: Job) -> dict[str, float]:
     """Learning rate by part."""
-    train = job[core.Train]
-    text = train.train_textencoder_learning_rate or train.train_learning_rate
-    return {"unet": train.train_learning_rate, "te1": text, "te2": text}
+    rate, text = job[core.Train].train_learning_rate, text_rate(job)
+    return {"unet": rate, "te1": text, "te2": text}
+
+
+def text_rate(job: Job) -> float:
+    """The learning rate of the text encoder; with 0 it is not trained, except for TrainTrain, where 0 means empty."""
+    given = job[core.Train].train_textencoder_learning_rate
+    own = "te_rate" in MODES.get(job[core.Task].mode).needs
+    if given is None or not own or (given == 0 and of_traintrain(job)):
+        return job[core.Train].train_learning_rate
+    return given

@@ -98,7 +98,8 @@ def picture_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan 
         dataset = build_dataset(
             settings, encode, fingerprint(model.vae), site.cache, site.log.progress, at_once, scanned
         )
-    return PictureSource(dataset, model, seed, job[core.Train].train_batch_size, site.process, arguments.fills(job))
+    batch_size, rules = job[core.Train].train_batch_size, arguments.batch_rules(job)
+    return PictureSource(dataset, model, seed, batch_size, site.process, rules)
 
 
 def prompt_source(job: Job, model: Model, seed: int, site: Site, found: None) -> PromptSource:

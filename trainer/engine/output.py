@@ -68,7 +68,7 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         warmup_steps=train.train_lr_warmup_steps,
         batch_size=train.train_batch_size,
         accumulation=train.train_gradient_accumulation,
-        max_grad_norm=train.train_max_grad_norm,
+        max_grad_norm=session.limits.max_grad_norm,
         min_snr_gamma=train.train_snr_gamma or None,
         loss=train.train_loss_function,
         loss_weighting=train.train_loss_weighting,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..data.dataset import build as build_dataset
-from ..data.pairs import Encoding, MaskRule, PairDataset, PairScan, build_pairs
+from ..data.pairs import Encoding, PairDataset, PairScan, build_pairs
 from ..data.scan import Scan
 from ..models.base import Model
 from ..modes.base import Batch
@@ -16,18 +16,17 @@ from . import arguments
 from .devices import fingerprint, picture_encoder
 from .process import Process
 from .site import Site
-from .sources import PictureSource, facts_of, share_of, time_ids_of
+from .sources import RULES, PictureSource, Rules, facts_of, share_of, time_ids_of
 
 
 class PairSource:
     """Batches of pairs: two posteriors, two captions, and where the pictures differ."""
 
     def __init__(
-        self, pairs: PairDataset, model: Model, seed: int, batch_size: int, process: Process, fill: bool = False
+        self, pairs: PairDataset, model: Model, seed: int, batch_size: int, process: Process, rules: Rules = RULES
     ) -> None:
-        """`fill`: a bucket with fewer pairs than a batch is repeated to whole batches."""
         self.pairs, self._model, self._process, self._batch_size = pairs, model, process, batch_size
-        self.plan = pairs.plan(seed, batch_size * process.count, fill)
+        self.plan, self._rules = pairs.plan(seed, batch_size * process.count, rules.fill), rules
         self.batches_per_epoch: int | None = self.plan.batches_per_epoch
 
     def batch(self, index: int) -> Batch | None:
@@ -52,7 +51,7 @@ class PairSource:
             target_mean=target_mean,
             target_std=target_std,
             mask=None if mask is None else mask.to(device),
-            time_ids=time_ids_of(self._model, self.pairs.sizes(items)),
+            time_ids=time_ids_of(self._model, self.pairs.sizes(items), self._rules.sizes_in_latents),
         )
 
     def heaviest(self) -> int:
@@ -90,12 +89,13 @@ class PairSource:
 def pair_source(job: Job, model: Model, seed: int, site: Site, found: PairScan) -> PairSource:
     """Encode the pairs that are not in the cache and plan the batches."""
     settings = arguments.pair_settings(job)
-    wanted = job[core.Pair].diff_use_diff_mask
-    mask = MaskRule(traintrain=job[core.Train].train_traintrain_compatible) if wanted else None
     with site.process.leader_first(), picture_encoder(model, site.log) as encode:
         work = Encoding(encode, fingerprint(model.vae), site.cache, _at_once(found.originals), site.log.progress)
-        pairs = build_pairs(settings, found, work, mask)
-    return PairSource(pairs, model, seed, job[core.Train].train_batch_size, site.process, arguments.fills(job))
+        pairs = build_pairs(settings, found, work, arguments.pair_mask(job))
+    for line in arguments.unused_prompts(job, found):
+        site.log.warn(line)
+    batch_size, rules = job[core.Train].train_batch_size, arguments.batch_rules(job)
+    return PairSource(pairs, model, seed, batch_size, site.process, rules)
 
 
 def _side_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan) -> PictureSource:
@@ -113,7 +113,7 @@ def _side_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan) -
             1,
             scanned,
         )
-    return PictureSource(dataset, model, seed, batch_size, site.process)
+    return PictureSource(dataset, model, seed, batch_size, site.process, arguments.batch_rules(job))
 
 
 def original_source(job: Job, model: Model, seed: int, site: Site, found: PairScan) -> PictureSource:

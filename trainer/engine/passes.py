@@ -35,7 +35,8 @@ _NOT_LEARNED = ("train_state_every", "network_strength", "network_resume")
 
 
 def plan_passes(job: Job) -> tuple[PassPlan, ...]:
-    """The passes of a job in order."""
+    """The passes of a job in order, with settings of which every one is in effect."""
+    asked, job = job, catalogue().in_effect(job)
     kind = MODES.get(job[core.Task].mode)
     kinds = kind.passes()
     pair, own = job[core.Pair], "first_pass" in kind.needs
@@ -47,7 +48,7 @@ def plan_passes(job: Job) -> tuple[PassPlan, ...]:
         settings = later_settings(job, number) if number else job
         if not number and own and pair.diff_load_1st_pass:
             settings = job.replace(network_resume=pair.diff_load_1st_pass)
-        plans.append(PassPlan(settings, job, number, one, written=final or pair.diff_save_1st_pass, final=final))
+        plans.append(PassPlan(settings, asked, number, one, written=final or pair.diff_save_1st_pass, final=final))
     return tuple(plans)
 
 

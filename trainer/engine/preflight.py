@@ -205,6 +205,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
         "iterations": limits.total_steps,
         "epochs": round(limits.length.epochs, 2),
         "steps per epoch": round(limits.length.steps_per_epoch, 2),
+        "gradient norm limit": limits.max_grad_norm or "none",
         "processes": session.process.count,
         "seed": session.seed,
         "writes": target.name,

@@ -21,9 +21,29 @@ def share_of(samples: Sequence[int], process: Process, batch_size: int) -> slice
     return slice(start, min(start + batch_size, len(samples)))
 
 
-def time_ids_of(model: Model, sizes: Sequence[SizeFacts]) -> Tensor | None:
-    """SDXL's size conditioning of pictures, (B, 6) in pixels on the model's device; None for models without it."""
+@dataclass(frozen=True)
+class Rules:
+    """How batches are made. `fill`: a bucket with less than a batch is repeated to whole batches. `sizes_in_latents`:
+    SDXL is given the size of the latents in place of picture, crop and size in pixels, as TrainTrain does.
+    """
+
+    fill: bool = False
+    sizes_in_latents: bool = False
+
+
+RULES = Rules()
+"""Ours."""
+
+
+def time_ids_of(model: Model, sizes: Sequence[SizeFacts], in_latents: bool = False) -> Tensor | None:
+    """SDXL's size conditioning of pictures, (B, 6) in pixels on the model's device; None for models without it.
+
+    `in_latents`: see `Rules`.
+    """
     rows = [model.time_ids(facts.original, facts.crop, facts.target) for facts in sizes]
+    if in_latents:
+        small = [(facts.target[0] // model.latent_factor, facts.target[1] // model.latent_factor) for facts in sizes]
+        rows = [model.time_ids(size, (0, 0), size) for size in small]
     return None if rows[0] is None else torch.stack([row for row in rows if row is not None]).to(model.device)
 
 
@@ -42,12 +62,11 @@ class PictureSource:
     """Batches of a folder of captioned pictures."""
 
     def __init__(
-        self, dataset: Dataset, model: Model, seed: int, batch_size: int, process: Process, fill: bool = False
+        self, dataset: Dataset, model: Model, seed: int, batch_size: int, process: Process, rules: Rules = RULES
     ) -> None:
-        """`fill`: a bucket with fewer pictures than a batch is repeated to whole batches."""
         self.dataset, self._model, self._process = dataset, model, process
-        self._batch_size = batch_size
-        self.plan = dataset.plan(seed, batch_size * process.count, fill)
+        self._batch_size, self._rules = batch_size, rules
+        self.plan = dataset.plan(seed, batch_size * process.count, rules.fill)
         self.batches_per_epoch: int | None = self.plan.batches_per_epoch
 
     def batch(self, index: int) -> Batch | None:
@@ -66,7 +85,7 @@ class PictureSource:
             prompts=self.dataset.captions(items),
             mean=mean.to(device),
             std=std.to(device),
-            time_ids=time_ids_of(self._model, self.dataset.sizes(items)),
+            time_ids=time_ids_of(self._model, self.dataset.sizes(items), self._rules.sizes_in_latents),
         )
 
     def heaviest(self) -> int:

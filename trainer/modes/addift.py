@@ -57,6 +57,28 @@ def target_name(job: Job, mode: ModeInfo) -> str:
     return "is empty; write what a target's name has more than its original's, as _b for cat.png and cat_b.png."
 
 
+def mask_of_the_seed(job: Job, mode: ModeInfo) -> str:
+    """A mask, by TrainTrain's rules."""
+    if "pair" not in mode.needs or not job[Pair].diff_use_diff_mask or not job[Train].train_traintrain_compatible:
+        return ""
+    if "pictures" in mode.needs:
+        return "has no effect with train_traintrain_compatible: TrainTrain has no mask for a single pair."
+    return (
+        "is the transparency of the original with train_traintrain_compatible, as in TrainTrain, not where the two"
+        " pictures differ; without transparency it has no effect."
+    )
+
+
+def trigger_of_the_seed(job: Job, mode: ModeInfo) -> str:
+    """A trigger word, in a mode of pairs by TrainTrain's rules or in a file of its own."""
+    own = job.traintrain or job[Train].train_traintrain_compatible
+    if not own or not job[Images].lora_trigger_word.strip() or not mode.needs & {"pictures", "pair_name"}:
+        return ""
+    if "pair_name" in mode.needs and not job[Train].train_traintrain_compatible:
+        return ""
+    return f"has no effect in mode {mode.name} by TrainTrain's rules: it is not put in front of the prompts there."
+
+
 @dataclass(frozen=True)
 class _Half:
     """One direction of a batch: what the teacher sees, what the student sees, and the student's strength."""
@@ -77,7 +99,9 @@ class Addift(Mode):
     sections = (AddiftParams,)
     rules = (
         Rule(("diff_target_name", "mode"), target_name, complete=True),
-        of_the_seed("diff_project", "projection", warning=True),  # presets with TrainTrain's names have it on
+        of_the_seed("diff_project", "projection", warning=True),
+        Rule(("diff_use_diff_mask", "train_traintrain_compatible", "mode"), mask_of_the_seed, warning=True),
+        Rule(("lora_trigger_word", "train_traintrain_compatible", "mode"), trigger_of_the_seed, warning=True),
     )
     source = "pair"
 
@@ -97,9 +121,10 @@ class Addift(Mode):
 
         Where a forward cannot hold two strengths, the directions take turns, both with the same noise and timestep.
         """
-        turns = self._ratio != 0 and (self._compatible or not kit.per_sample)
+        turns = self._compatible or (self._ratio != 0 and not kit.per_sample)
         draw = dataclasses.replace(batch, index=batch.index // 2) if turns and not self._compatible else batch
-        forward, backward = batch.index % 2 == 0 or not turns, self._ratio != 0 and (batch.index % 2 == 1 or not turns)
+        forward = batch.index % 2 == 0 or not turns
+        backward = batch.index % 2 == 1 if turns else self._ratio != 0  # TrainTrain's turn back counts at ratio 0 too
         noise = kit.noise(draw)
         halves = self._halves(kit, draw, noise, forward, backward)
         t = self._scheduled(batch) if self._compatible else kit.timesteps(draw, STRATA)
@@ -153,8 +178,11 @@ class Addift(Mode):
 class MultiAddift(Addift):
     """Learns the common difference of many pairs of pictures."""
 
-    help = "Learns the common difference of many pairs of pictures in a folder, each with captions of its own."
-    needs = frozenset({"folder", "pair_name", "trigger", "size", "resume", "pair", "te_train", "run"})
+    help = (
+        "Learns the common difference of many pairs of pictures in a folder, each with captions of its own; the prompts"
+        " stand in for captions that are missing."
+    )
+    needs = frozenset({"prompts", "folder", "pair_name", "trigger", "size", "resume", "pair", "te_train", "run"})
     source = "pairs"
 
 

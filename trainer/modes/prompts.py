@@ -44,7 +44,7 @@ def unrelated(prompts: Iterable[str], originals: Iterable[str]) -> tuple[str, ..
 
 
 def _of_words(mode: ModeInfo) -> bool:
-    return "prompts" in mode.needs and "pictures" not in mode.needs
+    return "prompts" in mode.needs and not mode.needs & {"pictures", "folder"}
 
 
 def unequal_lines(job: Job, mode: ModeInfo) -> str:

@@ -11,7 +11,7 @@ from ..errors import JobError, Problem
 from .core import FORMAT
 from .field import ModeInfo
 from .files import read_json
-from .job import SECOND_PASS, TRAINTRAIN, Job
+from .job import NOTE, SECOND_PASS, TRAINTRAIN, Job
 from .rules import CORE_RULES, Rule
 from .table import Catalogue, Parameter, parameters_of
 from .traintrain import is_traintrain, z_image_key
@@ -43,6 +43,8 @@ def load(raw: object, catalogue: Catalogue, complete: bool = True) -> Loaded:
     """
     if not isinstance(raw, Mapping):
         raise JobError([Problem("settings", raw, 'must be a JSON object, as in {"mode": "LoRA"}.')])
+    if "format" in raw:  # our own files may carry a note for people
+        raw = {key: value for key, value in raw.items() if key != NOTE}
     traintrain = is_traintrain(raw)
     _refuse_foreign(raw, traintrain)
     first = _Reading(catalogue, traintrain, complete)

@@ -152,8 +152,9 @@ class Train:
     train_learning_rate: float = param(
         1e-4, "Size of the changes per step; for most optimizers far below 1.", REQUIRED, needs="steps",
         low=0, high=100, advanced=False)
-    train_textencoder_learning_rate: float = param(
-        0.0, "Learning rate of the text encoder; empty or 0 takes train_learning_rate.", OPTION,
+    train_textencoder_learning_rate: float | None = param(
+        None, "Learning rate of the text encoder; empty takes train_learning_rate, 0 leaves it untrained (in"
+        " TrainTrain's files: as empty).", OPTION,
         needs="te_rate", low=0, high=100)
     train_optimizer: str = param(
         "AdamW", "Method that turns what was learned into changes of the LoRA.", REQUIRED, needs="steps",
@@ -175,8 +176,9 @@ class Train:
         1, "How often schedules with restarts start again.", OPTION, needs="steps", low=1, high=100_000)
     train_lr_scheduler_power: float = param(
         1.0, "Exponent of the polynomial schedule.", OPTION, needs="steps", low=0, high=100)
-    train_max_grad_norm: float = param(
-        1.0, "Limit for the size of one change; 0 sets no limit.", OPTION, needs="steps", low=0, high=1_000_000)
+    train_max_grad_norm: float | None = param(
+        None, "Limit of the gradients' norm (clipping), 0 for none; empty is 1, and none by TrainTrain's rules and in"
+        " its files.", OPTION, needs="steps", low=0, high=1_000_000)
     train_seed: int = param(
         -1, "Start number of all random draws; -1 draws one and writes it down.", OPTION,
         needs="steps", low=-1, high=2**63 - 1)
@@ -213,7 +215,15 @@ class Train:
         100, "Steps between two states from which a broken run goes on; 0 writes none.", OPTION,
         needs="run", low=0, high=10_000_000, unit="steps")
     train_traintrain_compatible: bool = param(
-        False, "Use TrainTrain's own rules where they differ from ours.", OPTION, needs="steps")
+        False, "Train by TrainTrain's rules where they differ from ours. Reproduced: no clipping unless a limit is"
+        " given; min-SNR weights as for epsilon with v-prediction models too; SDXL is given sizes in latents; buckets"
+        " smaller than a batch are repeated; iLECO with one noise for the whole run and no anchors; no trigger word in"
+        " the prompts of pairs, which keep their places when original and target are swapped; ADDifT in turns at five"
+        " fixed timesteps, without a mask; Multi-ADDifT with the two prompts in place of captions, its mask the"
+        " transparency of the original, not normalised. Not reproduced: the steps it adds at the end, one draw of the"
+        " latents for the whole run, its resizing and the hidden colours of transparent parts, captions cut at 75"
+        " tokens, the WebUI's emphasis in prompts, text encoders without their last normalisation.",
+        OPTION, needs="steps")
 
 
 @dataclass(frozen=True)

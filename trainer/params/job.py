@@ -14,6 +14,8 @@ T = TypeVar("T")
 SECOND_PASS = "2nd pass"
 TRAINTRAIN = "traintrain"
 """Key under which our own files keep what came from a TrainTrain file and is not known here."""
+NOTE = "note"
+"""Key of our own files for a sentence about the settings, which is shown and not read."""
 
 ALWAYS = ("format", "mode")
 

@@ -7,7 +7,7 @@ from ..errors import JobError, Problem
 from ..paths import is_file
 from .codec import Loaded, load
 from .files import name_problem, read_json, write_json
-from .job import Job
+from .job import NOTE, Job
 from .table import Catalogue
 
 USER = "user"
@@ -44,6 +44,12 @@ class Presets:
             known = ", ".join(self.names()) or "none"
             raise JobError([Problem("preset", name, f"is not there. Known: {known}.")])
         return read_json(path)
+
+    def note(self, name: str) -> str:
+        """The sentence a preset carries about itself, "" for none. Raises JobError as `read` does."""
+        raw = self.read(name)
+        found = raw.get(NOTE) if isinstance(raw, dict) else None
+        return found if isinstance(found, str) else ""
 
     def save(self, name: str, job: Job) -> Path:
         """Write a user preset with every value, in place of one of the same name. Raises JobError for an unfit name."""

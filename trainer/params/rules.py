@@ -122,6 +122,31 @@ def learning_rate(job: Job, mode: ModeInfo) -> str:
     return "" if job[Train].train_learning_rate > 0 else "is 0, so nothing would be learned; write for example 1e-4."
 
 
+def _text_untrained(job: Job) -> bool:
+    own = job.traintrain or job[Train].train_traintrain_compatible
+    return job[Train].train_textencoder_learning_rate == 0 and not own
+
+
+def text_rate(job: Job, mode: ModeInfo) -> str:
+    """A rate of 0 for the text encoder when nothing else is trained."""
+    network = job[Network]
+    alone = network.network_targets == "text_encoder" or network.network_blocks == ("BASE",)
+    if not alone or not _text_untrained(job):
+        return ""
+    return "is 0, which leaves the text encoder untrained, but nothing else is to be trained; leave it empty."
+
+
+def text_rate_zero(job: Job, mode: ModeInfo) -> str:
+    """A rate of 0 for the text encoder, which two programs understand in two ways."""
+    network = job[Network]
+    if not _text_untrained(job) or network.network_targets == "unet" or "BASE" not in network.network_blocks:
+        return ""
+    return (
+        "is 0, so the text encoder is not trained (as in kohya's scripts). Leave it empty to train it with"
+        f" train_learning_rate ({job[Train].train_learning_rate:g}), which is what 0 means in TrainTrain."
+    )
+
+
 def strength(job: Job, mode: ModeInfo) -> str:
     """A strength of 0, which would save an empty LoRA."""
     return "" if job[Network].network_strength else "is 0, so the saved LoRA would do nothing; write for example 1."
@@ -157,9 +182,18 @@ def alpha(job: Job, mode: ModeInfo) -> str:
 def warmup(job: Job, mode: ModeInfo) -> str:
     """A warm-up as long as the training."""
     train = job[Train]
-    if not 0 < train.train_iterations <= train.train_lr_warmup_steps or train.train_epochs:
+    by_epochs = train.train_epochs and "folder" in mode.needs
+    if not 0 < train.train_iterations <= train.train_lr_warmup_steps or by_epochs:
         return ""
     return f"is not below train_iterations ({train.train_iterations}), so the full learning rate is never reached."
+
+
+def clipping(job: Job, mode: ModeInfo) -> str:
+    """Clipping that was asked for beside TrainTrain's rules."""
+    train = job[Train]
+    if not train.train_traintrain_compatible or not train.train_max_grad_norm:
+        return ""
+    return "clips the gradients, which TrainTrain never does; leave it empty to train by its rules."
 
 
 CORE_RULES: tuple[Rule, ...] = (
@@ -172,9 +206,12 @@ CORE_RULES: tuple[Rule, ...] = (
     Rule(("target_image", "mode"), target_picture, complete=True),
     Rule(("train_iterations", "train_epochs"), length),
     Rule(("train_learning_rate",), learning_rate),
+    Rule(("train_textencoder_learning_rate", "network_targets", "network_blocks"), text_rate),
+    Rule(("train_textencoder_learning_rate", "network_targets", "network_blocks"), text_rate_zero, warning=True),
     Rule(("network_strength",), strength),
     Rule(("sample_prompts", "sample_every"), sample_prompts, complete=True),
     Rule(("train_learning_rate", "train_optimizer"), rate_of_one, warning=True),
     Rule(("network_alpha", "network_rank"), alpha, warning=True),
     Rule(("train_lr_warmup_steps", "train_iterations", "train_epochs"), warmup, warning=True),
+    Rule(("train_max_grad_norm", "train_traintrain_compatible"), clipping, warning=True),
 )

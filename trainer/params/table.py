@@ -12,6 +12,7 @@ from typing import Any
 from .field import ModeInfo, Spec
 
 if typing.TYPE_CHECKING:
+    from .job import Job
     from .rules import Rule
 
 KINDS: Mapping[Any, str] = {
@@ -112,6 +113,16 @@ class Catalogue:
         if "steps" not in needs:
             return needs
         return needs | self.types.get(network_type, frozenset()) | self.always
+
+    def in_effect(self, job: Job) -> Job:
+        """The job with the default in place of every value that its mode and adapter type do not show.
+
+        What a form does not show has no effect. Only the seed stays: it was drawn for the whole run.
+        """
+        mode, kind = str(job.value("mode")), str(job.value("network_type"))
+        tags = self.tags(self.modes[mode], kind)
+        hidden = (one for one in self.parameters if not one.shown_in(tags) and one.attribute != "train_seed")
+        return job.replace(**{one.attribute: one.default for one in hidden})
 
     def choices_of(self, parameter: Parameter) -> tuple[str, ...]:
         """The names a parameter chooses from; empty when any value in range is right."""

@@ -48,13 +48,13 @@ class Shelf:
         return {"shipped": list(shelf.shipped()), "own": list(shelf.own())}
 
     def preset(self, name: str) -> dict[str, object]:
-        """`settings` (every value) and `warnings` of a preset; the demo's brings its model and pictures. Raises
+        """`settings` (every value), `warnings` and `note` of a preset; the demo's brings its model and pictures. Raises
         JobError.
         """
-        raw = self._presets().read(name)
+        raw, note = self._presets().read(name), self._presets().note(name)
         if name == DEMO and isinstance(raw, Mapping):
             raw = {**raw, "model": DEMO, "lora_data_directory": str(BASE_PICTURES), "save_overwrite": True}
-        return _filled(load(raw, self._catalogue, complete=False))
+        return {**_filled(load(raw, self._catalogue, complete=False)), "note": note}
 
     def save_preset(self, name: str, raw: Mapping[str, object]) -> dict[str, list[str]]:
         """Keep settings as the user's preset `name`; they may leave open what a run needs. The names come back. Raises

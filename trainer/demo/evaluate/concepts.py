@@ -70,7 +70,7 @@ def ileco(target: str, **changes: object) -> dict[str, object]:
     """The job of an iLECO scenario."""
     anchors = "\n".join((HELD, *prompts(unseen_scenes(12), "")))
     fit = {"ileco_anchors": anchors, "instant_preserve": HELD}
-    job = {**preset("iLECO"), **SMALL, **words(target), **fit, **changes}
+    job = {**preset("iLECO_Instant"), **SMALL, **words(target), **fit, **changes}
     return {**job, "save_per_steps": int(str(job["train_iterations"])) // (CHECKS + 1)}
 
 

@@ -233,7 +233,7 @@ def multi(folder: Path, **changes: object) -> dict[str, object]:
             "mode": "Multi-ADDifT", "diff_target_name": SUFFIX}  # fmt: skip
 
 
-def difference(task: Task, folder: Path, name: str = "Difference_Use2ndPass", **later: object) -> dict[str, object]:
+def difference(task: Task, folder: Path, name: str = "Difference_Residual", **later: object) -> dict[str, object]:
     """The job of Difference from a shipped preset; `later` changes the second pass, and the first one is never taken
     from a cache.
     """
@@ -283,7 +283,7 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
     few = {"train_learning_rate": FEW}
     firm = {"train_learning_rate": 2 * FEW, **ordinary(), "prior_loss_weight": 1, "prior_max_timesteps": 500,
             "prior_both_directions": True}  # fmt: skip
-    # The preset turns the pair round and doubles the file, which is measured at the strength that was trained.
+    # The preset turns the pair round and strengthens the file, which is measured at the strength that was trained.
     swapped = {"original image": str(dyed / f"0{SUFFIX}.png"), "target image": str(dyed / "0.png"),
                "network_strength": 1}  # fmt: skip
     stronger = {"train_learning_rate": 2 * LATER, "train_iterations": 200}
@@ -300,10 +300,10 @@ def scenarios(folder: Path, before: Before) -> tuple[Scenario, ...]:
         _scenario(black, lower, addift(DARK_LARGE, night, **quicker), around(RATE)),
         _scenario(white, lower, addift(WHITE_LARGE, wide, **quicker), around(RATE)),
         _scenario(black, "LoRA on eight targets", plain(after), around(PLAIN)),
-        _scenario(cyan, "ADDifT, preset Style", {**addift(COLOUR, dyed, "ADDifT_Style_SD1.5", **few), **swapped},
+        _scenario(cyan, "ADDifT, preset Style", {**addift(COLOUR, dyed, "ADDifT_Style_XL", **few), **swapped},
                   around(FEW)),
-        _scenario(large, "ADDifT, preset Action", addift(SIZE, grown, "ADDifT_Action_SD1.5", **few), around(FEW)),
-        _scenario(large, "ADDifT, preset Action, held", addift(SIZE, grown, "ADDifT_Action_SD1.5", **firm),
+        _scenario(large, "ADDifT, preset Projected", addift(SIZE, grown, "ADDifT_Projected_SD1.5", **few), around(FEW)),
+        _scenario(large, "ADDifT, preset Projected, held", addift(SIZE, grown, "ADDifT_Projected_SD1.5", **firm),
                   around(2 * FEW)),
         _scenario(large, "Difference", difference(SIZE, grown, train_iterations=150), (LATER,), second=True),
         _scenario(right, "Difference", difference(SIDE, moved, **stronger), second=True),
