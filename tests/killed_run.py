@@ -15,7 +15,8 @@ from pathlib import Path
 import engine_case
 
 from trainer.engine import loop, state
-from trainer.engine.run import Request, read_job, run
+from trainer.engine.resume import read_job
+from trainer.engine.run import Request, run
 from trainer.events import EventLog
 
 CHANGES: dict[str, object] = {

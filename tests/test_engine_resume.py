@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.engine.control import Control
-from trainer.engine.run import Request, read_job, run
+from trainer.engine.resume import read_job
+from trainer.engine.run import Request, run
 from trainer.errors import AdapterError, JobError, TrainingError
 from trainer.events import EventLog, Step
 from trainer.optim.optimizers import OPTIMIZERS
@@ -94,9 +95,9 @@ def test_the_job_of_a_run_is_replaced_as_a_whole(case, monkeypatch):
             raise InterruptedError
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="run folder .* cannot be written"):
         patch.setattr("os.replace", cut)
-        case.run(resume=folder, **changes)
+        case.run(resume=folder, **changes, save_per_steps=2)
     assert (folder / "job.json").read_bytes() == before and read_job(folder) == case.job(**changes)
     (folder / "job.json").write_bytes(before[:40])
     with pytest.raises(JobError, match=r"job\.json.*is not JSON"):

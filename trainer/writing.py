@@ -170,15 +170,19 @@ def _take(source: Path, target: Path) -> None:
             with contextlib.suppress(OSError):
                 target.unlink()
             raise
+    else:
+        with contextlib.suppress(OSError):  # it has the new name; a second one does no harm
+            source.unlink()
 
 
 def sweep(folder: Path, *, all_ours: bool = False) -> None:
     """Remove the temporary files that killed processes left in a folder, never those of a living one.
 
-    Only names that `draft` gives are touched; with `all_ours` everything that ends in .tmp. What cannot be removed
-    stays.
+    Only names that `draft` gives are touched; with `all_ours` everything that ends in .tmp, and what safetensors writes
+    for the moment. What cannot be removed stays.
     """
-    for path in sorted(folder.glob("*.tmp")):
+    found = {*folder.glob("*.tmp"), *(folder.glob(".tmp*") if all_ours else ())}
+    for path in sorted(found):
         if all_ours or _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 if path.is_file() and _left(path):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.catalogue import catalogue
-from ..engine.run import Request, read_job
+from ..engine.resume import read_job
+from ..engine.run import Request
 from ..errors import JobError, Problem
 from ..events import EventLog
 from ..params.cli import add_flags, apply_overrides, collect_flags, lay_over, unknown_flag_hint

@@ -17,9 +17,11 @@ from ..engine import arguments, costs
 from ..engine.catalogue import catalogue
 from ..engine.control import Control
 from ..engine.costs import CostWatch
+from ..engine.folder import JOB_FILE
 from ..engine.preflight import check_before_loading
 from ..engine.process import this_process
-from ..engine.run import JOB_FILE, Request, read_job, run
+from ..engine.resume import read_job
+from ..engine.run import Request, run
 from ..engine.state import STATE_FILE
 from ..errors import DataError, JobError, Problem
 from ..events import EventLog

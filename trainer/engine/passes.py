@@ -5,6 +5,7 @@ Most modes have one. Where there are more, each trains an adapter of its own on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from ..modes.base import MODES
 from ..params import core
 from ..params.job import Job
 from ..params.table import Catalogue, Parameter
+from ..writing import replace, why
 from . import devices
 from .build import PassPlan, build
 from .catalogue import catalogue
@@ -78,6 +80,7 @@ class Passes:
         """`drawn`: the seed was drawn for this run, so that any other would have done as well."""
         self.plans, self.model, self.site, self.found, self._drawn = plans, model, site, found, drawn
         self._sessions: list[Session] = []
+        self._settled: list[Session] = []
         self._ready: Session | None = None
 
     def survey(self, resumed_pass: int, dry: bool) -> dict[str, object]:
@@ -154,11 +157,20 @@ class Passes:
                 self.site.cache.put(self._cache_key(session), session.network.state_dict())
         if plan.final:
             return
-        if session.process.leads:
-            _write_result(session)
+        self._settled.append(session)
+        try:
+            self.keep_results()
+        except TrainingError as error:
+            self.site.log.warn(f"{error} The run goes on; it is tried again before each state.")
         session.network.requires_grad_(False)
         for parameter in session.network.parameters():
             parameter.grad = None
+
+    def keep_results(self) -> None:
+        """Write the results of earlier passes that are not in the run folder. Raises TrainingError."""
+        for session in self._settled:
+            if session.process.leads and not (session.folder / _result_name(session)).exists():
+                _write_result(session)
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -205,13 +217,18 @@ def _result_name(session: Session) -> str:
 
 
 def _write_result(session: Session) -> None:
-    """Keep a finished pass in the run folder, exactly as it is."""
+    """Keep a finished pass in the run folder, exactly as it is. Raises TrainingError."""
     target = session.folder / _result_name(session)
     beside = target.with_suffix(".tmp")
     with session.flat.exact():
         state = session.network.state_dict()
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, beside)
-    os.replace(beside, target)
+    try:
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, beside)
+        replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise TrainingError(f"{target.name} cannot be written to {target.parent}: {why(error)}.") from error
 
 
 def _read_result(session: Session) -> dict[str, Tensor]:

@@ -4,56 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.cache import TensorCache
-from ..errors import AtelierError, MemoryShortageError, TrainingError
-from ..events import EventLog, Finished, Opened, Preflight, Sampled, Saved
+from ..errors import AtelierError, DataError, MemoryShortageError, TrainingError
+from ..events import EventLog, Finished, Opened, Preflight, Sampled
 from ..models.base import Model
 from ..models.load import load_model
 from ..models.room import let_go
+from ..modes.base import MODES
 from ..params import core
-from ..params.codec import load
-from ..params.files import read_json, write_json
+from ..params.files import json_bytes
 from ..params.job import Job
-from ..paths import is_file
 from ..places import Places
+from ..writing import sweep, why, write_new
 from . import arguments
 from .build import PassPlan, draw_seed
-from .catalogue import catalogue
 from .control import Control
-from .csvlog import CsvLog
-from .devices import SpillWatch
 from .flags import bf16_warning, training_flags
-from .loop import Hooks, run_steps
+from .folder import RunFolder, new_folder, open_folder
+from .keeping import Keeper
+from .loop import Hooks, run_steps, tell
 from .losses import LossRing
-from .output import write_network
 from .passes import Passes, plan_passes
 from .preflight import (
     check_before_loading,
     long_prompts,
-    lora_path,
     resolve_model,
     resolve_texts,
     with_lora_files,
 )  # fmt: skip
 from .process import Process, this_process
+from .resume import Weights, check_state_job, check_weights, weights_of
 from .samples import sample, write_samples
 from .session import Session
-from .shortage import LOADING, PREVIEW, SAVING, TRAINING, WHOLE, phase
+from .shortage import LOADING, PREVIEW, TRAINING, WHOLE, phase
 from .site import Site
-from .state import State, read_state, restore_state, write_state
-from .trackers import TRACKERS
-
-JOB_FILE = "job.json"
+from .state import State, read_state, restore_state
 
 
 @dataclass(frozen=True)
@@ -85,16 +79,6 @@ class Request:
     device: torch.device | None = None
 
 
-def read_job(folder: Path) -> Job:
-    """The job a run folder was started with; what it needed to begin may be gone. Raises TrainingError when it is not
-    a run folder, JobError when its job is damaged.
-    """
-    path = folder / JOB_FILE
-    if not is_file(path):
-        raise TrainingError(f"{folder} is not a run folder: it has no {JOB_FILE}. Run folders are below logs/<date>/.")
-    return load(read_json(path), catalogue(), complete=False).job
-
-
 def run(request: Request, log: EventLog, control: Control | None = None) -> Result:
     """Carry out one job. Every ending is told as a Finished event; errors are raised after it was told.
 
@@ -108,7 +92,7 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
     began = time.perf_counter()
     try:
         device = request.model.device if request.model else process.device()
-        with training_flags(device), phase(WHOLE, request.job, device):
+        with training_flags(device), phase(WHOLE, request.job, device), _files():
             result = _run(request, process, log, control, step)
     except BaseException as error:
         let_go(error)
@@ -120,6 +104,17 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
     return result
 
 
+@contextlib.contextmanager
+def _files() -> Iterator[None]:
+    """Say of a file that cannot be read or written which it is and why. Raises TrainingError."""
+    try:
+        yield
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        message = f"The run had to end: {name}{why(error)}. Make room or free the file; a state that is kept goes on."
+        raise TrainingError(message) from error
+
+
 def _run(request: Request, process: Process, log: EventLog, control: Control, step: list[int]) -> Result:
     job, places = request.job, request.places
     written = [plan.kind.suffix for plan in plan_passes(job) if plan.written]
@@ -128,47 +123,76 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     for line in long_prompts(job, places, request.model):
         log.warn(line)
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
-    folder = request.resume or places.run_folder(job[core.Save].save_lora_name or "untitled", datetime.now())
-    saved = read_state(folder) if request.resume else None
-    model, request.model = request.model, None
-    if model is None:
-        with phase(LOADING, job, process.device(), partial(_file_bytes, job, places)):
-            model = load_base(job, places, process, log)
-    if warning := bf16_warning(model.device, model.compute):
-        log.warn(warning)
-    cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None)
-    site = Site(places, process, log, folder, cache, lambda: control.stopping, request.estimates)
-    passes = Passes(plan_passes(job), model, site, found, drawn)
-    try:
+    name = job[core.Save].save_lora_name or "untitled"
+    with contextlib.ExitStack() as stack:
+        held: RunFolder | None = None
+        if process.leads and not request.dry:
+            held = open_folder(request.resume) if request.resume else new_folder(places, name)
+            stack.callback(held.close)
+        saved = read_state(request.resume) if request.resume else None
+        if saved is not None:
+            check_state_job(saved[1], job)
+        folder = request.resume or (held.path if held else places.run_folder(name, datetime.now()))
+        model, request.model = request.model, None
+        if model is None:
+            with phase(LOADING, job, process.device(), partial(_file_bytes, job, places)):
+                model = load_base(job, places, process, log)
+        if warning := bf16_warning(model.device, model.compute):
+            log.warn(warning)
+        weights = {} if request.dry and saved is None else weights_of(model)
+        if saved is not None:
+            check_weights(saved[1], weights, model.name, _parts_in_use(job, weights))
+        cache = TensorCache(places.cache if job[core.Images].data_cache == "disk" else None, warn=log.warn)
+        site = Site(places, process, log, folder, cache, lambda: control.stopping, request.estimates)
+        passes = Passes(plan_passes(job), model, site, found, drawn)
+        stack.callback(passes.close)
         lines = passes.survey(_resumed_pass(saved), dry=request.dry)
         log.tell(Preflight(lines))
         if request.dry:
             return Result("checked", None, None, lines)
-        if process.leads:
-            _open_folder(job, places, folder)
+        if held is not None:
+            held.keep_job(job)
+            _keep_settings(job, places, folder, log)
+            sweep(places.loras)
             log.tell(Opened(str(folder)))
         for plan in passes.plans:
-            reason, path = _run_pass(passes, plan, saved, control, step)
+            reason, path = _run_pass(passes, plan, saved, control, Kept(held, weights, step))
             if reason != "done":
                 break
         return Result(reason, path, folder, lines, step[0])
-    finally:
-        passes.close()
+
+
+def _parts_in_use(job: Job, parts: Collection[str]) -> set[str]:
+    """The parts of the base model that decide how a run goes on: all but the VAE of a mode without images."""
+    source = MODES.get(job[core.Task].mode).passes()[0].source
+    return set(parts) - ({"vae"} if source == "prompts" else set())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What all passes of a run share: its folder (None where another process leads), the weights of the base model, and
+    the optimizer steps of the last pass.
+    """
+
+    folder: RunFolder | None
+    weights: Weights
+    step: list[int]
 
 
 def _run_pass(
-    passes: Passes, plan: PassPlan, saved: State | None, control: Control, step: list[int]
+    passes: Passes, plan: PassPlan, saved: State | None, control: Control, kept: Kept
 ) -> tuple[str, Path | None]:
     """Carry out one pass, or take its result from where it is already. Returns (reason, LoRA file) as in `Result`."""
     log, places = passes.site.log, passes.site.places
     resumed_pass = _resumed_pass(saved)
     session = passes.begin(plan, resumed=plan.number <= resumed_pass)
-    step[0] = 0
+    kept.step[0] = 0
+    keeper = Keeper(session, kept.folder, kept.weights, places, log, passes.keep_results)
     ready = passes.fill(plan, session, resumed_pass)
     if ready:
         log.note(f"Pass {plan.number + 1} is there already, from {ready}.")
         passes.settle(plan, session, trained=False)
-        return "done", _write(session, places, log) if plan.written and plan.number > resumed_pass else None
+        return "done", keeper.lora() if plan.written and plan.number > resumed_pass else None
     if len(passes.plans) > 1:
         log.note(f"Pass {plan.number + 1} of {len(passes.plans)}: {session.limits.total_steps} steps.")
     ring = LossRing(passes.model.device)
@@ -176,10 +200,10 @@ def _run_pass(
         restore_state(session, ring, *saved)
         log.note(f"Resuming after step {session.step} of {session.limits.total_steps}.")
     try:
-        with _listeners(session, log):
-            reason, path = _train(session, plan, places, ring, log, control)
+        with keeper.listeners():
+            reason, path = _train(session, plan, ring, keeper, log, control)
     finally:
-        step[0] = session.step
+        kept.step[0] = session.step
     if reason == "done":
         passes.settle(plan, session, trained=True)
     return reason, path
@@ -218,69 +242,45 @@ def _file_bytes(job: Job, places: Places) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _open_folder(job: Job, places: Places, folder: Path) -> None:
-    """Make the run folder with the job in it, and the settings JSON when the job asks for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / JOB_FILE, job.to_dict(full=True))  # as a whole: a run that goes on needs the one it has
-    if job[core.Save].save_as_json:
-        write_json(places.json / folder.parent.name / f"{folder.name}.json", job.to_dict(full=True))
-
-
-@contextlib.contextmanager
-def _listeners(session: Session, log: EventLog) -> Iterator[None]:
-    """CSV and trackers of this run, for its duration."""
-    job, name = session.job, session.name
-    opened: list[Any] = []
-    settings = job.to_dict(full=True)
-    if session.process.leads:
-        opened.append(SpillWatch(session.model.device, log))
-        if job[core.Log].logging_save_csv:
-            header = {**settings, "model_version": session.model.family.base_version}
-            opened.append(CsvLog(session.folder / f"{name}.csv", header, session.step))
-        for tracker in job[core.Log].logging_trackers:
-            opened.append(TRACKERS[tracker](session.folder, name, settings, session.network.mean_abs_weight))
-    for listener in opened:
-        log.listen(listener)
+def _keep_settings(job: Job, places: Places, folder: Path, log: EventLog) -> None:
+    """Write the settings JSON when the job asks for it; one of other settings is kept."""
+    if not job[core.Save].save_as_json:
+        return
+    path = places.json / folder.parent.name / f"{folder.name}.json"
     try:
-        yield
-    finally:
-        for listener in opened:
-            log.forget(listener)
-            listener.close()
-
-
-def _write(session: Session, places: Places, log: EventLog, steps: str = "", final: bool = True) -> Path:
-    """Write the LoRA file of a session, with `steps` at the end of its name; returns where it is."""
-    path = lora_path(session.job, places, session.suffix + steps)
-    if session.process.leads:
-        with phase(SAVING, session.job, session.model.device), session.evaluating():
-            path = write_network(session, path, log.note if final else lambda line: None)
-        log.tell(Saved(str(path), session.step, final))
-    return path
+        write_new(path, json_bytes(job.to_dict(full=True)))
+    except OSError as error:
+        log.warn(f"The settings cannot be written to {path}: {why(error)}. The run goes on; its folder has them too.")
 
 
 def _train(
-    session: Session, plan: PassPlan, places: Places, ring: LossRing, log: EventLog, control: Control
+    session: Session, plan: PassPlan, ring: LossRing, keeper: Keeper, log: EventLog, control: Control
 ) -> tuple[str, Path | None]:
-    def keep(ring: LossRing) -> None:
-        if session.process.leads:
-            write_state(session, ring)
-
-    def save_now() -> None:
+    def save() -> None:
         if plan.written:
-            _write(session, places, log, f"_{session.step}steps", final=False)
+            keeper.copy()
 
-    hooks = Hooks(keep=keep, save=save_now, sample=lambda: _sample(session, log))
-    with phase(TRAINING, session.job, session.model.device):
-        run_steps(session, control, log, ring, hooks)
+    def keep(ring: LossRing) -> None:
+        keeper.state(ring)
+
+    hooks = Hooks(keep=keep, save=save, sample=lambda: _sample(session, log))
+    try:
+        with phase(TRAINING, session.job, session.model.device):
+            run_steps(session, control, log, ring, hooks)
+    except DataError:  # between two steps: an entry of the cache is gone
+        tell(session, ring, log)
+        keeper.state(ring)
+        raise
+    unkept = keeper.state(ring)  # before the file: where that cannot be written, this is what the run goes on from
     if session.step < session.limits.total_steps:
-        keep(ring)
-        if not control.saving:
-            return "stopped", None
-        return "saved_early", _write(session, places, log)
-    path = _write(session, places, log, final=plan.final) if plan.written else None
-    if session.limits.state_every:
-        keep(ring)
+        if control.saving:
+            return "saved_early", keeper.last_lora(unkept, final=True)
+        if unkept:
+            raise TrainingError(f"The run was stopped at step {session.step}, but {unkept[:1].lower()}{unkept[1:]}")
+        return "stopped", None
+    path = keeper.last_lora(unkept, plan.final) if plan.written else None
+    if not session.limits.state_every:
+        keeper.drop_state()
     return "done", path
 
 
@@ -294,7 +294,11 @@ def _sample(session: Session, log: EventLog) -> None:
     except MemoryShortageError as error:
         log.warn(f"No preview was drawn at step {session.step}, the training goes on. {error}")
         return
-    paths = write_samples(pictures, session.folder / f"samples{session.suffix}", f"{session.step:06d}")
+    try:
+        paths = write_samples(pictures, session.folder / f"samples{session.suffix}", f"{session.step:06d}")
+    except OSError as error:
+        log.warn(f"The sample images of step {session.step} cannot be written: {why(error)}. The run goes on.")
+        return
     log.tell(Sampled(session.step, tuple(map(str, paths))))
 
 

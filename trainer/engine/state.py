@@ -7,9 +7,12 @@ and random draws need no state of their own: both are functions of the step.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,20 +20,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import TrainingError, brief
 from ..optim.state import flatten, restore, unflatten
+from ..writing import replace, why
 from .flat import HALF
 from .losses import LossRing
+from .resume import Weights
 from .session import Session
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors and facts of a state file."""
 STATE_FILE = "state.safetensors"
-FORMAT = 1
+FORMAT, OLD_FORMAT = 2, 1
+"""The older one says neither how the run was set up nor on which weights, and has no digest."""
 
 
-def write_state(session: Session, ring: LossRing) -> Path:
-    """Write the state of a session whose losses have been read. The file before it stays whole until the new one is."""
+_FACTS: dict[str, tuple[type, ...]] = {
+    "step": (int,), "pass": (int,), "processes": (int,), "data": (str,), "loss_average": (float, int, NoneType),
+    "loss_plateau": (float, int, NoneType), "optimizer": (dict,), "scheduler": (dict,), "scaler": (dict,),
+}  # fmt: skip
+
+
+def write_state(session: Session, ring: LossRing, weights: Weights) -> Path:
+    """Write the state of a session whose losses have been read. The file before it stays whole until the new one is.
+
+    `weights`: of the base model, see `resume.weights_of`. Raises TrainingError when it cannot be written.
+    """
     with session.flat.exact():
         tensors: dict[str, Tensor] = {f"network/{key}": value for key, value in session.network.state_dict().items()}
     optimizer_tensors, optimizer_json = flatten(session.optimizer.state_dict())
@@ -44,7 +59,11 @@ def write_state(session: Session, ring: LossRing) -> Path:
         "format": FORMAT,
         "step": session.step,
         "pass": session.number,
+        "total": session.limits.total_steps,
         "seed": session.seed,
+        "job": session.asked.to_dict(full=True),
+        "model": session.model.name,
+        "weights": weights,
         "data": session.source.fingerprint(),
         "processes": session.process.count,
         "loss_average": ring.average,
@@ -54,14 +73,33 @@ def write_state(session: Session, ring: LossRing) -> Path:
         "scaler": session.scaler.state_dict(),
         "skips": session.skips.state_dict(),
     }
-    target = session.folder / STATE_FILE
-    temporary = target.with_suffix(".tmp")
     whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(whole, temporary, metadata={"state": json.dumps(facts)})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    return _put(session.folder / STATE_FILE, whole, json.dumps(facts))
+
+
+def _put(target: Path, tensors: dict[str, Tensor], facts: str) -> Path:
+    """Write the file beside its place and move it there. Raises TrainingError; the state before it is still whole."""
+    temporary = target.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata={"state": facts, "digest": _digest(tensors, facts)})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TrainingError(f"The resume state cannot be written to {target.parent}: {why(error)}.") from error
     return target
+
+
+def _digest(tensors: dict[str, Tensor], facts: str) -> str:
+    """A SHA-256 of everything in the file."""
+    digest = hashlib.sha256(facts.encode())
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_state(folder: Path) -> State:
@@ -74,44 +112,83 @@ def read_state(folder: Path) -> State:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["state"])
+            metadata = file.metadata() or {}
+            facts = json.loads(metadata["state"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+            given = facts["format"]
+        whole = metadata.get("digest") == _digest(tensors, metadata["state"])
+    except (SafetensorError, LookupError, TypeError, ValueError, OSError, RuntimeError, RecursionError) as error:
         raise TrainingError(
             f"The resume state in {folder.name} cannot be read ({error}). Start the job anew."
         ) from error
-    if facts.get("format") != FORMAT:
+    if given not in (OLD_FORMAT, FORMAT):
         raise TrainingError(
-            f"The resume state in {folder.name} has format {facts.get('format')}, this version reads {FORMAT}."
+            f"The resume state in {folder.name} has format {brief(given)}, this version reads {FORMAT}."
         )
+    if not whole and not (given == OLD_FORMAT and "digest" not in metadata):
+        raise TrainingError(
+            f"The resume state in {folder.name} is damaged: its contents are not those that were written. Put "
+            f"{STATE_FILE} back from a copy, or start the job anew."
+        )
+    wrong = [key for key, kinds in _FACTS.items() if type(facts.get(key)) not in kinds]
+    if wrong:
+        raise TrainingError(f"The resume state in {folder.name} is damaged: {', '.join(wrong)}. Start the job anew.")
     return tensors, facts
 
 
 def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Put a freshly built session where the state left off. Raises TrainingError when data or job are not the same."""
+    """Put a freshly built session where the state left off. Raises TrainingError when data or job are not the same.
+
+    Where the run is longer than the one that wrote the state, the schedule is taken to where it would be in the longer
+    one.
+    """
     if facts["data"] != session.source.fingerprint():
         raise TrainingError(
             "The pictures, captions or image settings changed since this run was stopped. Start the job anew."
         )
     if facts["processes"] != session.process.count:
         raise TrainingError(f"The run used {facts['processes']} process(es), now there are {session.process.count}.")
+    if facts["step"] > session.limits.total_steps:
+        raise TrainingError(
+            f"The run has done {facts['step']} steps already, and {session.limits.total_steps} are asked for. Ask for "
+            "more (train_iterations, or train_epochs)."
+        )
+    try:
+        _restore(session, tensors, facts)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise TrainingError(
+            f"The resume state does not fit this run ({type(error).__name__}: {error}). It is of other settings, of "
+            "other versions of the optimizers, or damaged. Start the job anew."
+        ) from error
+    ring.average, ring.plateau = facts["loss_average"], facts["loss_plateau"]
+    session.step = facts["step"]
 
+
+def _restore(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
     with torch.no_grad(), session.flat.exact():
         for key, value in session.network.state_dict(keep_vars=True).items():
-            value.copy_(tensors[f"network/{key}"])
+            held = tensors[f"network/{key}"]
+            if held.shape != value.shape:
+                raise ValueError(f"{key} has the shape {tuple(held.shape)}, not {tuple(value.shape)}")
+            value.copy_(held)
     session.flat.publish()
+    schedule = unflatten(part("scheduler/"), facts["scheduler"])
+    longer = facts.get("total", session.limits.total_steps) != session.limits.total_steps
+    moved = session.scheduler.forward(schedule) if longer else ()
     restore(session.optimizer, unflatten(_moments(part("optimizer/"), facts), facts["optimizer"]))
-    session.scheduler.load_state_dict(unflatten(part("scheduler/"), facts["scheduler"]))
+    if longer:
+        for group, settings in zip(session.optimizer.param_groups, moved, strict=True):
+            group.update(settings)
+    else:
+        session.scheduler.load_state_dict(schedule)
     session.scaler.load_state_dict(facts["scaler"])
     session.skips.load_state_dict(facts.get("skips", {}))
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
-    ring.average, ring.plateau = facts["loss_average"], facts["loss_plateau"]
-    session.step = facts["step"]
 
 
 def _moments(tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:

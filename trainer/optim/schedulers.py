@@ -87,6 +87,23 @@ class Schedule:
         """Everything that changes; `state.flatten` takes it to a file."""
         return {"done": self.done, "first": list(self._first), "inner": self.inner.state_dict()}
 
+    def forward(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Take a fresh schedule to where `state`, of a run of another length, was; returns what it then changed in each
+        group of the optimizer, whose own state is still to be restored.
+
+        A schedule that watches the loss does not depend on the length: it goes on from `state`.
+        """
+        fresh = [dict(group) for group in self.optimizer.param_groups]
+        if isinstance(self.inner, lr_scheduler.ReduceLROnPlateau):
+            self.load_state_dict(state)
+            return [{} for _ in fresh]
+        for _ in range(state["done"]):
+            self.step()
+        return [
+            {key: value for key, value in group.items() if key == "lr" or value is not before[key]}
+            for group, before in zip(self.optimizer.param_groups, fresh, strict=True)
+        ]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; the rates themselves come back with the optimizer's state."""
         self.done = state["done"]
