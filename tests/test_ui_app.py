@@ -1,10 +1,12 @@
 """The standalone app: its door, its port, and one real training from click to file through the routes."""
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +24,13 @@ from trainer.cli.app import EVERYWHERE, FIRST_PORT, LOOPBACK, AppOptions, bind, 
 from trainer.cli.main import main
 from trainer.cli.service import make_service
 from trainer.errors import AtelierError
-from trainer.hosts.guard import LOCAL_NAMES, Guard, host_name
+from trainer.hosts.brake import Brake
+from trainer.hosts.guard import LOCAL_NAMES, Guard, Sending, host_name
 from trainer.hosts.standalone import Standalone
 from trainer.params.job import Job
 from trainer.places import BASE_PICTURES, Places
 from trainer.ui.api import add_routes
+from trainer.ui.http import same_origin
 from trainer.ui.wish import Wish
 
 # ------------------------------------------------------------------------------------------------------ the door
@@ -50,6 +54,9 @@ async def _hello(scope: Any, receive: Any, send: Any) -> None:
         ("", 403),
         ("[::1", 403),
         ("192.168.0.5:7860", 403),
+        ("[::1].evil.com", 403),
+        ("[::1]evil.com:80", 403),
+        ("127.0.0.1:80.evil.com", 403),
     ],
 )
 def test_only_names_of_this_machine_are_answered(host: str, status: int) -> None:
@@ -62,7 +69,12 @@ def test_any_name_when_it_listens_for_others() -> None:
 
 
 def test_a_password_stands_before_everything() -> None:
-    client = Client(Guard(_hello, None, "me:pässword: with colon"))
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    client = Client(Guard(_hello, None, "me:pässword: with colon", brake=Brake(sleep=sleep)))
 
     def ask(header: str) -> int:
         return client.get("/", authorization=header).status
@@ -71,15 +83,103 @@ def test_a_password_stands_before_everything() -> None:
         return "Basic " + base64.b64encode(text.encode()).decode()
 
     assert ask(basic("me:pässword: with colon")) == 200 == ask(basic("me:pässword: with colon").replace("B", "b", 1))
-    for wrong in ("", "Basic", "Basic !!!", "Bearer x", basic("me:"), basic("me:other"), basic("you:pässword")):
+    assert not slept
+    given = ("Basic", "Basic !!!", "Basic \xff", "B\xe4sic x", "Bearer x", basic("me:"), basic("me:other"))
+    for wrong in ("", *given):
         assert ask(wrong) == 401, wrong
+    assert len(slept) >= len(given) and min(slept) > 0.5, "each wrong one takes its time"
     refused = client.get("/")
     assert refused.headers["www-authenticate"].startswith("Basic realm=")
 
 
-def test_a_websocket_is_refused_too() -> None:
-    import asyncio
+def test_tries_from_one_address_wait_for_each_other_and_others_do_not() -> None:
+    now, asked = [0.0], []
 
+    async def sleep(seconds: float) -> None:
+        asked.append(seconds)
+        now[0] += seconds
+        await asyncio.sleep(0)
+
+    async def guess() -> None:
+        brake = Brake(lambda: now[0], sleep)
+        start = now[0]
+        for _ in range(30):
+            assert await brake.turn("attacker")
+            await brake.wrong("attacker")
+        assert 30 <= now[0] - start <= 90
+        before = len(asked)
+        assert await brake.turn("somebody else") and len(asked) == before
+        brake.right("attacker")
+        assert await brake.turn("attacker") and len(asked) == before, "who knows the password is not held up"
+
+    async def at_once() -> None:
+        never = asyncio.Event()
+
+        async def wait(seconds: float) -> None:
+            if seconds > 1.5:
+                await never.wait()
+
+        brake = Brake(lambda: 5.0, wait)
+        for _ in range(5):
+            await brake.wrong("attacker")
+        assert await brake.turn("attacker")
+        tries = [asyncio.create_task(brake.turn("attacker")) for _ in range(100)]
+        await asyncio.sleep(0.01)
+        assert sum(task.done() and not task.result() for task in tries) == 90
+        never.set()
+        await asyncio.gather(*tries)
+
+    asyncio.run(guess())
+    asyncio.run(at_once())
+
+
+def test_pages_elsewhere_can_send_nothing_and_show_no_frame() -> None:
+    guard = Guard(_hello, LOCAL_NAMES, sending=Sending(same_origin, writable="/atelier/v1/", largest=100))
+    client = Client(guard)
+    foreign = [
+        {"sec_fetch_site": "cross-site", "origin": "http://evil.com"}, {"sec_fetch_site": "same-site"},
+        {"origin": "http://evil.com"}, {"origin": "null"},
+    ]  # fmt: skip
+    form = {"content_type": "multipart/form-data; boundary=x"}
+    for path in ("/gradio_api/upload", "/upload", "/gradio_api/queue/join", "/run/predict", "/atelier/v1/start", "/"):
+        for headers in foreign:
+            assert client.post(path, b"--x", **headers, **form).status == 403, (path, headers)
+            assert client.send("GET", path, b"", "", headers).status == 403, (path, headers)
+    for path in ("/gradio_api/upload", "/gradio_api/queue/join", "/login"):
+        assert client.post(path, b"--x", sec_fetch_site="same-origin", **form).status == 405, path
+    full = client.post("/atelier/v1/start", b"x" * 100, sec_fetch_site="same-origin", content_length="100")
+    assert full.status == 200
+    for size in ("101", "-1", "1" * 5000, "x"):
+        assert client.post("/atelier/v1/start", b"x", content_length=size).status == 413
+    link = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
+    followed = client.send("GET", "/", b"", "", {**link, "sec_fetch_dest": "document"})
+    assert followed.status == 200, "a link to the page is no attack"
+    assert client.send("GET", "/", b"", "", {**link, "sec_fetch_dest": "iframe"}).status == 403
+    for answer in (followed, client.get("/", origin="http://evil.com")):
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
+
+
+def test_a_body_that_grows_without_end_is_broken_off() -> None:
+    taken: list[int] = []
+
+    async def reads(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            taken.append(len(message["body"]))
+        await _hello(scope, receive, send)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"x" * 10, "more_body": True}
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(reads, LOCAL_NAMES, sending=Sending(largest=100))(scope, receive, send))
+    assert sum(taken) == 110
+
+
+def test_a_websocket_is_refused_too() -> None:
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -108,8 +208,6 @@ def test_the_routes_ask_for_the_password_themselves(tmp_path: Path) -> None:
 
 
 def test_what_is_no_request_passes() -> None:
-    import asyncio
-
     seen: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -132,6 +230,67 @@ def test_it_listens_on_this_machine_alone() -> None:
             assert second.getsockname()[1] > port
         with pytest.raises(AtelierError, match=rf"Port {port} cannot be used.*--port"):
             bind(LOOPBACK, port)
+
+
+def test_who_sends_half_a_request_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """And a client that leaves in the middle of a body leaves no traceback."""
+    from trainer.cli import server as server_module
+
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.6)
+        await _hello(scope, receive, send)
+
+    async def nothing() -> None:
+        pass
+
+    with bind(LOOPBACK, 0) as listening:
+        ready = threading.Event()
+        server = server_module.Server(server_module.config(slow), ready.set, nothing)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            assert ready.wait(30)
+            halves = [socket.create_connection(listening.getsockname(), 20) for _ in range(20)]
+            for number, half in enumerate(halves):
+                half.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "[: 2 * number])
+            assert [half.recv(10) for half in halves] == [b""] * 20
+            with contextlib.closing(socket.create_connection(listening.getsockname(), 20)) as whole:
+                for _ in range(2):
+                    whole.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                    answer = b""
+                    while b"0\r\n\r\n" not in answer:
+                        part = whole.recv(1000)
+                        assert part, "a long answer is waited for"
+                        answer += part
+                    assert answer.startswith(b"HTTP/1.1 200") and b"hello" in answer
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            for half in halves:
+                half.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_client_that_leaves_within_a_body_is_no_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    app = FastAPI()
+    service = make_service(Standalone(Places.standalone(tmp_path / "models").under(tmp_path / "out")))
+    add_routes(app, service)
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/atelier/v1/validate", "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400 and "Traceback" not in capsys.readouterr().err
+    service.queue.close(60)
 
 
 def test_what_is_printed_says_who_can_reach_it(tmp_path: Path) -> None:

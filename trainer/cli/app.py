@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AtelierError
-from ..hosts.guard import LOCAL_NAMES, Guard
+from ..hosts.guard import LOCAL_NAMES, Guard, Sending
 from ..places import Places
 from ..ui.service import Service
 
@@ -60,12 +60,15 @@ def make_app(options: AppOptions, service: Service) -> Any:
     from fastapi import FastAPI
 
     from ..ui.api import add_routes
+    from ..ui.http import same_origin
     from ..ui.tab import mount
+    from ..ui.views import PREFIX
 
     app = FastAPI(title="Atelier", docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, service)
     page = mount(app, service.catalogue)
-    return Guard(page, None if options.listen else {*LOCAL_NAMES, *options.names}, options.login)
+    names = None if options.listen else {*LOCAL_NAMES, *options.names}
+    return Guard(page, names, options.login, Sending(same_origin, writable=f"{PREFIX}/"))
 
 
 def serve(options: AppOptions) -> int:
@@ -89,24 +92,18 @@ def serve(options: AppOptions) -> int:
 
 
 def _run(app: Any, service: Service, listening: socket.socket, options: AppOptions) -> None:
-    import uvicorn
+    from .server import Server, config
 
-    class Server(uvicorn.Server):
-        """Says where it listens once it does, and lets the running job write its state before it ends."""
+    def ready() -> None:
+        print(greeting(listening.getsockname()[1], options), flush=True)
 
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            print(greeting(listening.getsockname()[1], options), flush=True)
+    async def ending() -> None:
+        if service.queue.running() is not None:
+            print("Ending the running job after this step; it can be resumed.", file=sys.stderr, flush=True)
+        await asyncio.to_thread(service.queue.close, PATIENCE)
 
-        async def shutdown(self, sockets: Any = None) -> None:
-            if service.queue.running() is not None:
-                print("Ending the running job after this step; it can be resumed.", file=sys.stderr, flush=True)
-            await asyncio.to_thread(service.queue.close, PATIENCE)
-            await super().shutdown(sockets)
-
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has ended everything
-        Server(config).run(sockets=[listening])
+        Server(config(app), ready, ending).run(sockets=[listening])
 
 
 def greeting(port: int, options: AppOptions) -> str:

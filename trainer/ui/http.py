@@ -3,6 +3,7 @@ which the oldest FastAPI that a WebUI brings and the newest understand alike.
 """
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import math
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
+from starlette.requests import ClientDisconnect
 
 from ..errors import AtelierError, JobError
 from ..jobs.listing import QueueError, UnknownJobError
@@ -26,6 +28,8 @@ from .views import problems
 
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 WRITES = frozenset({"POST"})
+WRONG_SECONDS = 1.0
+"""Seconds before a wrong password is answered."""
 
 
 class RequestError(AtelierError):
@@ -184,6 +188,8 @@ def endpoint(handler: Handler, service: Any, log: Callable[[], None]) -> Callabl
     async def answered(request: Request) -> Response:
         try:
             if not await run_in_threadpool(service.host.authorised, request):
+                if request.headers.get("authorization"):
+                    await asyncio.sleep(WRONG_SECONDS)
                 raise RequestError(401, "Log in first.")
             if not same_origin(request.headers):
                 raise RequestError(403, "The request comes from another page.")
@@ -193,6 +199,8 @@ def endpoint(handler: Handler, service: Any, log: Callable[[], None]) -> Callabl
             return answer(await run_in_threadpool(handler, service, call))
         except AtelierError as error:
             return refusal(error, service.catalogue)
+        except ClientDisconnect:  # nobody is there to read it
+            return answer({"error": "The request was broken off.", "problems": []}, 400)
         except Exception as error:
             log()
             return answer({"error": f"{type(error).__name__} inside; see the console.", "problems": []}, 500)
