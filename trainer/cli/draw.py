@@ -11,8 +11,10 @@ from PIL import Image
 from ..adapters.foreign import read_any
 from ..adapters.metadata import JOB_KEY
 from ..adapters.network import Network
+from ..engine import shortage
 from ..engine.build import make_network
 from ..engine.catalogue import catalogue
+from ..engine.devices import decode, settle, using
 from ..engine.samples import SampleSettings, sample_latents, to_pil
 from ..errors import AdapterError, AtelierError, JobError
 from ..events import EventLog
@@ -20,13 +22,16 @@ from ..jsontext import parse
 from ..maths import rng
 from ..models.base import Model
 from ..models.load import load_model
+from ..models.room import give_back, let_go
 from ..params.codec import load
 from ..params.job import Job
 from ..ui.wish import Wish
 
 
 class Easel:
-    """Draws with the model used last still in memory, so that a row of pictures loads it once."""
+    """Draws with the model used last still in main memory, so that a row of pictures loads it once. Between pictures
+    nothing is on the device.
+    """
 
     def __init__(self) -> None:
         self._held: tuple[tuple[object, ...], Model] | None = None
@@ -34,15 +39,27 @@ class Easel:
     def clear(self) -> None:
         """Forget the model, before a training needs the memory."""
         self._held = None
+        give_back()
 
     def draw(
         self, wish: Wish, lora: Path | None, model: Path, vae: Path | None, device: torch.device
     ) -> Image.Image:
-        """The picture of a wish with these files. Raises AtelierError for those that cannot be used."""
-        loaded = self._model(model, vae, device)
-        with _worn(loaded, lora, wish.strength):
-            settings = SampleSettings(size=wish.size, steps=wish.steps, cfg=wish.cfg, seed=wish.seed)
-            return _picture(loaded, wish, settings)
+        """The picture of a wish with these files. Raises AtelierError for those that cannot be used, and
+        MemoryShortageError.
+        """
+        try:
+            with shortage.phase(shortage.PICTURE, device):
+                loaded = self._model(model, vae, device)
+                with _worn(loaded, lora, wish.strength):
+                    settings = SampleSettings(size=wish.size, steps=wish.steps, cfg=wish.cfg, seed=wish.seed)
+                    return _picture(loaded, wish, settings)
+        except BaseException as error:
+            let_go(error)
+            raise
+        finally:
+            if self._held is not None:
+                settle(self._held[1])
+            give_back()
 
     def _model(self, path: Path, vae: Path | None, device: torch.device) -> Model:
         key = (path, path.stat().st_mtime_ns, vae, device)
@@ -55,11 +72,14 @@ class Easel:
 
 @torch.no_grad()
 def _picture(model: Model, wish: Wish, settings: SampleSettings) -> Image.Image:
-    rows = model.encode_prompts([wish.prompt, wish.negative])
+    with using(model, *model.text_encoders):
+        rows = model.encode_prompts([wish.prompt, wish.negative])
     height, width = (edge // model.latent_factor for edge in wish.size)
     noise = rng.normal((model.latent_channels, height, width), "sample", wish.seed, 0, [0]).to(model.device)
-    latents = sample_latents(model, rows[:1], rows[1:], noise, settings)
-    return to_pil(model.decode(latents).float().cpu()[0])
+    with using(model, model.unet):
+        latents = sample_latents(model, rows[:1], rows[1:], noise, settings)
+    with using(model, model.vae):
+        return to_pil(decode(model, latents).float().cpu()[0])
 
 
 @contextlib.contextmanager

@@ -84,8 +84,10 @@ class Bench:
         job = self.host.resolve(self._with_loras(job))
         with self._turn:
             self._easel.clear()
-            with self.host.borrow(job, log) as model, self._watched(job, log, entry):
-                result = run(Request(job, self.host.places(), model=model, resume=folder), log, control)
+            with self.host.borrow(job, log) as lent, self._watched(job, log, entry):
+                request = Request(job, self.host.places(), model=lent, resume=folder)
+                del lent  # only `run` may hold it, so that its memory is free when the host takes its models back
+                result = run(request, log, control)
         if result.path is not None:
             self.host.refresh_loras()
         return Outcome(result.reason, str(result.path or ""), str(result.folder or ""))

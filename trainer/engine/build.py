@@ -192,7 +192,7 @@ def build(
     passes. A `resumed` pass gets its adapter from the state afterwards. Mode and stages prepare the adapter, unless it
     is not to be `prepared`, which is enough to report on. Raises MemoryShortageError naming the phase.
     """
-    with phase(PREPARING, plan.job, model.device):
+    with phase(PREPARING, model.device, plan.job):
         return _build(plan, model, site, found, beneath, resumed, prepared)
 
 
@@ -202,14 +202,14 @@ def _build(
     job, seed = plan.job, draw_seed(plan.job)
     train = job[core.Train]
     mode = MODES.get(job[core.Task].mode)(job)
-    with phase(ADAPTER, job, model.device):
+    with phase(ADAPTER, model.device, job):
         network = make_network(job, model, seed, site.log, resumed)
-    with phase(IMAGES, job, model.device):
+    with phase(IMAGES, model.device, job):
         source = SOURCES[plan.kind.source](job, model, seed, site, found)
     wanted = (stage for _, stage in STAGES.items() if mode.steps and stage.wanted(job))
     stages = tuple(stage(job) for stage in sorted(wanted, key=lambda stage: stage.turn))
     asked = (*source.prompts(), *mode.prompts(), *(prompt for stage in stages for prompt in stage.prompts()))
-    with phase(TEXTS, job, model.device):
+    with phase(TEXTS, model.device, job):
         text = make_text(job, model, network, beneath, (*asked, *arguments.previewed(job)), site)
     settle(model, model.unet, *(model.text_encoders if text.trained else ()))
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)

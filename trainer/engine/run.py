@@ -92,9 +92,10 @@ def run(request: Request, log: EventLog, control: Control | None = None) -> Resu
     began = time.perf_counter()
     try:
         device = request.model.device if request.model else process.device()
-        with training_flags(device), phase(WHOLE, request.job, device), _files():
+        with training_flags(device), phase(WHOLE, device, request.job), _files():
             result = _run(request, process, log, control, step)
     except BaseException as error:
+        request.model = None
         let_go(error)
         text = str(error) if isinstance(error, AtelierError) else f"{type(error).__name__}: {error}"
         log.tell(Finished("failed", None, step[0], text))
@@ -135,7 +136,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         folder = request.resume or (held.path if held else places.run_folder(name, datetime.now()))
         model, request.model = request.model, None
         if model is None:
-            with phase(LOADING, job, process.device(), partial(_file_bytes, job, places)):
+            with phase(LOADING, process.device(), job, partial(_file_bytes, job, places)):
                 model = load_base(job, places, process, log)
         if warning := bf16_warning(model.device, model.compute):
             log.warn(warning)
@@ -265,7 +266,7 @@ def _train(
 
     hooks = Hooks(keep=keep, save=save, sample=lambda: _sample(session, log))
     try:
-        with phase(TRAINING, session.job, session.model.device):
+        with phase(TRAINING, session.model.device, session.job):
             run_steps(session, control, log, ring, hooks)
     except DataError:  # between two steps: an entry of the cache is gone
         tell(session, ring, log)
@@ -289,7 +290,7 @@ def _sample(session: Session, log: EventLog) -> None:
     if not prompts or not session.process.leads:
         return
     try:
-        with phase(PREVIEW, session.job, session.model.device):
+        with phase(PREVIEW, session.model.device, session.job):
             pictures = _draw(session, prompts)
     except MemoryShortageError as error:
         log.warn(f"No preview was drawn at step {session.step}, the training goes on. {error}")

@@ -18,8 +18,10 @@ from ..stages.prior import PriorParams
 
 LOADING, ADAPTER, IMAGES, TEXTS = "loading the model", "making the adapter", "encoding images", "encoding texts"
 PREPARING, TRAINING, PREVIEW = "preparing the training", "training", "drawing a preview"
-SAVING, WHOLE = "saving the LoRA", "the run"
+SAVING, WHOLE = "saving the LoRA", "running the job"
 """The phases of a run."""
+PICTURE = "drawing a picture"
+"""Without a run."""
 
 _GIB = 2**30
 _ASKED = re.compile(r"(?:tried to allocate|to allocate|allocating)\s+([\d.]+)\s*(bytes|[KMGT]i?B)?", re.IGNORECASE)
@@ -28,9 +30,9 @@ _UNITS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 @contextmanager
 def phase(
-    name: str, job: Job, device: torch.device, needed: Callable[[], int] | None = None
+    name: str, device: torch.device, job: Job | None = None, needed: Callable[[], int] | None = None
 ) -> Iterator[None]:
-    """One phase of a run. Raises MemoryShortageError when memory runs out in it; everything is let go before.
+    """One phase. Raises MemoryShortageError when memory runs out in it; everything is let go before.
 
     `needed` works out the bytes that the phase takes; it is only asked then. None: what was in use and asked for.
     """
@@ -99,9 +101,11 @@ def _text(name: str, device: torch.device, needed: int | None, free: int | None,
     return f"{kind} ran out while {name}{told}. {listed[0].upper()}{listed[1:]}."
 
 
-def helps(name: str, job: Job, device: torch.device) -> list[str]:
+def helps(name: str, job: Job | None, device: torch.device) -> list[str]:
     """What to change in this job so that a phase needs less, most helpful first."""
     others = "close other programs that use the GPU" if device.type != "cpu" else "close other programs"
+    if job is None:
+        return ["draw a smaller picture", others]
     by_phase: dict[str, list[Callable[[Job], str]]] = {
         ADAPTER: [_type, _rank],
         IMAGES: [_vae, _size],

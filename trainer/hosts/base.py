@@ -57,7 +57,8 @@ class Host(Protocol):
         """Lend the GPU, and the loaded model where it is the one of the (resolved) job, to a training.
 
         None stands for: read the model from its file. Drawing waits inside the block; everything is given back at its
-        end, however it ends.
+        end, however it ends: first what the training took, if nobody holds the lent model any more, then what the host
+        had moved away for it.
         """
 
     def txt2img(self, prompt: str, negative: str, seed: int, size: tuple[int, int], steps: int, cfg: float) -> Any:

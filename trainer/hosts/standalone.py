@@ -10,6 +10,7 @@ from typing import Any
 from ..engine.arguments import text_files
 from ..events import EventLog
 from ..models.base import Model
+from ..models.room import give_back
 from ..params.core import Task
 from ..params.job import Job
 from ..places import Places
@@ -64,8 +65,11 @@ class Standalone:
 
     @contextmanager
     def borrow(self, job: Job, log: EventLog) -> Iterator[Model | None]:
-        """Nothing is loaded that could be lent."""
-        yield None
+        """Nothing is loaded that could be lent; what the training took of the device is given back at the end."""
+        try:
+            yield None
+        finally:
+            give_back()
 
     def txt2img(self, prompt: str, negative: str, seed: int, size: tuple[int, int], steps: int, cfg: float) -> Any:
         """None: there is no WebUI to draw it; who asks has a sampler of ours."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -10,13 +9,12 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..engine.arguments import precision, text_files
 from ..errors import AtelierError
 from ..events import EventLog
 from ..models.base import Model
 from ..models.live import Live, NotAdoptable, adopt, copied_bytes
+from ..models.room import give_back
 from ..params.core import Task, Train
 from ..params.job import Job
 from .access import gradio_lets_in
@@ -62,21 +60,19 @@ class WebUI(Folders):
         try:
             self._lent = True
             with ExitStack() as restore:
-                restore.callback(self._tidy)
-                model = self._adopted(job, log, restore)
-                if model is None:
-                    self.make_room(restore)
-                yield model
-                del model
+                try:
+                    model = self._adopted(job, log, restore)
+                    if model is None:
+                        self.make_room(restore)
+                finally:
+                    restore.callback(give_back)  # entered last, done first: before models of the WebUI come back
+                try:
+                    yield model
+                finally:
+                    del model
         finally:
             self._lent = False
             lock.release()
-
-    def _tidy(self) -> None:
-        """Give freed memory back to the device."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _adopted(self, job: Job, log: EventLog, restore: ExitStack) -> Model | None:
         """The loaded model in modules of our own; None, with the reason in the log, when its file has to be read."""
