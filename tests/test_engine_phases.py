@@ -38,7 +38,8 @@ class Card:
         self.there.clear()
 
     def known(self, model: Model, part: object) -> int:
-        for name, one in zip(("unet", *(f"te{n}" for n, _ in enumerate(model.text_encoders, 1)), "vae"), model.parts):
+        texts = [encoder.row.part for encoder in model.text_encoders]
+        for name, one in zip(("unet", *texts, "vae"), model.parts, strict=True):
             self.names[id(one)] = name
         self.held.append(part)  # no other part may get its number
         return id(part)

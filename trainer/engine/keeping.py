@@ -84,7 +84,7 @@ class Keeper:
         session = self._session
         path = lora_path(session.job, self._places, session.suffix + steps)
         if self._folder is not None:
-            with phase(SAVING, session.job, session.model.device), session.evaluating():
+            with phase(SAVING, session.model.device, session.job), session.evaluating():
                 written = write_network(session, path, self._log.note if final else lambda line: None)
             if written != path:
                 self._log.warn(name_note(path, written))
