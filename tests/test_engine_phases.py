@@ -1,4 +1,4 @@
-"""Which part of the model is on the device when: told by a stand-in for the device that notes what was brought there."""
+"""Which part of the model is on the device when, told by a stand-in for the device that notes what was brought."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_estimate")
 
 
 class Card:
-    """Parts are on the device when they were brought there and not taken off. `seen`: every use, with what was there."""
+    """Parts are on it when they were brought there and not taken off. `seen`: every use, with what was there then."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: dict[int, str] = {}

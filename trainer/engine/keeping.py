@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.file import name_note
-from ..errors import AdapterError, AtelierError, TrainingError
+from ..errors import AdapterError, AtelierError, MemoryShortageError, TrainingError
 from ..events import Event, EventLog, Saved
 from ..params import core
 from ..places import Places
@@ -76,7 +76,7 @@ class Keeper:
         """Write an intermediate LoRA file."""
         try:
             self.lora(f"_{self._session.step}steps", final=False)
-        except AdapterError as error:
+        except (AdapterError, MemoryShortageError) as error:
             self._warn(f"{error} The run goes on without this file.")
 
     def lora(self, steps: str = "", final: bool = True) -> Path:
