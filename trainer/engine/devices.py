@@ -19,6 +19,7 @@ from ..models.base import Model
 from ..models.room import empty_caches, is_shortage, let_go
 
 _SAMPLED = 4096
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -129,17 +130,17 @@ def decode(model: Model, latents_BCHW: Tensor) -> Tensor:
 
 
 def fingerprint(*modules: nn.Module | None) -> str:
-    """Identifies weights, precision included, by names, shapes, sums and an even sample of each tensor's values."""
+    """Identifies weights, precision included, by names, shapes and the bits of each tensor: their sum as whole numbers,
+    and an even sample of them. The same on every device: no sum of floating-point numbers depends on its order.
+    """
     digest = hashlib.sha256()
     for module in modules:
         if module is None:
             continue
         for name, tensor in module.state_dict().items():
-            flat = tensor.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
-            digest.update(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} {float(flat.sum(dtype=torch.float64))!r}".encode()
-            )
+            bits = tensor.detach().reshape(-1).view(_WHOLE[tensor.element_size()])
+            picked = bits[:: max(1, bits.numel() // _SAMPLED)].cpu()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
             digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
 

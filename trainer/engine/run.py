@@ -47,7 +47,7 @@ from .samples import sample, write_samples
 from .session import Session
 from .shortage import LOADING, PREVIEW, TRAINING, WHOLE, phase
 from .site import Site
-from .state import State, read_state, restore_state
+from .state import State, comparable, read_state, restore_state
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,11 @@ def _run_pass(
     ring = LossRing(passes.model.device)
     if saved and plan.number == resumed_pass:
         restore_state(session, ring, *saved)
+        if not comparable(saved[1]):
+            log.warn(
+                "This run was begun by an older version, which identified model and pictures in another way: it is not "
+                "checked whether they are still the same."
+            )
         log.note(f"Resuming after step {session.step} of {session.limits.total_steps}.")
     try:
         with keeper.listeners():

@@ -33,7 +33,7 @@ class SampleSettings:
 def _scheduler(model: Model, sampler: str) -> Any:
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    alphas = model.schedule.alphas_cumprod_T.double()
+    alphas = model.schedule.alphas_cumprod_T.cpu().double()
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     common = {"trained_betas": betas.clamp_max(0.999).numpy(), "prediction_type": model.schedule.prediction}
     if sampler == "ddim":

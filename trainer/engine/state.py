@@ -32,7 +32,8 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors and facts of a state file."""
 STATE_FILE = "state.safetensors"
 FORMAT, OLD_FORMAT = 2, 1
-"""The older one says neither how the run was set up nor on which weights, and has no digest."""
+"""The older one says neither how the run was set up nor on which weights, and has no digest; its fingerprints summed
+floating-point numbers, in an order of the device's own; half LoRAs had no float32 masters."""
 
 
 _FACTS: dict[str, tuple[type, ...]] = {
@@ -136,13 +137,18 @@ def read_state(folder: Path) -> State:
     return tensors, facts
 
 
+def comparable(facts: dict[str, Any]) -> bool:
+    """Whether the fingerprints in a state were made as they are now."""
+    return bool(facts["format"] != OLD_FORMAT)
+
+
 def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Put a freshly built session where the state left off. Raises TrainingError when data or job are not the same.
 
     Where the run is longer than the one that wrote the state, the schedule is taken to where it would be in the longer
     one.
     """
-    if facts["data"] != session.source.fingerprint():
+    if comparable(facts) and facts["data"] != session.source.fingerprint():
         raise TrainingError(
             "The pictures, captions or image settings changed since this run was stopped. Start the job anew."
         )
@@ -193,6 +199,6 @@ def _restore(session: Session, tensors: dict[str, Tensor], facts: dict[str, Any]
 
 def _moments(tensors: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
     """The optimizer's tensors; those of a state from before there were float32 masters in float32 as well."""
-    if "skips" in facts:
+    if facts["format"] != OLD_FORMAT:
         return tensors
     return {key: value.float() if value.dtype in HALF else value for key, value in tensors.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,17 +25,23 @@ def zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
 
 
 def _per_sample(values_T: Tensor, t_B: Tensor, like: Tensor) -> Tensor:
-    """values[t] shaped (B, 1, …) in the dtype and on the device of `like`."""
-    picked = values_T.to(like.device)[t_B.to(like.device)]
-    return picked.to(like.dtype).view(-1, *([1] * (like.dim() - 1)))
+    """values[t], both on the device of `like`, shaped (B, 1, …) and in its dtype."""
+    return values_T[t_B].to(like.dtype).view(-1, *([1] * (like.dim() - 1)))
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """ᾱ_t for t = 0 … T−1 and what the model predicts: `epsilon` or `v_prediction`."""
+    """ᾱ_t for t = 0 … T−1 and what the model predicts: `epsilon` or `v_prediction`.
+
+    √ᾱ, √(1−ᾱ) and the SNR are computed once, in float64 on the CPU, and kept as float32 tables on every device that asks
+    for them: no step copies one, and no float64 reaches a device.
+    """
 
     alphas_cumprod_T: Tensor
     prediction: str = EPSILON
+    _tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.prediction not in (EPSILON, V_PREDICTION):
@@ -46,8 +52,9 @@ class NoiseSchedule:
 
     def signal(self, t_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(√ᾱ_t, √(1−ᾱ_t)), each broadcastable over `like` (B, …)."""
-        alphas = self.alphas_cumprod_T.double()
-        return _per_sample(alphas.sqrt(), t_B, like), _per_sample((1 - alphas).sqrt(), t_B, like)
+        signal, noise, _ = self._on(like.device)
+        t = t_B.to(like.device)
+        return _per_sample(signal, t, like), _per_sample(noise, t, like)
 
     def add_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """x_t from clean latents and noise, (B, C, H, W)."""
@@ -79,5 +86,16 @@ class NoiseSchedule:
 
     def snr(self, t_B: Tensor) -> Tensor:
         """Signal-to-noise ratio ᾱ/(1−ᾱ), (B,) float32; 0 at the last step of a zero-terminal-SNR schedule."""
-        alphas = self.alphas_cumprod_T.double().to(t_B.device)[t_B]
-        return (alphas / (1 - alphas)).float()
+        return self._on(t_B.device)[2][t_B]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(√ᾱ, √(1−ᾱ), SNR), each (T,) float32 on a device."""
+        if device not in self._tables:
+            alphas = self.alphas_cumprod_T.detach().cpu().double()
+            signal, noise, snr = (
+                table.float().to(device) for table in (alphas.sqrt(), (1 - alphas).sqrt(), alphas / (1 - alphas))
+            )
+            if type(signal) is not type(self.alphas_cumprod_T):  # inside a fake mode, which must leave nothing behind
+                return signal, noise, snr
+            self._tables[device] = signal, noise, snr
+        return self._tables[device]

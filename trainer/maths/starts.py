@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .precise import double
+
 EXACT_UP_TO = 256
 _OVERSAMPLED, _ITERATIONS = 16, 8
 
@@ -26,7 +28,7 @@ def smallest_directions(weight: Tensor, rank: int, scale: float) -> tuple[Tensor
 
     From the eigenvectors of the smaller Gram matrix in float64, which is several times faster than a whole SVD.
     """
-    wide = weight.double().cpu() if weight.device.type == "mps" else weight.double()
+    wide = double(weight)
     turned = wide.shape[0] > wide.shape[1]
     rows = wide.T if turned else wide
     _, vectors = torch.linalg.eigh(rows @ rows.T)

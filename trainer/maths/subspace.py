@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precise import double
+
 EXACT_BELOW = 512
 """Matrices whose shorter side is at most this get an exact SVD where a truncated one would do."""
 
@@ -25,8 +27,9 @@ def least_rows(weight_OI: Tensor, count: int) -> Tensor:
         for _ in range(2):  # the second pass removes what rounding left of the first
             seeds = torch.linalg.qr(seeds - span @ (span.T @ seeds)).Q
         return seeds.T.contiguous()
-    weight = weight_OI.double()
-    return torch.linalg.eigh(weight.T @ weight).eigenvectors[:, :count].T.float().contiguous()
+    weight = double(weight_OI)
+    least = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, :count].T
+    return least.float().contiguous().to(weight_OI.device)
 
 
 def least_columns(weight_OI: Tensor, count: int) -> Tensor:

@@ -120,11 +120,11 @@ def likeness(one: Any, two: Any) -> tuple[float, float]:
         (down_a, up_a), (down_b, up_b) = one.factors(layer), two.factors(layer)
         if down_a.shape == down_b.shape:
             terms = [(a * b).sum() for a, b in ((down_a, down_b), (down_a, down_a), (down_b, down_b))]
-            products[0] += torch.stack(terms).double()
+            products[0] += torch.stack(terms).cpu().double()
         if down_a.shape[1] == down_b.shape[1] and len(up_a) == len(up_b):
             pairs = ((down_a, up_a, down_b, up_b), (down_a, up_a, down_a, up_a), (down_b, up_b, down_b, up_b))
             terms = [((d @ e.T) * (u.T @ v)).sum() for d, u, e, v in pairs]
-            products[1] += torch.stack(terms).double()
+            products[1] += torch.stack(terms).cpu().double()
     cosines = [float(p[0]) / math.sqrt(float(p[1] * p[2])) if float(p[1] * p[2]) > 0 else 0.0 for p in products]
     return cosines[0], cosines[1]
 
