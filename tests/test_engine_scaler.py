@@ -213,7 +213,7 @@ def test_a_state_from_before_there_were_masters_is_resumed(case, monkeypatch):
     stopped = train(case, stop_at(3, control), control=control, **changes)
     tensors, facts = state.read_state(stopped.folder)
     old = {key: value.bfloat16() if value.is_floating_point() else value for key, value in tensors.items()}
-    facts = {key: value for key, value in facts.items() if key != "skips"}
+    facts = {**{key: value for key, value in facts.items() if key != "skips"}, "format": state.OLD_FORMAT}
     monkeypatch.setattr("trainer.engine.run.read_state", lambda folder: (old, facts))
     trace = engine_case.Trace()
     assert train(case, trace, resume=stopped.folder, **changes).reason == "done"

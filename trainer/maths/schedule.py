@@ -33,8 +33,8 @@ def _per_sample(values_T: Tensor, t_B: Tensor, like: Tensor) -> Tensor:
 class NoiseSchedule:
     """ᾱ_t for t = 0 … T−1 and what the model predicts: `epsilon` or `v_prediction`.
 
-    √ᾱ, √(1−ᾱ) and the SNR are computed once, in float64 on the CPU, and kept as float32 tables on every device that asks
-    for them: no step copies one, and no float64 reaches a device.
+    √ᾱ, √(1−ᾱ) and the SNR are computed once, in float64 on the CPU, and kept as float32 tables on every device that
+    asks for them: no step copies one, and no float64 reaches a device.
     """
 
     alphas_cumprod_T: Tensor
