@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.catalogue import catalogue
-from ..engine.resume import read_job
+from ..engine.resume import amended, read_job
 from ..engine.run import Request
 from ..errors import JobError, Problem
 from ..events import EventLog
@@ -18,7 +18,7 @@ from ..params.codec import load
 from ..params.files import read_json
 from ..params.job import NOTE
 from ..params.presets import Presets
-from ..paths import is_file
+from ..paths import expanded, is_file
 from ..places import ROOT, Places
 
 
@@ -61,15 +61,16 @@ class Given:
 
 
 def request(name: str, given: Given, places: Places, *, resume: bool, dry: bool, log: EventLog) -> Request:
-    """What to run. With `resume`, `name` is a run folder and its own job is taken as it is."""
+    """What to run. With `resume`, `name` is a run folder; its own job is taken, with those settings laid over it that a
+    run that goes on may change.
+    """
     overrides, flags = given.overrides, flags_of(given.flags) if given.flags else {}
     if resume:
-        if overrides or flags:
-            raise JobError(
-                [Problem("--set", [*overrides, *flags], "a resumed run keeps its settings. Leave them away.")]
-            )
-        folder = Path(name)
-        return Request(read_job(folder), places, resume=folder, dry=dry)
+        folder = expanded(name)
+        before = read_job(folder)
+        laid = lay_over(apply_overrides(before.to_dict(full=True), overrides, catalogue()), flags, catalogue())
+        job = amended(before, laid) if overrides or flags else before
+        return Request(job, places, resume=folder, dry=dry)
     raw = lay_over(apply_overrides(raw_job(name), overrides, catalogue()), flags, catalogue())
     loaded = load(raw, catalogue())
     for line in loaded.warnings:

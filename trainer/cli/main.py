@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,11 @@ from ..events import EventLog
 from ..paths import expanded, is_dir
 from ..places import ROOT, Places
 from .spaces import add_basis, add_curvature
+from .streams import steady_streams
 from .terminal import Terminal, json_lines
+
+STOPPED = 130
+"""The exit status of a run that was stopped and can go on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, options.rest = parser.parse_known_args(argv)
     if options.rest and not options.takes_flags:
         parser.error(f"unknown words: {' '.join(options.rest)}")
-    try:
-        return int(options.run(options))
-    except AtelierError as error:
-        print(f"{type(error).__name__}: {error}" if options.verbose else str(error), file=sys.stderr)
-        return 1
+    with steady_streams():
+        try:
+            return int(options.run(options))
+        except AtelierError as error:
+            print(f"{type(error).__name__}: {error}" if options.verbose else str(error), file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("Ended at once.", file=sys.stderr)
+            return STOPPED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,20 +132,28 @@ def _places(options: argparse.Namespace) -> Places:
 
 
 def _stop_on_interrupt() -> Any:
-    """A control that Ctrl+C (or a polite kill) asks to stop after the step; the second time it ends at once."""
+    """A control that Ctrl+C, a polite kill or the end of the terminal asks to stop after the step. Ctrl+C a second time
+    ends at once; the other signals are often sent more than once and change nothing then.
+    """
     from ..engine.control import Control
 
     control = Control()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if control.stopping:
+        again = control.stopping
+        control.stop()
+        if again and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
-        print("Stopping after this step; the state is kept for --resume.", file=sys.stderr)
-        control.stop()
+        if not again:
+            with contextlib.suppress(RuntimeError):  # it can come in the middle of another line
+                print("Stopping after this step; the state is kept for --resume.", file=sys.stderr)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup wants it ignored
+        signal.signal(hangup, stop)
     return control
 
 
@@ -181,7 +198,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if result.path is None:
         print(f"No file was written. Continue with: train --resume {result.folder}", file=sys.stderr)
-        return 130
+        return STOPPED
     return 0
 
 

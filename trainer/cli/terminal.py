@@ -23,8 +23,8 @@ def json_lines(stream: TextIO) -> Any:
 class Terminal:
     """A listener for people: a bar for stages and steps, lines for everything else."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
         self._bar: Any = None
         self._name = ""
 

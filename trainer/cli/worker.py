@@ -20,7 +20,7 @@ from ..engine.costs import CostWatch
 from ..engine.folder import JOB_FILE
 from ..engine.preflight import check_before_loading
 from ..engine.process import this_process
-from ..engine.resume import read_job
+from ..engine.resume import amend, read_job
 from ..engine.run import Request, run
 from ..engine.state import STATE_FILE
 from ..errors import DataError, JobError, Problem
@@ -76,6 +76,12 @@ class Bench:
     def can_resume(self, folder: Path) -> bool:
         """Whether a run folder holds a job and a state."""
         return is_file(folder / STATE_FILE) and is_file(folder / JOB_FILE)
+
+    def amend(self, folder: Path, values: Mapping[str, object]) -> Mapping[str, object]:
+        """Give a run that goes on other settings, of those it may change; all its settings come back. Raises JobError,
+        TrainingError.
+        """
+        return amend(folder, values).to_dict(full=True)
 
     def run(self, entry: Entry, log: EventLog, control: Control) -> Outcome:
         """One job of the queue: the host lends what it has, gets it back however the run ends, and sees the LoRA."""

@@ -9,13 +9,14 @@ from typing import Any
 from ..errors import JobError, Problem, TrainingError, brief
 from ..models.base import Model
 from ..params import core
+from ..params.cli import lay_over
 from ..params.codec import load
 from ..params.files import read_json
 from ..params.job import SECOND_PASS, Job
 from ..paths import is_file
 from .catalogue import catalogue
 from .devices import fingerprint
-from .folder import JOB_FILE
+from .folder import JOB_FILE, open_folder
 
 LENGTH = frozenset({"train_iterations", "train_epochs"})
 _FREE_SECTIONS = (core.Save, core.Export, core.Log, core.Sample)
@@ -66,6 +67,27 @@ def _differences(before: Job, now: Job, prefix: str) -> Iterator[Problem]:
 def _other_second(before: Job, now: Job) -> Iterator[Problem]:
     if before.second is not None and now.second is not None:
         yield from _differences(before.second, now.second, f"{SECOND_PASS}.")
+
+
+def amended(before: Job, raw: Mapping[str, object]) -> Job:
+    """The job of a run that goes on with other settings, of those it may change. Raises JobError for all others."""
+    job = load(raw, catalogue(), complete=False).job
+    check_settings(before, job)
+    return job
+
+
+def amend(folder: Path, values: Mapping[str, object]) -> Job:
+    """Lay these settings over the job in a run folder, for when the run goes on; the job comes back. Raises JobError for
+    those that have to stay, TrainingError when the run is going on now.
+    """
+    before = read_job(folder)
+    job = amended(before, lay_over(before.to_dict(full=True), values, catalogue()))
+    held = open_folder(folder)
+    try:
+        held.keep_job(job)
+    finally:
+        held.close()
+    return job
 
 
 def check_state_job(facts: Mapping[str, Any], job: Job) -> None:

@@ -76,9 +76,9 @@ class Queue(Listing):
         over = self.snapshot().ended
         return tuple(entry for entry in over if entry.state == INTERRUPTED and self.can_resume(entry))
 
-    def can_resume(self, entry: Entry) -> bool:
-        """Whether a job that is over can go on from its state."""
-        over = entry.state in ENDED and entry.state != DONE
+    def can_resume(self, entry: Entry, finished: bool = False) -> bool:
+        """Whether a job that is over can go on from its state; one that is `finished` only with other settings."""
+        over = entry.state in ENDED and (finished or entry.state != DONE)
         return over and bool(entry.folder) and self._worker.can_resume(Path(entry.folder))
 
     # ---------------------------------------------------------------- running
@@ -116,16 +116,17 @@ class Queue(Listing):
             self.go()
             return self.get(identity)
 
-    def resume(self, identity: str) -> Entry:
-        """Let a job that was stopped or interrupted go on, before those that wait. Raises QueueError when there is no
-        state, JobError when its name is taken meanwhile.
+    def resume(self, identity: str, job: Mapping[str, object] | None = None) -> Entry:
+        """Let a job that was stopped or interrupted go on, before those that wait; with the settings of a longer `job`
+        also one that is finished. Raises QueueError when there is no state, JobError when its name is taken meanwhile.
         """
         with self._lock:
             self._refuse_ending()
             entry = self.get(identity)
-            if not self.can_resume(entry):
-                raise QueueError(f"{entry.name} ({entry.state}) cannot go on: it has no state. Start it anew.")
-            self._again(entry)
+            if not self.can_resume(entry, finished=job is not None):
+                why = "it is finished; extend it" if self.can_resume(entry, True) else "it has no state. Start it anew"
+                raise QueueError(f"{entry.name} ({entry.state}) cannot go on: {why}.")
+            self._again(entry if job is None else entry.replace(job=dict(job)))
             self.go()
             return self.get(identity)
 

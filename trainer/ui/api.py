@@ -84,6 +84,7 @@ ENTRANCES: tuple[Entrance, ...] = (
     _post("queue/clear", lambda s, c: s.clear()),
     _post("queue/run", lambda s, c: s.run_now(c.text("id")), "id"),
     _post("queue/resume", lambda s, c: s.resume(c.text("id")), "id"),
+    _post("queue/extend", lambda s, c: s.extend(c.text("id"), c.settings()), "id", "settings"),
     _get("presets", lambda s, c: s.shelf.presets()),
     _get("presets/{name}", lambda s, c: s.shelf.preset(c.path["name"])),
     _post("presets/save", lambda s, c: s.shelf.save_preset(c.text("name"), c.settings()), "name", "settings"),

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..errors import AtelierError, JobError, Problem
 from ..jobs.entry import Entry
+from ..jobs.listing import QueueError
 from ..jobs.queue import Queue
 from ..params import core
 from ..params.codec import Loaded, load
@@ -83,6 +84,10 @@ class Backend(Protocol):
     def cost(self, job: Job) -> Mapping[str, object]:
         """What a right job will take: `steps` (None when only its pictures tell), and from the last run of its kind
         `before` the first step and `per_step` (seconds), `memory_mb`; None where there was none.
+        """
+
+    def amend(self, folder: Path, values: Mapping[str, object]) -> Mapping[str, object]:
+        """Give the run in a folder other settings for when it goes on; all its settings come back. Raises AtelierError.
         """
 
     def memory(self) -> Mapping[str, object]:
@@ -294,6 +299,20 @@ class Service:
     def resume(self, identity: str) -> Encoded:
         """Let a stopped or interrupted job go on from its state; the whole queue comes back."""
         self.queue.resume(identity)
+        return self.entries()
+
+    def extend(self, identity: str, raw: Mapping[str, object]) -> Encoded:
+        """Let a job that is over go on with other settings, of those that may change: its length, saves, previews, logs,
+        and where its data and models are. Raises JobError for all others, QueueError when it has no state.
+        """
+        entry = self.queue.get(identity)
+        if not raw or not self.queue.can_resume(entry, finished=True):
+            why = "it has no state. Start it anew" if raw else "no setting was given, for example train_iterations"
+            raise QueueError(f"{entry.name} ({entry.state}) cannot be extended: {why}.")
+        problems = tuple(self._fence().problems(raw, self.catalogue))
+        if problems:
+            raise JobError(problems)
+        self.queue.resume(identity, self.backend.amend(Path(entry.folder), raw))
         return self.entries()
 
     def go(self) -> Encoded:
