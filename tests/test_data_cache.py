@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -196,9 +195,9 @@ class ChunkEncoder:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def __call__(self, prompts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        self.calls += prompts
-        return [self.row(prompt) for prompt in prompts]
+    def __call__(self, prompt: str) -> dict[str, torch.Tensor]:
+        self.calls.append(prompt)
+        return self.row(prompt)
 
     @staticmethod
     def row(prompt: str, chunks: int | None = None) -> dict[str, torch.Tensor]:
@@ -213,7 +212,7 @@ def test_text_is_encoded_once(tmp_path: Path) -> None:
     texts = TextOutputs(TensorCache(tmp_path), encoder, "weights-a", clip_skip=2)
     assert texts.prepare(["ab", "cd", "ab"], lambda *told: heard.append(told)) == 3
     assert encoder.calls == ["", "ab", "cd"]
-    assert heard == [("encoding captions", done, 3) for done in (0, 3)]
+    assert heard == [("encoding captions", done, 3) for done in range(4)]
     again = TextOutputs(TensorCache(tmp_path), encoder, "weights-a", clip_skip=2)
     assert again.prepare(["cd", "ab"]) == 0
     assert torch.equal(again.outputs(["cd", "ab"])["context"][:, 0, 0], torch.tensor([99.0, 97.0]))
@@ -231,7 +230,7 @@ def test_texts_of_different_length_share_a_batch() -> None:
 
 def test_text_that_is_not_finite() -> None:
     row = {"context": torch.full((1, 3, 2), float("inf"))}
-    texts = TextOutputs(TensorCache(None), lambda prompts: [row] * len(prompts), "weights")
+    texts = TextOutputs(TensorCache(None), lambda prompt: row, "weights")
     with pytest.raises(DataError, match="not finite"):
         texts.prepare(["a"])
 

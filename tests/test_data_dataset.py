@@ -202,7 +202,7 @@ def test_interrupted_encoding_goes_on_where_it_stopped(folder: Path, tmp_path: P
     chosen = ImageSettings(folder=folder, **SMALL)  # type: ignore[arg-type]
     encoder = PoolingEncoder()
     with pytest.raises(Stop):
-        build(chosen, encoder, "vae", TensorCache(tmp_path / "cache"), stop_after_two, encode_batch=1)
+        build(chosen, encoder, "vae", TensorCache(tmp_path / "cache"), stop_after_two)
     assert encoder.pictures == 2
     assert encoded(folder, TensorCache(tmp_path / "cache")) == 2
 
@@ -210,18 +210,18 @@ def test_interrupted_encoding_goes_on_where_it_stopped(folder: Path, tmp_path: P
 def test_progress_is_told(folder: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     chosen = ImageSettings(folder=folder, **SMALL)  # type: ignore[arg-type]
-    build(chosen, PoolingEncoder(), "vae", TensorCache(None), lambda *told: heard.append(told), encode_batch=3)
+    build(chosen, PoolingEncoder(), "vae", TensorCache(None), lambda *told: heard.append(told))
     assert heard == [("checking pictures", done, 4) for done in range(5)] + [
-        ("encoding pictures", done, 4) for done in (0, 3, 4)
+        ("encoding pictures", done, 4) for done in range(5)
     ]
 
 
-def test_equal_pictures_are_encoded_once_and_in_batches(folder: Path) -> None:
+def test_equal_pictures_are_encoded_once_and_each_by_itself(folder: Path) -> None:
     for number in range(5):
         shutil.copy(folder / "0.png", folder / f"copy{number}.png")
     encoder = PoolingEncoder()
     dataset = made(folder, TensorCache(None), encoder)
-    assert encoder.shapes == [(4, 3, 64, 64)] and len(dataset.items) == 9
+    assert encoder.shapes == [(1, 3, 64, 64)] * 4 and len(dataset.items) == 9
 
 
 def test_no_gradient_and_no_random_draw(folder: Path) -> None:
@@ -279,10 +279,10 @@ def test_vae_that_fails(folder: Path) -> None:
         return mean_BCHW * float("nan"), mean_BCHW
 
     chosen = ImageSettings(folder=folder, **SMALL)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"not finite for 0\.png, 1\.png.*train_VAE_precision"):
+    with pytest.raises(DataError, match=r"not finite for 0\.png.*train_VAE_precision"):
         build(chosen, poisoned, "vae", TensorCache(None))
     with pytest.raises(DataError, match="shape"):
-        build(chosen, lambda pixels_BCHW: (pixels_BCHW[:1], pixels_BCHW[:1]), "vae", TensorCache(None))
+        build(chosen, lambda pixels_BCHW: (pixels_BCHW[0], pixels_BCHW[0]), "vae", TensorCache(None))
 
 
 def test_cache_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..errors import AtelierError
@@ -102,8 +105,23 @@ def _run(app: Any, service: Service, listening: socket.socket, options: AppOptio
             print("Ending the running job after this step; it can be resumed.", file=sys.stderr, flush=True)
         await asyncio.to_thread(service.queue.close, PATIENCE)
 
+    server = Server(config(app), ready, ending)
+    _end_on_hangup(server)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has ended everything
-        Server(config(app), ready, ending).run(sockets=[listening])
+        server.run(sockets=[listening])
+
+
+def _end_on_hangup(server: Any) -> None:
+    """The end of the terminal ends the app as Ctrl+C does, with the state of the running job written."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    main = threading.current_thread() is threading.main_thread()
+    if hangup is None or not main or signal.getsignal(hangup) == signal.SIG_IGN:  # nohup wants it ignored
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    signal.signal(hangup, end)
 
 
 def greeting(port: int, options: AppOptions) -> str:

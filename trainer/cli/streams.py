@@ -31,7 +31,7 @@ class Steady:
             self._lose()
 
     def _lose(self) -> None:
-        """Let everything from now on, and what the system still holds, go nowhere: at the end Python writes it again."""
+        """Let all that comes, and what is still pending, go nowhere: Python writes that again at the end."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

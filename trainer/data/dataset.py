@@ -206,14 +206,13 @@ def build(
     vae_fingerprint: str,
     cache: TensorCache,
     progress: Progress | None = None,
-    encode_batch: int = 4,
     scanned: Scan | None = None,
 ) -> Dataset:
     """Scans, arranges, checks and encodes: everything needed before the first step.
 
     `encode_images` turns `pixels_BCHW` in [-1, 1] into mean and std of the latents; `vae_fingerprint` identifies the
     VAE's weights, precision and latent scale. `progress` hears (name, done, total); what it raises ends the work, and
-    what was encoded until then stays in the cache. `encode_batch` pictures of one bucket are encoded at a time.
+    what was encoded until then stays in the cache.
 
     Raises JobError for unusable settings; DataError for missing, broken (unless skipped) or too small pictures.
     """
@@ -227,7 +226,7 @@ def build(
         kept = tuple(picture for picture in found.pictures if picture.name not in bad)
         found = replace(found, pictures=kept, broken=(*found.broken, *checked.broken))
         arrangement = arrange(kept, settings)
-    encode_pending(checked.pending, encode_images, cache, max(1, encode_batch), progress)
+    encode_pending(checked.pending, encode_images, cache, progress)
     keys = [key for picture, _ in _work(arrangement) for key in checked.keys[picture.name]]
     return Dataset(found, arrangement, keys, cache, len(checked.pending))
 

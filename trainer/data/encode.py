@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,24 +71,20 @@ def check_pictures(
 
 
 def encode_pending(
-    pending: Sequence[Pending],
-    encode_images: EncodeImages,
-    cache: TensorCache,
-    batch_size: int,
-    progress: Progress | None,
+    pending: Sequence[Pending], encode_images: EncodeImages, cache: TensorCache, progress: Progress | None
 ) -> None:
-    """Encodes the items bucket by bucket and enters them in the cache; what is done stays when this is interrupted.
+    """Encodes the items and enters them in the cache; what is done stays when this is interrupted.
 
-    Raises DataError when the VAE gives something unusable or a picture changed since it was checked.
+    Each by itself: the last bits of a convolution depend on how many pictures it sees, and those of an item must not
+    depend on which others are in the cache. Raises DataError when the VAE gives something unusable or a picture changed
+    since it was checked.
     """
-    done = 0
-    for batch in _batches(pending, batch_size):
+    for done, item in enumerate(pending):
         if progress:
             progress("encoding pictures", done, len(pending))
-        _encode_batch(batch, encode_images, cache)
-        done += len(batch)
+        _encode(item, encode_images, cache)
     if progress and pending:
-        progress("encoding pictures", done, len(pending))
+        progress("encoding pictures", len(pending), len(pending))
 
 
 def latents_key(content: str, placement: Placement, vae: str) -> str:
@@ -119,32 +115,22 @@ def is_usable(tensors: Tensors | None, placement: Placement) -> bool:
     return height > 0 and width > 0 and width * placement.bucket[1] == height * placement.bucket[0]
 
 
-def _batches(pending: Sequence[Pending], batch_size: int) -> Iterator[list[Pending]]:
-    by_bucket: dict[tuple[int, int], list[Pending]] = {}
-    for item in pending:
-        by_bucket.setdefault(item.placement.bucket, []).append(item)
-    for items in by_bucket.values():
-        for at in range(0, len(items), batch_size):
-            yield items[at : at + batch_size]
-
-
-def _encode_batch(batch: Sequence[Pending], encode_images: EncodeImages, cache: TensorCache) -> None:
-    loaded = [_load(item) for item in batch]
-    names = ", ".join(dict.fromkeys(item.picture.name for item in batch))
+def _encode(item: Pending, encode_images: EncodeImages, cache: TensorCache) -> None:
+    rgb_CHW, mask_HW = _load(item)
     with torch.no_grad():
-        mean_BCHW, std_BCHW = encode_images(torch.stack([rgb for rgb, _ in loaded]))
-    if mean_BCHW.dim() != 4 or len(mean_BCHW) != len(batch) or mean_BCHW.shape != std_BCHW.shape:
-        raise DataError(f"The VAE gave latents of shape {tuple(mean_BCHW.shape)} for {len(batch)} pictures ({names}).")
+        mean_BCHW, std_BCHW = encode_images(rgb_CHW[None])
+    name = item.picture.name
+    if mean_BCHW.dim() != 4 or len(mean_BCHW) != 1 or mean_BCHW.shape != std_BCHW.shape:
+        raise DataError(f"The VAE gave latents of shape {tuple(mean_BCHW.shape)} for one picture ({name}).")
     if not (torch.isfinite(mean_BCHW).all() and torch.isfinite(std_BCHW).all()):
         raise DataError(
-            f"The VAE gave latents that are not finite for {names}. "
+            f"The VAE gave latents that are not finite for {name}. "
             "Set train_VAE_precision = fp32 or bf16, or use another VAE."
         )
-    for item, (_, mask_HW), mean_CHW, std_CHW in zip(batch, loaded, mean_BCHW, std_BCHW, strict=True):
-        tensors = {"mean": mean_CHW, "std": std_CHW}
-        if mask_HW is not None:
-            tensors["mask"] = F.adaptive_avg_pool2d(mask_HW[None], (mean_CHW.shape[1], mean_CHW.shape[2]))
-        cache.put(item.key, tensors)
+    tensors = {"mean": mean_BCHW[0], "std": std_BCHW[0]}
+    if mask_HW is not None:
+        tensors["mask"] = F.adaptive_avg_pool2d(mask_HW[None], (mean_BCHW.shape[2], mean_BCHW.shape[3]))
+    cache.put(item.key, tensors)
 
 
 def _load(item: Pending) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -201,12 +201,11 @@ def opaque_mask(alpha_HW: torch.Tensor | None, latents: tuple[int, int]) -> torc
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encodes pictures: the function, the fingerprint of its weights, the cache, pictures at once."""
+    """What encodes pictures: the function, the fingerprint of its weights, the cache."""
 
     encode_images: EncodeImages
     fingerprint: str
     cache: TensorCache
-    at_once: int = 4
     progress: Progress | None = None
 
 
@@ -224,7 +223,6 @@ def build_pairs(
             encoding.fingerprint,
             encoding.cache,
             encoding.progress,
-            encoding.at_once,
             side,
         )
         for side in (found.originals, found.targets)

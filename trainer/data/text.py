@@ -10,16 +10,15 @@ from ..errors import DataError
 from .cache import TensorCache, Tensors, fingerprint
 
 Progress = Callable[[str, int, int], None]
-EncodeText = Callable[[Sequence[str]], Sequence[Mapping[str, torch.Tensor]]]
-AT_ONCE = 8
-"""Prompts that are encoded together: one prompt by itself mostly waits for the weights."""
+EncodeText = Callable[[str], Mapping[str, torch.Tensor]]
 
 
 class TextOutputs:
     """What the text encoder makes of prompts, each encoded once and kept in the cache.
 
-    `encode` turns prompts into named tensors each, with a leading batch axis of 1, for example `context_1LD` and
-    `pooled_1P`. `encoder` identifies the text encoder's weights and precision, `clip_skip` the layer that is read.
+    `encode` turns a prompt into named tensors with a leading batch axis of 1, for example `context_1LD` and
+    `pooled_1P`: each by itself, so that its bits do not depend on which others are in the cache. `encoder` identifies
+    the text encoder's weights and precision, `clip_skip` the layer that is read.
     """
 
     def __init__(self, cache: TensorCache, encode: EncodeText, encoder: str, clip_skip: int = 1) -> None:
@@ -33,10 +32,10 @@ class TextOutputs:
         Raises DataError when an output is not finite.
         """
         missing = [prompt for prompt in dict.fromkeys(("", *prompts)) if self._cache.get(self._key(prompt)) is None]
-        for done in range(0, len(missing), AT_ONCE):
+        for done, prompt in enumerate(missing):
             if progress:
                 progress("encoding captions", done, len(missing))
-            self._make(missing[done : done + AT_ONCE])
+            self._make(prompt)
         if progress and missing:
             progress("encoding captions", len(missing), len(missing))
         return len(missing)
@@ -68,21 +67,17 @@ class TextOutputs:
 
     def _row(self, prompt: str) -> Tensors:
         row = self._cache.get(self._key(prompt))
-        return self._make([prompt])[0] if row is None else row
+        return self._make(prompt) if row is None else row
 
-    def _make(self, prompts: Sequence[str]) -> list[Tensors]:
+    def _make(self, prompt: str) -> Tensors:
         with torch.no_grad():
-            rows = self._encode(prompts)
-        whole = []
-        for prompt, row in zip(prompts, rows, strict=True):
-            made = {name: tensor.detach().float().cpu() for name, tensor in row.items()}
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in made.values()):
-                raise DataError(
-                    f"The text encoder's output for {prompt!r} is not finite. Set train_model_precision = fp32 or bf16."
-                )
-            self._cache.put(self._key(prompt), made)
-            whole.append(made)
-        return whole
+            made = {name: tensor.detach().float().cpu() for name, tensor in self._encode(prompt).items()}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in made.values()):
+            raise DataError(
+                f"The text encoder's output for {prompt!r} is not finite. Set train_model_precision = fp32 or bf16."
+            )
+        self._cache.put(self._key(prompt), made)
+        return made
 
     def _key(self, prompt: str) -> str:
         return fingerprint(**self._facts, prompt=prompt)

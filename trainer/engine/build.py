@@ -93,10 +93,9 @@ def text_is_trained(*networks: Network) -> bool:
 def picture_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan | None) -> PictureSource:
     """Encode the pictures that are not in the cache and plan the batches."""
     settings = arguments.image_settings(job)
-    at_once = 1 if max(settings.size) > 256 else 16
     with site.process.leader_first(), picture_encoder(model, site.log) as encode:
         dataset = build_dataset(
-            settings, encode, fingerprint(model.vae), site.cache, site.log.progress, at_once, scanned
+            settings, encode, fingerprint(model.vae), site.cache, site.log.progress, scanned
         )
     batch_size, rules = job[core.Train].train_batch_size, arguments.batch_rules(job)
     return PictureSource(dataset, model, seed, batch_size, site.process, rules)
@@ -269,19 +268,12 @@ def _prepare(mode: Mode, stages: Sequence[Stage], at: Preparation, flat: FlatPar
     flat.adopt()
 
 
-def _text_encoder(model: Model, clip_skip: int) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
-    """Encodes prompts together where they fill equally many windows, so that each gets what it would get alone."""
+def _text_encoder(model: Model, clip_skip: int) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What `TextOutputs` takes: a prompt to its conditioning."""
 
-    def encode(prompts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        found: dict[int, dict[str, torch.Tensor]] = {}
-        sizes = [model.chunk_count(prompt) for prompt in prompts]
-        for size in set(sizes):
-            places = [place for place, its in enumerate(sizes) if its == size]
-            rows = model.encode_prompts([prompts[place] for place in places], clip_skip)
-            for row, place in enumerate(places):
-                found[place] = {"context_1LD": rows.context_BLD[row : row + 1].clone()}
-                if rows.pooled_BP is not None:
-                    found[place]["pooled_1P"] = rows.pooled_BP[row : row + 1].clone()
-        return [found[place] for place in range(len(prompts))]
+    def encode(prompt: str) -> dict[str, torch.Tensor]:
+        row = model.encode_prompts([prompt], clip_skip)
+        pooled = {} if row.pooled_BP is None else {"pooled_1P": row.pooled_BP}
+        return {"context_1LD": row.context_BLD, **pooled}
 
     return encode

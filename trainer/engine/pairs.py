@@ -90,7 +90,7 @@ def pair_source(job: Job, model: Model, seed: int, site: Site, found: PairScan) 
     """Encode the pairs that are not in the cache and plan the batches."""
     settings = arguments.pair_settings(job)
     with site.process.leader_first(), picture_encoder(model, site.log) as encode:
-        work = Encoding(encode, fingerprint(model.vae), site.cache, _at_once(found.originals), site.log.progress)
+        work = Encoding(encode, fingerprint(model.vae), site.cache, site.log.progress)
         pairs = build_pairs(settings, found, work, arguments.pair_mask(job))
     for line in arguments.unused_prompts(job, found):
         site.log.warn(line)
@@ -110,7 +110,6 @@ def _side_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan) -
             fingerprint(model.vae),
             site.cache,
             site.log.progress,
-            1,
             scanned,
         )
     return PictureSource(dataset, model, seed, batch_size, site.process, arguments.batch_rules(job))
@@ -124,7 +123,3 @@ def original_source(job: Job, model: Model, seed: int, site: Site, found: PairSc
 def target_source(job: Job, model: Model, seed: int, site: Site, found: PairScan) -> PictureSource:
     """Batches of the target picture alone."""
     return _side_source(job, model, seed, site, found.targets)
-
-
-def _at_once(scanned: Scan) -> int:
-    return 1 if max(max(picture.size) for picture in scanned.pictures) > 256 else 16

@@ -77,8 +77,9 @@ def amended(before: Job, raw: Mapping[str, object]) -> Job:
 
 
 def amend(folder: Path, values: Mapping[str, object]) -> Job:
-    """Lay these settings over the job in a run folder, for when the run goes on; the job comes back. Raises JobError for
-    those that have to stay, TrainingError when the run is going on now.
+    """Lay these settings over the job in a run folder, for when the run goes on; the job comes back.
+
+    Raises JobError for those that have to stay, TrainingError when the run is going on now.
     """
     before = read_job(folder)
     job = amended(before, lay_over(before.to_dict(full=True), values, catalogue()))

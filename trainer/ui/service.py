@@ -302,8 +302,8 @@ class Service:
         return self.entries()
 
     def extend(self, identity: str, raw: Mapping[str, object]) -> Encoded:
-        """Let a job that is over go on with other settings, of those that may change: its length, saves, previews, logs,
-        and where its data and models are. Raises JobError for all others, QueueError when it has no state.
+        """Let a job that is over go on with other settings: its length, saves, previews, logs, and where its data and
+        models are. Raises JobError for all others, QueueError when it has no state.
         """
         entry = self.queue.get(identity)
         if not raw or not self.queue.can_resume(entry, finished=True):
