@@ -15,7 +15,7 @@ EVERYWHERE = {
     "test_adapters_lowrank", "test_adapters_null", "test_adapters_options", "test_adapters_presets",
     "test_adapters_types", "test_adapters_universal", "test_architecture", "test_data_buckets", "test_data_cache",
     "test_data_dataset", "test_data_plan", "test_data_scan", "test_demo_effect", "test_demo_evaluate",
-    "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_losses",
+    "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_flags", "test_engine_losses",
     "test_engine_resume", "test_engine_scaler", "test_engine_trackers",
     "test_jobs_live", "test_jobs_many", "test_jobs_queue", "test_jobs_store", "test_launch", "test_maths",
     "test_modes_addift",

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from trainer.engine import loop
 from trainer.engine.control import Control
 from trainer.engine.run import Request, run
-from trainer.errors import DivergedError
+from trainer.errors import DivergedError, TrainingError
 from trainer.events import EventLog, Note, Step
 from trainer.maths import scaling
 from trainer.maths.scaling import LossScaler
 from trainer.models.load import load_model
+from trainer.stages import lalora, start
 
 pytestmark = pytest.mark.usefixtures("no_estimate")
 
@@ -247,3 +248,44 @@ def test_the_scaler_does_what_torch_does(monkeypatch):
         again = LossScaler([torch.zeros(4)], True)
         again.load_state_dict(state)
         assert again.get_scale() == sides[1][-1][0]
+
+
+@pytest.mark.parametrize("large", [2.0**12, 2.0**40])
+def test_a_start_from_gradients_is_scaled_down_until_fp16_holds_them(case, monkeypatch, large):
+    """LoRA-GA finds the same gradients whatever scale it begins with, and no inf enters the adapter."""
+    monkeypatch.setattr(start, "_HALF_SCALE", large)
+    scales, found, original = [], {}, start.weight_gradients
+
+    def watched(modules, loss, scale):
+        scales.append(scale)
+        found[scale] = original(modules, loss, scale)
+        return found[scale]
+
+    monkeypatch.setattr(start, "weight_gradients", watched)
+    trace = engine_case.Trace()
+    train(case, trace, model="fp16", network_init="lora_ga", save_lora_name="ga", train_iterations=2)
+    assert all(map(math.isfinite, trace.losses.values())) and scales[-1] <= 2.0**24
+    assert scales == [large / 16**n for n in range(len(scales))] and (len(scales) > 1) == (large > 2.0**24)
+    half = torch.cat([gradient.flatten() for gradient in found[scales[-1]]])
+    train(case, model="fp32", network_init="lora_ga", save_lora_name="ga", train_iterations=2)
+    exact = torch.cat([gradient.flatten() for gradient in found[1.0]])
+    assert (half - exact).norm() < 2e-2 * exact.norm()
+
+
+def test_a_curvature_is_scaled_down_until_fp16_holds_its_gradients(case, sessions, monkeypatch):
+    settings = {"lalora_lambda": 1.0, "lalora_prompts": "a circle", "train_iterations": 1, "save_lora_name": "lalora"}
+    factors = []
+    for large in (2.0**10, 2.0**44):
+        monkeypatch.setattr(lalora, "SCALE", large)
+        train(case, model="fp16", **settings)
+        (stage,) = sessions[-1].stages
+        factors.append(torch.cat([rows.sum() * columns for rows, columns in stage._factors.values()]))
+    assert all(bool(one.isfinite().all()) for one in factors)
+    assert (factors[0] - factors[1]).norm() < 5e-2 * factors[0].norm()
+
+
+def test_gradients_that_no_scale_makes_finite_are_an_error_that_says_what_to_do(case, monkeypatch):
+    original = lalora.probe
+    monkeypatch.setattr(lalora, "probe", lambda *given: original(*given) * math.inf)
+    with pytest.raises(TrainingError, match="train_model_precision bf16 or fp32"):
+        train(case, model="fp16", lalora_lambda=1.0, lalora_prompts="a circle", save_lora_name="never")

@@ -41,7 +41,8 @@ def training_flags(device: torch.device) -> Iterator[None]:
         return
     with ExitStack() as before:
         before.enter_context(torch.cuda.device(device))
-        _set_tf32(before)
+        if not _set(before, torch.backends.cuda.matmul, "allow_tf32", True):
+            _set(before, torch.backends.cuda.matmul, "fp32_precision", "tf32")  # a host that uses the names of torch 2.9
         for place, name, value in (*_ATTRIBUTES, ("cudnn", "benchmark", is_gtx_16(device))):
             _set(before, _module(place), name, value)
         for ask, change, value in _FUNCTIONS:
@@ -56,22 +57,17 @@ def _module(place: str) -> Any:
     return found
 
 
-def _set(before: ExitStack, owner: Any, name: str, value: object) -> None:
+def _set(before: ExitStack, owner: Any, name: str, value: object) -> bool:
+    """Change a switch until `before` closes. Returns whether it can be asked: this torch may not have it, and refuses to
+    answer by an old name (RuntimeError) where a new one was used to set it.
+    """
     try:
         old = getattr(owner, name)
-        setattr(owner, name, value)
-    except (AttributeError, AssertionError):  # older torch's switches refuse names they do not know with an assertion
-        return
+    except (AttributeError, AssertionError, RuntimeError):
+        return False
+    setattr(owner, name, value)
     before.callback(setattr, owner, name, old)
-
-
-def _set_tf32(before: ExitStack) -> None:
-    """TF32 of matrix products. Where it was set by the names of torch 2.9, asking by the old one is an error."""
-    matmul: Any = torch.backends.cuda.matmul
-    try:
-        _set(before, matmul, "allow_tf32", True)
-    except RuntimeError:
-        _set(before, matmul, "fp32_precision", "tf32")
+    return True
 
 
 def _call(

@@ -32,6 +32,9 @@ class _Listening(torch.autograd.Function):
         return grad, None, None, None
 
 
+Sums = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
 class Curvature:
     """Sums of squared gradients of weights by row and by column, collected from backward passes of single samples."""
 
@@ -65,6 +68,19 @@ class Curvature:
             return _Listening.apply(output, inputs[0].detach(), token, hear)
 
         return hook
+
+    def sums(self) -> Sums:
+        """The sums as they stand, to go back to with `reset`."""
+        return ({key: rows.clone() for key, rows in self.rows.items()},
+                {key: columns.clone() for key, columns in self.columns.items()})
+
+    def reset(self, sums: Sums) -> None:
+        """Forget what came after `sums` were taken."""
+        self.rows, self.columns = sums
+
+    def overflowed(self) -> str:
+        """The key of the first layer with a sum that is not finite, "" when all are."""
+        return next((key for key, rows in self.rows.items() if not bool(torch.isfinite(rows).all())), "")
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(out, in) factors per layer, F_ij ≈ out_i·in_j, the mean over the samples."""

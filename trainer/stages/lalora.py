@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters.checked import taken
 from ..adapters.file import read_lora
-from ..errors import AdapterError
+from ..errors import AdapterError, TrainingError
 from ..maths import rng
 from ..maths.fisher import Curvature, probe, weighted_square
 from ..modes.base import Settings
@@ -30,8 +30,10 @@ from .trajectories import State, lines, trajectories
 MARK, VERSION = "atelier_curvature", "1"
 ROWS, COLUMNS = "curvature_out", "curvature_in"
 STATES = 4
-SCALE = 1024.0
-"""States of each drawing that are measured, and what fp16 gradients are multiplied with on the way."""
+SCALE, LEAST_SCALE = 1024.0, 2.0**-12
+"""States of each drawing that are measured; what fp16 gradients are multiplied with on the way, and how small that may
+become where they overflow.
+"""
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,30 @@ def measure(
     for number, state in enumerate(states):
         if at.stopping():
             break
-        with at.kit.strength(0.0), torch.enable_grad(), curvature.listening(scale):
-            text = at.kit.text((state.prompt,))  # anew, so that gradients reach the text encoder where it is trained
-            predicted = at.kit.predict(state.x.detach().requires_grad_(), state.t, text, state.time_ids)
-            residual = predicted.detach().float() - state.target if by_data and state.target is not None else None
-            weights = probe(predicted, residual, rng.generator("curvature", at.seed, number))
-            predicted.backward(weights * scale)
+        before = curvature.sums()
+        _look(at, curvature, state, number, by_data, scale)
+        while curvature.overflowed() and scale > LEAST_SCALE:
+            scale /= 16
+            curvature.reset(before)
+            before = curvature.sums()
+            _look(at, curvature, state, number, by_data, scale)
+        if layer := curvature.overflowed():
+            raise TrainingError(
+                f"The curvature of {layer} cannot be measured: its gradients are not finite. Take"
+                " train_model_precision bf16 or fp32."
+            )
         curvature.samples += 1
     return curvature.factors()
+
+
+def _look(at: Preparation, curvature: Curvature, state: State, number: int, by_data: bool, scale: float) -> None:
+    """Add the squared gradients of one state, the backward pass being that of the prediction times `scale`."""
+    with at.kit.strength(0.0), torch.enable_grad(), curvature.listening(scale):
+        text = at.kit.text((state.prompt,))  # anew, so that gradients reach the text encoder where it is trained
+        predicted = at.kit.predict(state.x.detach().requires_grad_(), state.t, text, state.time_ids)
+        residual = predicted.detach().float() - state.target if by_data and state.target is not None else None
+        weights = probe(predicted, residual, rng.generator("curvature", at.seed, number))
+        predicted.backward(weights * scale)
 
 
 def read_context(path: Path, network: Any) -> dict[str, tuple[Tensor, Tensor]]:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..maths import rng, starts
-from ..modes.base import Settings
+from ..modes.base import Batch, Settings
 from ..params.network import DIFFERENCE_INITS, NetworkOptions
 from .base import STAGES, Preparation, Stage
 
 _AT_ONCE = 2**27
 """Numbers of gradients that are held at the same time (512 MB)."""
 
-_HALF_SCALE = 2.0**12
-"""Keeps the gradients of fp16 arithmetic above its smallest number."""
+_HALF_SCALE, _LEAST_SCALE = 2.0**12, 2.0**-12
+"""What keeps the gradients of fp16 arithmetic above its smallest number, and how small it may become when they are
+above its largest.
+"""
 
 
 @STAGES.register("start")
@@ -50,17 +52,27 @@ class Start(Stage):
 def _gradients(adapters: list[Any], at: Preparation) -> Iterator[tuple[Any, Tensor]]:
     """Every layer's gradient for the first micro batch, as many layers in one backward pass as fit in memory."""
     first = next(found for index in range(64) if (found := at.batch(index)) is not None)
+    scale = _HALF_SCALE if at.model.compute == torch.float16 else 1.0
     for group in _groups(adapters):
-        gradients = weight_gradients([adapter.module for adapter in group], lambda: at.loss(first))
-        for adapter, gradient in zip(group, gradients, strict=True):
-            if not torch.isfinite(gradient).all():
-                raise TrainingError(
-                    f"network_init = lora_ga: the first gradient of {adapter.key} is not finite. Train with"
-                    " train_model_precision bf16 or fp32, or choose another network_init."
-                )
-            yield adapter, gradient
+        gradients, overflowed = _scaled_gradients(group, at, first, scale)
+        while overflowed and scale > _LEAST_SCALE:
+            scale /= 16
+            gradients, overflowed = _scaled_gradients(group, at, first, scale)
+        if overflowed:
+            raise TrainingError(
+                f"network_init = lora_ga: the first gradient of {overflowed} is not finite. Train with"
+                " train_model_precision bf16 or fp32, or choose another network_init."
+            )
+        yield from zip(group, gradients, strict=True)
     for parameter in (p for adapter in adapters for p in adapter.parameters() if p.grad is not None):
         parameter.grad.zero_()
+
+
+def _scaled_gradients(group: list[Any], at: Preparation, batch: Batch, scale: float) -> tuple[list[Tensor], str]:
+    """The gradients of the layers of some adapters; the key of the first whose gradient is not finite ("": none)."""
+    found = weight_gradients([adapter.module for adapter in group], lambda: at.loss(batch), scale)
+    broken = (one.key for one, gradient in zip(group, found, strict=True) if not torch.isfinite(gradient).all())
+    return found, next(broken, "")
 
 
 def factors(init: str, matrix: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -81,18 +93,16 @@ def factors(init: str, matrix: Tensor, rank: int, scale: float, generator: torch
     return down, up
 
 
-def weight_gradients(modules: list[nn.Module], loss: Callable[[], Tensor]) -> list[Tensor]:
+def weight_gradients(modules: list[nn.Module], loss: Callable[[], Tensor], scale: float = 1.0) -> list[Tensor]:
     """The gradient of a loss (per sample, summed) with respect to the weight of frozen layers, (out, in·k·k) float32.
 
-    From each layer's input and the gradient of its output, which must depend on something that is trained.
+    From each layer's input and the gradient of its output, which must depend on something that is trained. The backward
+    pass is that of the loss times `scale`.
     """
     found = [torch.zeros_like(module.weight, dtype=torch.float32).flatten(1) for module in modules]
     hooks = [module.register_forward_hook(_watch(total)) for module, total in zip(modules, found, strict=True)]
     try:
-        value = loss().sum()
-        half = any(module.weight.dtype == torch.float16 and module.weight.device.type != "cpu" for module in modules)
-        scale = _HALF_SCALE if half else 1.0
-        (value * scale).backward()
+        (loss().sum() * scale).backward()
     finally:
         for hook in hooks:
             hook.remove()
