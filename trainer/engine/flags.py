@@ -41,8 +41,9 @@ def training_flags(device: torch.device) -> Iterator[None]:
         return
     with ExitStack() as before:
         before.enter_context(torch.cuda.device(device))
-        if not _set(before, torch.backends.cuda.matmul, "allow_tf32", True):
-            _set(before, torch.backends.cuda.matmul, "fp32_precision", "tf32")  # a host that uses the names of torch 2.9
+        matmul = torch.backends.cuda.matmul
+        if not _set(before, matmul, "allow_tf32", True):
+            _set(before, matmul, "fp32_precision", "tf32")  # a host that uses the names of torch 2.9
         for place, name, value in (*_ATTRIBUTES, ("cudnn", "benchmark", is_gtx_16(device))):
             _set(before, _module(place), name, value)
         for ask, change, value in _FUNCTIONS:
@@ -58,8 +59,8 @@ def _module(place: str) -> Any:
 
 
 def _set(before: ExitStack, owner: Any, name: str, value: object) -> bool:
-    """Change a switch until `before` closes. Returns whether it can be asked: this torch may not have it, and refuses to
-    answer by an old name (RuntimeError) where a new one was used to set it.
+    """Change a switch until `before` closes. Returns whether it can be asked: this torch may not have it, and it refuses
+    to answer by an old name (RuntimeError) where a new one was used to set it.
     """
     try:
         old = getattr(owner, name)
