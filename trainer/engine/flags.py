@@ -59,8 +59,8 @@ def _module(place: str) -> Any:
 
 
 def _set(before: ExitStack, owner: Any, name: str, value: object) -> bool:
-    """Change a switch until `before` closes. Returns whether it can be asked: this torch may not have it, and it refuses
-    to answer by an old name (RuntimeError) where a new one was used to set it.
+    """Change a switch until `before` closes. Returns whether it can be asked: this torch may not have it, or refuses to
+    answer by an old name (RuntimeError) where a new one was used to set it.
     """
     try:
         old = getattr(owner, name)
