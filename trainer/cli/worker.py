@@ -4,6 +4,7 @@ pictures where the host draws none.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ from ..ui.wish import Wish
 from .draw import Easel
 
 MEGABYTE = 2**20
+_NAMED = re.compile(r"^lora_data_directory = (['\"]).*?\1:? +")
+"""The setting at the beginning of an error of its folder, which stands beside its field anyway."""
 
 
 class Lender(Protocol):
@@ -141,7 +144,8 @@ class Bench:
         except JobError as error:
             found += error.problems
         except DataError as error:
-            found.append(Problem("lora_data_directory", job[core.Images].lora_data_directory, str(error)))
+            message = _NAMED.sub("", str(error))
+            found.append(Problem("lora_data_directory", job[core.Images].lora_data_directory, message))
         return tuple(found)
 
     def look(self, job: Job) -> Mapping[str, object]:
