@@ -118,8 +118,8 @@ class WebUI(Folders):
         log.note(f"Training on the model loaded in {self.name}: {live.path.name}, not read again.")
         if copied >= 2**20:
             log.note(
-                f"{copied / 2**20:.0f} MB of it were copied: train_model_precision is {asked}, train_VAE_precision "
-                f"{job[Train].train_VAE_precision}; model keeps what is loaded."
+                f"{copied / 2**20:.0f} MB of it were copied, to hold them in train_model_precision = {asked} and "
+                f"train_VAE_precision = {job[Train].train_VAE_precision}. With both set to model nothing is copied."
             )
         for line in model.warnings:
             log.warn(line)

@@ -164,7 +164,7 @@ def _draw_rates(axis: Any, log: Log, number: int) -> None:
 
 
 def _finish(axes: Sequence[Any], settings: PlotSettings, logs: int) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     names = ("Loss", "Learning rate")
     plain = FuncFormatter(lambda value, _: f"{value:.4g}")
@@ -182,6 +182,7 @@ def _finish(axes: Sequence[Any], settings: PlotSettings, logs: int) -> None:
             axes[0].yaxis.set_minor_formatter(plain)
     for axis in axes:
         axis.yaxis.set_major_formatter(plain)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[-1].set_xlabel("Step", color=_TEXT, fontsize=10)
     if logs > 1:
         axes[0].legend(frameon=False, labelcolor=_TEXT, fontsize=9)
