@@ -139,7 +139,7 @@ class Live:
             return self._curve.since(revision, start)
 
     def lines(self, after: int = 0) -> list[dict[str, object]]:
-        """The log lines told after sequence number `after`: seq, at, level, text, and which run and name they are of."""
+        """The log lines told after sequence number `after`: seq, at, level, text, and the run and its name."""
         with self._lock:
             return [dict(line) for line in self._lines if int(str(line["seq"])) > after]
 
