@@ -36,11 +36,12 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         return BASE_MODEL
     given = expanded(name)
     tries = [given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
-    if field == "vae":
-        tries = [path for path in tries if is_file(path)]
     for path in tries:
-        if name and (is_file(path) or is_file(path / "unet" / "config.json")):
+        if name and (is_file(path) or _is_folder_of(path, field)):
             return path
+    if field == "vae" and name:
+        message = "there is no such VAE file or folder (with config.json) in the VAE folder either. Check the spelling."
+        raise JobError([Problem(field, name, message)])
     message = (
         "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, "
         "or demo."
@@ -48,6 +49,13 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         else "there is no such file, diffusers folder or model of that name in the model folder. Check the spelling."
     )
     raise JobError([Problem(field, name, message)])
+
+
+def _is_folder_of(path: Path, field: str) -> bool:
+    """Whether a folder is a diffusers model, or for a VAE a diffusers VAE or a model with one."""
+    if field == "vae":
+        return is_file(path / "config.json") or is_file(path / "vae" / "config.json")
+    return is_file(path / "unet" / "config.json")
 
 
 def resolve_texts(job: Job, folder: Path) -> tuple[Path, ...]:
@@ -185,7 +193,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
 
     Raises AdapterError when a chosen part has no module.
     """
-    limits, network = session.limits, session.network
+    limits, network, schedule = session.limits, session.network, session.model.schedule
     modules = {part: len(adapters) for part, adapters in network.parts().items()}
     if not sum(modules.values()):
         raise AdapterError(
@@ -195,7 +203,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
     lines: dict[str, object] = {
         "model": session.model.name,
         "architecture": session.model.family.name,
-        "prediction": session.model.schedule.prediction,
+        "prediction": schedule.prediction + (", zero-terminal SNR" if schedule.zero_snr else ""),
         "device": str(session.model.device),
         "stored as": str(session.model.storage).removeprefix("torch."),
         "computed in": str(session.model.compute).removeprefix("torch."),

@@ -43,7 +43,7 @@ from .preflight import (
 )  # fmt: skip
 from .process import Process, this_process
 from .resume import Weights, check_state_job, check_weights, weights_of
-from .samples import sample, write_samples
+from .samples import Drawing, draw, write_samples
 from .session import Session
 from .shortage import LOADING, PREVIEW, TRAINING, WHOLE, phase
 from .site import Site
@@ -291,12 +291,12 @@ def _train(
 
 
 def _sample(session: Session, log: EventLog) -> None:
-    prompts = arguments.previewed(session.job)
-    if not prompts or not session.process.leads:
+    wanted = arguments.previews(session.job)
+    if not wanted or not session.process.leads:
         return
     try:
         with phase(PREVIEW, session.model.device, session.job):
-            pictures = _draw(session, prompts)
+            pictures = _draw(session, wanted)
     except MemoryShortageError as error:
         log.warn(f"No preview was drawn at step {session.step}, the training goes on. {error}")
         return
@@ -308,9 +308,9 @@ def _sample(session: Session, log: EventLog) -> None:
     log.tell(Sampled(session.step, tuple(map(str, paths))))
 
 
-def _draw(session: Session, prompts: Sequence[str]) -> Tensor:
+def _draw(session: Session, wanted: Sequence[Drawing]) -> list[Tensor]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.evaluating())
         for network in session.beneath:  # whoever uses the file will not have them
             stack.enter_context(network.at_strength(0.0))
-        return sample(session.model, prompts, arguments.sample_settings(session.job), text=session.kit.text)
+        return draw(session.model, wanted, text=session.kit.text)

@@ -4,6 +4,7 @@ twice."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,11 @@ def assemble(
     if vae_tensors is not None:
         _same_latents(vae_tensors, unet, source.name)
         vae = build_vae(vae_tensors, vae_config, family, dataclasses.replace(where, storage=vae_storage))
-    schedule, warnings = schedule_of(source.noise, family, v_pred)
+    schedule, warnings = schedule_of(source.noise, family, v_pred, source.name)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
     if vae is not None and vae_config:
+        warnings += _other_scale(number_of(vae.config, "scaling_factor", "VAE"), family)
         family = dataclasses.replace(family, latent_scale=number_of(vae.config, "scaling_factor", "VAE"))
     return Model(
         family,
@@ -74,6 +76,16 @@ def assemble(
         warnings=(*source.warnings, *warnings),
         device=device,
     )
+
+
+def _other_scale(scale: float, family: Family) -> list[str]:
+    """A warning when a VAE's own latent scale is not that of the family."""
+    if math.isclose(scale, family.latent_scale, rel_tol=0.01):
+        return []
+    return [
+        f"The VAE scales its latents by {scale:g}, models of {family.label} expect {family.latent_scale:g}: it is likely"
+        " one of another family. Choose a VAE made for this one, or leave vae empty."
+    ]
 
 
 def _same_latents(vae: Mapping[str, Tensor], unet: Any, name: str) -> None:

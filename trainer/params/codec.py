@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import JobError, Problem
+from . import kohya
 from .core import FORMAT
 from .field import ModeInfo
 from .files import read_json
+from .idle import IDLE_RULES
 from .job import NOTE, SECOND_PASS, TRAINTRAIN, Job
 from .rules import CORE_RULES, Rule
 from .table import Catalogue, Parameter, parameters_of
@@ -186,15 +188,17 @@ class _Reading:
     def _refuse_unknown(self, rest: Mapping[str, object]) -> None:
         known = {name.lower(): parameter.key for name, parameter in self.catalogue.by_name.items()}
         for key, value in rest.items():
-            near = did_you_mean(key, known) if isinstance(key, str) else ""
-            self._problem(str(key)[:80], value, f"is not a setting.{near} Correct its spelling or remove it.")
+            known_there = kohya.hint(key) if isinstance(key, str) else ""
+            near = known_there or (did_you_mean(key, known) if isinstance(key, str) else "")
+            todo = "Rename or remove it." if known_there else "Correct its spelling or remove it."
+            self._problem(str(key)[:80], value, f"is not a setting.{near} {todo}")
 
     def _section(self, section: type, values: Mapping[str, object]) -> object:
         return section(**{parameter.attribute: values[parameter.attribute] for parameter in parameters_of(section)})
 
     def _check(self, job: Job, info: ModeInfo, wrong: set[str], tags: frozenset[str]) -> None:
         """Apply the rules whose fields are all there and all right, and shown at all."""
-        for rule in (*CORE_RULES, *self.catalogue.rules):
+        for rule in (*CORE_RULES, *IDLE_RULES, *self.catalogue.rules):
             known = all(name in self.catalogue.by_name for name in rule.fields)
             if known and info.name and not self.catalogue.by_name[rule.fields[0]].shown_in(tags):
                 continue
