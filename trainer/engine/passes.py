@@ -29,6 +29,7 @@ from ..writing import replace, why
 from . import devices
 from .build import PassPlan, build
 from .catalogue import catalogue
+from .disk import Share, shares
 from .preflight import Found, lora_path, report
 from .session import Session
 from .site import Site
@@ -85,6 +86,8 @@ class Passes:
             model.schedule = self._ends_in_noise()
         self._sessions: list[Session] = []
         self._settled: list[Session] = []
+        self.shares: list[Share] = []
+        """What the run will write, once it is surveyed."""
         self._ready: Session | None = None
 
     def survey(self, resumed_pass: int, dry: bool) -> dict[str, object]:
@@ -114,6 +117,7 @@ class Passes:
     def _report(self, plan: PassPlan, session: Session) -> dict[str, object]:
         places = self.site.places
         remembered = places.cache if self.site.estimates else None
+        self.shares += shares(plan, session, places)
         return report(session, lora_path(plan.asked, places, plan.kind.suffix), remembered)
 
     def _stages_only(self, event: Event) -> None:

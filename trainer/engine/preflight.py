@@ -20,6 +20,7 @@ from ..params.job import Job
 from ..paths import exists, expanded, is_file
 from ..places import BASE_MODEL, Places
 from . import arguments
+from .disk import folder_problems
 from .memory import layout, module_bytes, remembered, step_bytes
 from .session import Session
 
@@ -89,7 +90,8 @@ def check_before_loading(
 ) -> Found:
     """Refuse what can be refused without a model. Returns what was found of the pictures for modes that use them.
 
-    `written`: the suffixes of the files the run will write. Raises JobError with all problems, DataError for pictures.
+    `written`: the suffixes of the files the run will write; the folders of what it writes are tried. Raises JobError
+    with all problems, DataError for pictures.
     """
     problems: list[Problem] = []
     save = job[core.Save]
@@ -104,6 +106,8 @@ def check_before_loading(
             except JobError as error:
                 problems.extend(error.problems)
     problems += _absent_files(with_lora_files(job, places.loras), resumed)
+    if written:
+        problems += folder_problems(job, places)
     if problems:
         raise JobError(problems)
     source = MODES.get(job[core.Task].mode).passes()[0].source

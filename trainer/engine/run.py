@@ -28,6 +28,7 @@ from ..writing import sweep, why, write_new
 from . import arguments
 from .build import PassPlan, draw_seed
 from .control import Control
+from .disk import check_room
 from .flags import bf16_warning, training_flags
 from .folder import RunFolder, new_folder, open_folder
 from .keeping import Keeper
@@ -149,6 +150,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         stack.callback(passes.close)
         lines = passes.survey(_resumed_pass(saved), dry=request.dry)
         log.tell(Preflight(lines))
+        check_room(passes.shares)
         if request.dry:
             return Result("checked", None, None, lines)
         if held is not None:
