@@ -107,6 +107,8 @@ def check_room(wanted: Iterable[Share]) -> None:
         if free is not None and need > free:
             told = ", ".join(f"{share.what} {_megabytes(share.size)}" for share in held)
             for share in held:
+                if share.size < need / 20:  # less of it would not help
+                    continue
                 message = (
                     f"the disk of {share.folder} has {_megabytes(free)} free, and this run needs {_megabytes(need)} "
                     f"there ({told}). Make room, {_ADVICE[share.field]}, or choose another folder."
