@@ -16,6 +16,7 @@ from .idle import IDLE_RULES
 from .job import NOTE, SECOND_PASS, TRAINTRAIN, Job
 from .rules import CORE_RULES, Rule
 from .table import Catalogue, Parameter, parameters_of
+from .traintrain import DEFAULTS as TRAINTRAIN_DEFAULTS
 from .traintrain import is_traintrain, z_image_key
 from .values import FORBIDDEN, BadValueError, coerce, did_you_mean
 
@@ -120,8 +121,8 @@ class _Reading:
         values: dict[str, object] = {}
         wrong: set[str] = set()
         for parameter in self.catalogue.parameters:
-            values[parameter.attribute] = parameter.default
-            if parameter.attribute not in given:
+            values[parameter.attribute] = self._default(parameter)
+            if parameter.attribute not in given or self._left_open(parameter, given):
                 continue
             try:
                 values[parameter.attribute] = coerce(parameter, given[parameter.attribute], self.catalogue)
@@ -130,6 +131,14 @@ class _Reading:
                 self._problem(parameter.key, given[parameter.attribute], str(bad))
         self._imply(values, wrong)
         return values, wrong
+
+    def _default(self, parameter: Parameter) -> object:
+        return TRAINTRAIN_DEFAULTS.get(parameter.attribute, parameter.default) if self.traintrain else parameter.default
+
+    def _left_open(self, parameter: Parameter, given: Mapping[str, object]) -> bool:
+        """Whether a file of TrainTrain names a setting without a value where its default is not ours."""
+        name = parameter.attribute
+        return self.traintrain and name in TRAINTRAIN_DEFAULTS and given[name] in ("", None)
 
     def _imply(self, values: dict[str, object], wrong: set[str]) -> None:
         """Carry out switches that are another spelling of a value. One that contradicts what is given is a problem."""

@@ -284,7 +284,7 @@ class Export:
 class Log:
     """What is told during a run, and to whom."""
 
-    logging_save_csv: bool = param(False, "Write the losses to a CSV file.", OPTION, needs="run")
+    logging_save_csv: bool = param(True, "Write the losses to a CSV file, which Plot shows.", OPTION, needs="run")
     logging_verbose: bool = param(False, "Tell more details in the log.", OPTION, needs="run")
     logging_trackers: tuple[str, ...] = param(
         (), "Programs that get the losses too.", OPTION, needs="run", choices=("tensorboard", "wandb"))

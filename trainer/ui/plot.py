@@ -115,7 +115,7 @@ def smoothed(losses: pandas.Series[float], smoothing: float) -> pandas.Series[fl
 def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
     """SVG of the logs over one another. Raises DataError when there is nothing to draw."""
     if not logs:
-        raise DataError("There is no log yet. With logging_save_csv each run writes one; else only the last is shown.")
+        raise DataError("There is no log yet. Each run writes one, unless logging_save_csv is off.")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
