@@ -22,6 +22,7 @@ from ..places import BASE_MODEL, Places
 from . import arguments
 from .disk import folder_problems
 from .memory import layout, module_bytes, remembered, step_bytes
+from .packages import unserved_problems
 from .session import Session
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -105,6 +106,7 @@ def check_before_loading(
                 arguments.precision(getattr((one or job)[core.Train], field), field)
             except JobError as error:
                 problems.extend(error.problems)
+    problems += unserved_problems(job)
     problems += _absent_files(with_lora_files(job, places.loras), resumed)
     if written:
         problems += folder_problems(job, places)
