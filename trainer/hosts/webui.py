@@ -9,6 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..engine.arguments import precision, text_files
 from ..errors import AtelierError
 from ..events import EventLog
