@@ -118,6 +118,13 @@ def check_before_loading(
     return scan(arguments.image_settings(job)) if source == "pictures" else arguments.find_pair_data(job)
 
 
+def left_out(found: Found) -> Iterator[str]:
+    """Lines to warn with: files of the data folder that are no part of the training."""
+    scanned = found.originals if isinstance(found, PairScan) else found
+    for line in scanned.left_out if scanned else ():
+        yield f"Left out of lora_data_directory: {line}."
+
+
 LORA_FILES = ("network_resume", "diff_load_1st_pass")
 
 

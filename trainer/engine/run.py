@@ -37,6 +37,7 @@ from .losses import LossRing
 from .passes import Passes, plan_passes
 from .preflight import (
     check_before_loading,
+    left_out,
     long_prompts,
     resolve_model,
     resolve_texts,
@@ -122,7 +123,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     written = [plan.kind.suffix for plan in plan_passes(job) if plan.written]
     found = check_before_loading(job, places, written, resumed=request.resume is not None)
     job = with_lora_files(job, places.loras)
-    for line in long_prompts(job, places, request.model):
+    for line in (*left_out(found), *long_prompts(job, places, request.model)):
         log.warn(line)
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
     name = job[core.Save].save_lora_name or "untitled"
