@@ -38,4 +38,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predicting the memory of a step would take most of the time of a short run; other tests do it."""
-    monkeypatch.setattr("trainer.engine.preflight.estimated_bytes", lambda *_: 0)
+    monkeypatch.setattr("trainer.engine.preflight.phase_bytes", lambda *_: {})

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from trainer.engine.catalogue import catalogue
-from trainer.engine.costs import MEMORY, Cost, CostWatch, known, plain, steps_of
+from trainer.engine.costs import Cost, CostWatch, known, plain, steps_of
+from trainer.engine.preflight import MEMORY
 from trainer.events import EventLog, Finished, Preflight, Step
 from trainer.params.codec import load
 from trainer.params.job import Job
@@ -22,7 +23,7 @@ def job(**more: object) -> Job:
 
 def told(watch: CostWatch, *steps: tuple[int, int, float], reason: str = "done", ready: float = 107.5) -> None:
     log = EventLog(watch)
-    log.tell(Preflight({MEMORY: 1234}, at=ready))
+    log.tell(Preflight({MEMORY: {"encoding images": 900, "training": 1234}}, at=ready))
     for step, total, at in steps:
         log.tell(Step(step, total, 0.1, 0.1, (1e-4,), 1.0, 1.0, at=at))
     log.tell(Finished(reason, None, steps[-1][0] if steps else 0, at=150.0))

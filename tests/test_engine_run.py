@@ -41,7 +41,8 @@ def test_a_job_becomes_a_file_a_log_and_events(case, monkeypatch):
     assert json.loads(settings.read_text())["train_seed"] == 3
     report = next(event.report for event in trace.events if isinstance(event, Preflight))
     assert report["modules"] == {"unet": report["modules"]["unet"], "te1": 12}
-    assert report["estimated memory (MB)"] > 1
+    assert list(report["estimated memory (MB)"]) == ["encoding images", "training"]  # text encoders are trained
+    assert all(size > 1 for size in report["estimated memory (MB)"].values())
     with open(result.folder / "whole.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["network_rank", "4"] and rows[8] == ["Step", "Loss", "Learning Rate 1", "Learning Rate 2"]

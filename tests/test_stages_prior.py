@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.data.cache import TensorCache
 from trainer.engine.catalogue import catalogue
+from trainer.engine.estimate import phase_bytes
 from trainer.engine.kit import Kit
-from trainer.engine.preflight import estimated_bytes
 from trainer.engine.reload import written_network
 from trainer.events import EventLog, Note, Stage
 from trainer.models.load import load_model
@@ -155,7 +155,7 @@ def test_more_ordinary_prompts_than_pictures_in_a_step_are_counted_as_memory(cas
         "pictures": {"train_batch_size": 6},
     }.items():
         session = engine_case.session(case, case.job(**{**OWN, **changes}), model)
-        found[name] = estimated_bytes(session, tmp_path)
+        found[name] = phase_bytes(session, tmp_path)["training"]
         session.network.eject()
     assert found["more"] > 1.2 * found["alike"]
     assert found["more"] == pytest.approx(found["pictures"], rel=0.1)

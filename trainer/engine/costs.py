@@ -13,15 +13,14 @@ import torch
 
 from ..events import Event, Finished, Preflight, Step
 from ..jsontext import JsonError, read_object
+from ..models.room import Peak
 from ..modes.base import MODES
 from ..params import core
 from ..params.job import Job
 from ..writing import why, write_whole
 from .arguments import has_epochs
 from .passes import plan_passes
-
-MEMORY = "estimated memory (MB)"
-"""The name of the estimate in a run's report."""
+from .preflight import MEMORY
 
 _DECIDES = (
     *("network_type", "network_rank", "network_blocks", "network_element", "network_targets", "use_dora"),
@@ -39,7 +38,9 @@ _SWITCHES = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What the last run of a kind took: `before` the first step and `per_step` in seconds, the estimated memory."""
+    """What the last run of a kind took: `before` the first step and `per_step` in seconds; its memory at the peak as
+    measured, or as estimated where the device does not count.
+    """
 
     before: float
     per_step: float
@@ -88,11 +89,14 @@ class CostWatch:
         self._file, self._began = _file(job, device, folder), began
         self._ready = self._last = 0.0
         self._steps = self._at = self._total = self._memory = 0
+        self._peak = Peak(device)
 
     def __call__(self, event: Event) -> None:
         """Take in an event."""
         if isinstance(event, Preflight):
-            self._ready, self._memory = event.at, int(str(event.report.get(MEMORY, 0)))
+            phases = event.report.get(MEMORY)
+            self._ready = event.at
+            self._memory = max(phases.values(), default=0) if isinstance(phases, dict) else 0
         elif isinstance(event, Step):
             again = event.step <= self._at or event.total != self._total  # a later pass counts anew
             self._steps += event.step if again else event.step - self._at
@@ -101,9 +105,11 @@ class CostWatch:
             self._keep(event.at)
 
     def _keep(self, end: float) -> None:
-        cost = Cost(end - self._began, 0.0, self._memory)
+        measured = self._peak.bytes
+        memory = self._memory if measured is None else round(measured / 2**20)
+        cost = Cost(end - self._began, 0.0, memory)
         if self._steps:
-            cost = Cost(self._ready - self._began, (self._last - self._ready) / self._steps, self._memory)
+            cost = Cost(self._ready - self._began, (self._last - self._ready) / self._steps, memory)
         try:
             write_whole(self._file, json.dumps(asdict(cost)).encode("ascii"))
         except OSError as error:

@@ -89,6 +89,13 @@ class FlatParameters:
         """Those of the buffers that belong to parameters in half precision."""
         return [buffer for buffer, value in zip(buffers, self.values, strict=True) if value.dtype in HALF]
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of what is kept beside the network's own tensors: gradients and masters."""
+        masters = [master for master, value in zip(self.masters, self.values, strict=True) if master is not value]
+        kept = [*self.gradients, *masters, *(gradient for _, gradient in self._halves)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
     def zero_gradients(self) -> None:
         """Set all gradients to 0, keeping the buffers."""
         for gradient in self.gradients:
@@ -106,7 +113,7 @@ class FlatParameters:
         finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
         factor = (max_norm / (norm + 1e-6)).clamp_max(1.0) if max_norm else torch.ones_like(norm)
         for gradient in self.gradients:
-            gradient.copy_(torch.where(finite, gradient * factor.to(gradient.dtype), torch.zeros_like(gradient)))
+            gradient.mul_(factor.to(gradient.dtype)).masked_fill_(~finite, 0)
         return finite
 
     def remember(self) -> None:

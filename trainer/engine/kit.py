@@ -75,6 +75,11 @@ class Kit:
         """Whether one forward may have another strength for each sample."""
         return self.network.per_sample
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoders are needed in every step."""
+        return self._text.trained
+
     def text(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of prompts, one row each: encoded at the current strength when the text encoder is
         trained.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DivergedError
 from ..events import EventLog, Step
+from ..maths.scaling import masked_step, takes_mask
 from ..optim.optimizers import rates as optimizer_rates
 from .control import Control
 from .flags import native_bf16
@@ -81,11 +82,14 @@ def optimizer_step(session: Session, plateau: float | None) -> Tensor:
     if scaled:
         scaler.unscale_(session.optimizer)
     finite = flat.guard(loss, session.limits.max_grad_norm)
-    if not scaled:  # the scaler leaves such a step out as a whole
+    if scaled:
+        scaler.step(session.optimizer)
+        scaler.update()
+    elif takes_mask(session.optimizer):
+        masked_step(session.optimizer, finite)
+    else:  # without reading the device there is no other way than to undo it
         flat.remember()
-    scaler.step(session.optimizer)
-    scaler.update()
-    if not scaled:
+        session.optimizer.step()
         flat.undo_unless(finite)
     with flat.exact():
         session.network.limit_norms()

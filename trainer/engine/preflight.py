@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ..data.pairs import PairScan
 from ..data.scan import Scan, scan
 from ..errors import AdapterError, JobError, Problem
@@ -20,13 +17,13 @@ from ..params.job import Job
 from ..paths import exists, expanded, is_file
 from ..places import BASE_MODEL, Places
 from . import arguments
-from .disk import folder_problems
-from .memory import layout, module_bytes, remembered, step_bytes
-from .packages import unserved_problems
+from .estimate import phase_bytes
 from .session import Session
 
 SUFFIXES = (".safetensors", ".ckpt")
 DEMO_MODEL = "demo"
+MEMORY = "estimated memory (MB)"
+"""The name in a run's report of what each phase takes at its peak."""
 
 
 def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
@@ -38,12 +35,11 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         return BASE_MODEL
     given = expanded(name)
     tries = [given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
+    if field == "vae":
+        tries = [path for path in tries if is_file(path)]
     for path in tries:
-        if name and (is_file(path) or _is_folder_of(path, field)):
+        if name and (is_file(path) or is_file(path / "unet" / "config.json")):
             return path
-    if field == "vae" and name:
-        message = "there is no such VAE file or folder (with config.json) in the VAE folder either. Check the spelling."
-        raise JobError([Problem(field, name, message)])
     message = (
         "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, "
         "or demo."
@@ -51,13 +47,6 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         else "there is no such file, diffusers folder or model of that name in the model folder. Check the spelling."
     )
     raise JobError([Problem(field, name, message)])
-
-
-def _is_folder_of(path: Path, field: str) -> bool:
-    """Whether a folder is a diffusers model, or for a VAE a diffusers VAE or a model with one."""
-    if field == "vae":
-        return is_file(path / "config.json") or is_file(path / "vae" / "config.json")
-    return is_file(path / "unet" / "config.json")
 
 
 def resolve_texts(job: Job, folder: Path) -> tuple[Path, ...]:
@@ -91,8 +80,7 @@ def check_before_loading(
 ) -> Found:
     """Refuse what can be refused without a model. Returns what was found of the pictures for modes that use them.
 
-    `written`: the suffixes of the files the run will write; the folders of what it writes are tried. Raises JobError
-    with all problems, DataError for pictures.
+    `written`: the suffixes of the files the run will write. Raises JobError with all problems, DataError for pictures.
     """
     problems: list[Problem] = []
     save = job[core.Save]
@@ -106,23 +94,13 @@ def check_before_loading(
                 arguments.precision(getattr((one or job)[core.Train], field), field)
             except JobError as error:
                 problems.extend(error.problems)
-    problems += unserved_problems(job)
     problems += _absent_files(with_lora_files(job, places.loras), resumed)
-    if written:
-        problems += folder_problems(job, places)
     if problems:
         raise JobError(problems)
     source = MODES.get(job[core.Task].mode).passes()[0].source
     if source == "prompts":
         return None
     return scan(arguments.image_settings(job)) if source == "pictures" else arguments.find_pair_data(job)
-
-
-def left_out(found: Found) -> Iterator[str]:
-    """Lines to warn with: files of the data folder that are no part of the training."""
-    scanned = found.originals if isinstance(found, PairScan) else found
-    for line in scanned.left_out if scanned else ():
-        yield f"Left out of lora_data_directory: {line}."
 
 
 LORA_FILES = ("network_resume", "diff_load_1st_pass")
@@ -206,7 +184,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
 
     Raises AdapterError when a chosen part has no module.
     """
-    limits, network, schedule = session.limits, session.network, session.model.schedule
+    limits, network = session.limits, session.network
     modules = {part: len(adapters) for part, adapters in network.parts().items()}
     if not sum(modules.values()):
         raise AdapterError(
@@ -216,7 +194,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
     lines: dict[str, object] = {
         "model": session.model.name,
         "architecture": session.model.family.name,
-        "prediction": schedule.prediction + (", zero-terminal SNR" if schedule.zero_snr else ""),
+        "prediction": session.model.schedule.prediction,
         "device": str(session.model.device),
         "stored as": str(session.model.storage).removeprefix("torch."),
         "computed in": str(session.model.compute).removeprefix("torch."),
@@ -233,58 +211,5 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
     }
     if cache is None:
         return lines
-    return {**lines, "estimated memory (MB)": round(estimated_bytes(session, cache) / 2**20)}
-
-
-def estimated_bytes(session: Session, cache: Path) -> int:
-    """Bytes a training step of this session holds at its peak: weights, adapter with optimiser state, and activations.
-
-    The optimiser is taken to keep two values per parameter, as Adam does. Predictions are remembered in `cache`.
-    """
-    model, network = session.model, session.network
-    vae = [] if model.vae is None else [model.vae]
-    weights = module_bytes([model.unet, *model.text_encoders, *vae, *session.beneath])
-    if not session.limits.total_steps:
-        return weights + module_bytes([network])
-    modules = [model.unet, *model.text_encoders, *session.beneath]
-    trainable = sum(flat.numel() * flat.element_size() for flat in session.flat.values)
-    index = session.source.heaviest()
-
-    def loss() -> Tensor:
-        batch = session.source.batch(index)
-        return torch.zeros(()) if batch is None else session.mode.loss(session.kit, batch)
-
-    def predictions() -> Tensor:
-        batch, kit = session.source.batch(index), session.kit
-        if batch is None:
-            return torch.zeros(())
-        x, ids = batch.mean[:1].expand(rows, -1, -1, -1), batch.time_ids
-        ids = None if ids is None else ids[:1].expand(rows, -1)
-        predicted = kit.predict(x, torch.zeros(rows, dtype=torch.int64, device=x.device),
-                                kit.text(batch.prompts[:1] * rows), ids)
-        return predicted.float().square().mean((1, 2, 3))
-
-    def peak() -> int:
-        step = step_bytes([*modules, network], loss)
-        return max(step, step_bytes([*modules, network], predictions)) if rows else step
-
-    rows = max((stage.rows for stage in session.stages), default=0)
-    facts = {
-        "torch": torch.__version__,
-        "device": model.device.type,
-        "compute": model.compute,
-        "layout": layout([*modules, network]),
-        "mode": session.job[core.Task].mode,
-        "checkpointing": session.job[core.Train].use_gradient_checkpointing,
-        "latents": session.source.shape(index),
-        "rows": rows,
-    }
-    activations = remembered(cache, facts, peak)
-    return weights + state_bytes(trainable) + activations
-
-
-def state_bytes(trainable: int) -> int:
-    """Bytes kept for `trainable` bytes of parameters: values, gradients, the copy to undo with, two optimiser
-    moments.
-    """
-    return 5 * trainable
+    found = phase_bytes(session, cache)
+    return {**lines, MEMORY: {name: round(size / 2**20) for name, size in found.items()}}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..errors import AtelierError
-from ..models.room import best_device
 
 
 class Process:
@@ -42,8 +41,14 @@ class Process:
         yield
 
     def device(self) -> torch.device:
-        """The device that was asked for, else the best that is there."""
-        return best_device() if self._device is None else self._device
+        """The device that was asked for, else the best that is there: cuda, mps, cpu."""
+        if self._device is not None:
+            return self._device
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
 
 
 class ManyProcesses(Process):

@@ -19,6 +19,21 @@ GROWTH_INTERVAL = 2000
 """Finite steps in a row after which the scale is doubled; a step that is not finite halves it."""
 
 
+def takes_mask(optimizer: Optimizer) -> bool:
+    """Whether an optimizer can decide on the device that a step is left out."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def masked_step(optimizer: Optimizer, finite: Tensor) -> None:
+    """A step of an optimizer that `takes_mask`, which changes nothing where `finite` (0-d bool) is false."""
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = None, (~finite).float()
+    try:
+        optimizer.step()
+    finally:
+        del fused.grad_scale, fused.found_inf
+
+
 class LossScaler:
     """Scales a loss before its backward pass, and skips optimizer steps whose gradients overflowed.
 
@@ -54,13 +69,8 @@ class LossScaler:
         """
         if not self._enabled:
             optimizer.step()
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):
-            fused: Any = optimizer
-            fused.grad_scale, fused.found_inf = None, (~self._finite).float()
-            try:
-                optimizer.step()
-            finally:
-                del fused.grad_scale, fused.found_inf
+        elif takes_mask(optimizer):
+            masked_step(optimizer, self._finite)
         elif bool(self._finite):
             optimizer.step()
 

@@ -158,6 +158,13 @@ class Model:
             elif parameter.device.type not in ("cpu", "meta"):
                 parameter.data = parameter.data.cpu()
 
+    def rests_here(self, part: nn.Module) -> bool:
+        """Whether a part's place while it is not needed is the model's device."""
+        resting = (self._home.get(parameter) for parameter in part.parameters())
+        return self.device.type == "cpu" or all(
+            data is not None and same_device(data.device, self.device) for data in resting
+        )
+
     def _settle(self) -> None:
         for part in (self.unet, *self.text_encoders):
             precision.install(part, self.compute)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import AtelierError, MissingPackageError, pip_install
+from ..errors import AtelierError, MissingPackageError
 from ..registry import Registry
 from .repairs import REPAIRS
 from .settings import accepted_settings, check_names, refuse
@@ -29,7 +29,8 @@ class OptimizerTraits:
     `module`, `cls`: the library class. `fixed`: arguments that make it what its name says. `defaults`: arguments where
     the library's default is not ours. `swallowed`: settings its constructor takes through `**kwargs`.
     `schedule_free`: its weights are averaged only inside `evaluating`. `wants_lr_one`: finds its own step size, one for
-    all groups, and reads the learning rate as a factor. `takes_model`: is built from names and parameters.
+    all groups, and reads the learning rate as a factor. `takes_model`: is built from names and parameters. `state`:
+    bytes that it keeps for each trained number.
     """
 
     module: str
@@ -40,6 +41,7 @@ class OptimizerTraits:
     schedule_free: bool = False
     wants_lr_one: bool = False
     takes_model: bool = False
+    state: float = 8.0
 
     @property
     def package(self) -> str:
@@ -59,33 +61,40 @@ def _enter(name: str, module: str, cls: str, **traits: Any) -> None:
 _FREE: dict[str, Any] = {"schedule_free": True}
 _ADAPTS: dict[str, Any] = {"wants_lr_one": True}
 _enter("AdamW", "torch.optim", "AdamW")
-_enter("AdamW8bit", "bitsandbytes.optim", "AdamW8bit")
+_enter("AdamW8bit", "bitsandbytes.optim", "AdamW8bit", state=2.0)
 # Of the two well-known AdaFactors this is the one whose settings (scale_parameter, warmup_init, …) recipes use. Its
 # own default ignores the learning rate.
 _OWN_RATE_OFF = {"relative_step": False, "scale_parameter": False}
-_enter("AdaFactor", "transformers.optimization", "Adafactor", defaults=_OWN_RATE_OFF)
-_enter("Lion", "pytorch_optimizer", "Lion", swallowed=("use_gc", "adanorm", "adanorm_r", "cautious"))
-_enter("Prodigy", "pytorch_optimizer", "Prodigy", **_ADAPTS)
-_enter("DadaptAdam", "pytorch_optimizer", "DAdaptAdam", **_ADAPTS)
+_enter("AdaFactor", "transformers.optimization", "Adafactor", defaults=_OWN_RATE_OFF, state=0.0)
+_enter("Lion", "pytorch_optimizer", "Lion", swallowed=("use_gc", "adanorm", "adanorm_r", "cautious"), state=4.0)
+_enter("Prodigy", "pytorch_optimizer", "Prodigy", **_ADAPTS, state=16.0)
+_enter("DadaptAdam", "pytorch_optimizer", "DAdaptAdam", **_ADAPTS, state=12.0)
 _enter("DadaptLion", "pytorch_optimizer", "DAdaptLion", **_ADAPTS)
-_enter("DAdaptAdaGrad", "pytorch_optimizer", "DAdaptAdaGrad", **_ADAPTS)
-_enter("DAdaptAdan", "pytorch_optimizer", "DAdaptAdan", **_ADAPTS)
-_enter("DAdaptSGD", "pytorch_optimizer", "DAdaptSGD", **_ADAPTS)
-_enter("Adam8bit", "bitsandbytes.optim", "Adam8bit")
-_enter("SGDNesterov8bit", "bitsandbytes.optim", "SGD8bit", fixed={"nesterov": True}, defaults={"momentum": 0.9})
-_enter("Lion8bit", "bitsandbytes.optim", "Lion8bit")
-_enter("PagedAdamW8bit", "bitsandbytes.optim", "PagedAdamW8bit")
-_enter("PagedLion8bit", "bitsandbytes.optim", "PagedLion8bit")
+_enter("DAdaptAdaGrad", "pytorch_optimizer", "DAdaptAdaGrad", **_ADAPTS, state=12.0)
+_enter("DAdaptAdan", "pytorch_optimizer", "DAdaptAdan", **_ADAPTS, state=20.0)
+_enter("DAdaptSGD", "pytorch_optimizer", "DAdaptSGD", **_ADAPTS, state=12.0)
+_enter("Adam8bit", "bitsandbytes.optim", "Adam8bit", state=2.0)
+_enter(
+    "SGDNesterov8bit", "bitsandbytes.optim", "SGD8bit", fixed={"nesterov": True}, defaults={"momentum": 0.9}, state=1.0
+)
+_enter("Lion8bit", "bitsandbytes.optim", "Lion8bit", state=1.0)
+_enter("PagedAdamW8bit", "bitsandbytes.optim", "PagedAdamW8bit", state=2.0)
+_enter("PagedLion8bit", "bitsandbytes.optim", "PagedLion8bit", state=1.0)
 _enter("RAdamScheduleFree", "pytorch_optimizer", "ScheduleFreeRAdam", **_FREE)
 _enter("AdamWScheduleFree", "pytorch_optimizer", "ScheduleFreeAdamW", **_FREE)
-_enter("SGDScheduleFree", "pytorch_optimizer", "ScheduleFreeSGD", **_FREE)
-_enter("CAME", "pytorch_optimizer", "CAME")
-_enter("Tiger", "pytorch_optimizer", "Tiger")
-_enter("AdamMini", "pytorch_optimizer", "AdamMini", takes_model=True)
+_enter("SGDScheduleFree", "pytorch_optimizer", "ScheduleFreeSGD", **_FREE, state=4.0)
+_enter("CAME", "pytorch_optimizer", "CAME", state=4.0)
+_enter("Tiger", "pytorch_optimizer", "Tiger", state=4.0)
+_enter("AdamMini", "pytorch_optimizer", "AdamMini", takes_model=True, state=4.0)
 _enter("PagedAdamW", "bitsandbytes.optim", "PagedAdamW")
 _enter("PagedAdamW32bit", "bitsandbytes.optim", "PagedAdamW32bit")
-_enter("SGDNesterov", "torch.optim", "SGD", fixed={"nesterov": True}, defaults={"momentum": 0.9})
+_enter("SGDNesterov", "torch.optim", "SGD", fixed={"nesterov": True}, defaults={"momentum": 0.9}, state=4.0)
 _enter("Adam", "torch.optim", "Adam")
+
+
+def state_bytes(name: str, numbers: int) -> int:
+    """About what the optimizer `name` keeps for so many trained numbers in float32, in bytes."""
+    return round(OPTIMIZERS.get(name).state * numbers)
 
 
 def make_optimizer(
@@ -149,21 +158,16 @@ def _load(name: str, traits: OptimizerTraits, device: str = "cuda") -> Any:
     if traits.needs_cuda and device != "cuda":
         refuse("train_optimizer", name, f"needs an NVIDIA GPU, the LoRA is on {device}. Take {_plain(name)} instead.")
     if importlib.util.find_spec(traits.package) is None:
-        raise MissingPackageError(f"train_optimizer = {name}", distribution(traits.package))
+        raise MissingPackageError(f"train_optimizer = {name}", traits.package.replace("_", "-"))
     try:
         cls = getattr(importlib.import_module(traits.module), traits.cls)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise AtelierError(
             f"train_optimizer = {name}: the package {traits.package} is installed but cannot be used ({error}). "
-            f"Reinstall it with: {pip_install('-U', distribution(traits.package))}"
+            f"Reinstall it with: pip install -U {traits.package.replace('_', '-')}"
         ) from error
     repair = REPAIRS.get((traits.module, traits.cls))
     return repair(cls) if repair else cls
-
-
-def distribution(package: str) -> str:
-    """The name by which pip knows an importable package of an optimizer."""
-    return package.replace("_", "-")
 
 
 def _plain(name: str) -> str:
