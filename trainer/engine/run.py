@@ -119,7 +119,13 @@ def _files() -> Iterator[None]:
 def _run(request: Request, process: Process, log: EventLog, control: Control, step: list[int]) -> Result:
     job, places = request.job, request.places
     written = [plan.kind.suffix for plan in plan_passes(job) if plan.written]
-    found = check_before_loading(job, places, written, resumed=request.resume is not None)
+    try:
+        found = check_before_loading(job, places, written, resumed=request.resume is not None)
+    except DataError as error:
+        if request.resume is None:
+            raise
+        hint = "If the data were moved, resume with lora_data_directory = the new place (--set on the command line)."
+        raise DataError(f"{error} {hint}") from error
     job = with_lora_files(job, places.loras)
     for line in long_prompts(job, places, request.model):
         log.warn(line)
