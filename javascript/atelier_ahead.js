@@ -42,7 +42,7 @@
         const field = form.fields.find((one) => one.holds === "folder" && one.shown);
         if (!field) return;
         const wished = form.fields.filter((one) => one.shown && !one.second);
-        const images = wished.filter((one) => FOLDER_KEYS.includes(one.key) || /^(image|sub_image|data|train_epochs)/.test(one.key));
+        const images = wished.filter((one) => FOLDER_KEYS.includes(one.key) || /^(image|sub_image|data|diff_target|train_(epochs|iterations|gradient_accumulation))/.test(one.key));
         const key = JSON.stringify(images.map(form.read));
         if (field.note.dataset.key === key) return;
         field.note.dataset.key = key;
@@ -51,8 +51,8 @@
         try {
             const found = await ask("POST", "folder", { settings: form.settings() });
             if (current()) say(field.note, folderWords((inFolder = found)));
-        } catch (error) {
-            if (current()) say(field.note, error.problems.length ? "" : error.message);
+        } catch {
+            if (current()) say(field.note, ""); // what is wrong with it stands below, in red
         }
         if (!current()) delete field.note.dataset.key;
     }

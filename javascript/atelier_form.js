@@ -14,6 +14,7 @@
     let timer = 0;
     let checked = 0;
     let asked = 0;
+    let onDisk = { key: "", problems: [] };
 
     // ------------------------------------------------------------ fields and values
 
@@ -243,13 +244,35 @@
         timer = setTimeout(check, next);
     };
 
+    /** No check that is on its way may change what is shown from now on: a refusal of Start stays until an edit. */
+    form.dropChecks = () => {
+        clearTimeout(timer);
+        asked++;
+        onDisk.key = "";
+        keepDraft();
+    };
+
+    function keepDraft() {
+        Atelier.remember("draft", { settings: form.settings(), all: everything() }, true);
+    }
+
+    /** What the files of this machine are looked at for; they are not looked at again while it stays as it is. */
+    function diskKey() {
+        const named = (one) => one.holds || /^(mode|save_|image|sub_image|data|diff_target|network_type|train_.*precision)/.test(one.key);
+        return JSON.stringify(form.fields.filter((one) => one.shown && named(one)).map(read));
+    }
+
     async function check() {
         checked = Date.now();
         const mine = ++asked;
-        Atelier.remember("draft", { settings: form.settings(), all: everything() }, true);
+        keepDraft();
+        const key = diskKey();
+        const files = key !== onDisk.key;
         try {
-            const answer = await Atelier.ask("POST", "validate", { settings: form.settings() });
+            const answer = await Atelier.ask("POST", "validate", { settings: form.settings(), files });
             if (mine !== asked) return;
+            if (files) onDisk = { key, problems: answer.problems.filter((one) => one.of_files) };
+            else answer.problems.push(...onDisk.problems);
             form.show(answer.problems, answer.warnings, false);
             await Atelier.ahead.look(answer, () => mine === asked);
         } catch (error) {

@@ -9,6 +9,7 @@
     const HELD_AGAIN = 1000;
     const LOST_AGAIN = 30000; // doubled each time
     const LINES = 300;
+    const EDGE = 8; // pixels between the side column and the window
     const MARKED = /^[✓✗]/;
     const [WIDE, HIGH] = [300, 90];
     const STATES = {
@@ -94,10 +95,7 @@
     function show(status) {
         live.status = status;
         const now = status.run || {};
-        if ((now.id || "") !== run) {
-            run = now.id || "";
-            Atelier.$("log").replaceChildren();
-        }
+        run = now.id || "";
         showState(status, now);
         showFacts(status, now);
         showPoints(status.curve);
@@ -200,12 +198,17 @@
         line = lines[lines.length - 1].seq;
         const list = Atelier.$("log");
         const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 30;
-        for (const one of lines) {
+        const add = (text, level, at) => {
             const item = document.createElement("li");
-            item.textContent = one.text;
-            item.dataset.level = one.level;
-            item.title = new Date(one.at * 1000).toLocaleTimeString();
+            item.textContent = text;
+            item.dataset.level = level;
+            item.title = new Date(at * 1000).toLocaleTimeString();
             list.append(item);
+        };
+        for (const one of lines) {
+            if (one.run && one.run !== list.dataset.run) add(one.name, "run", one.at);
+            list.dataset.run = one.run;
+            add(one.text, one.level, one.at);
         }
         while (list.children.length > LINES) list.firstChild.remove();
         if (atEnd) list.scrollTop = list.scrollHeight;
@@ -304,6 +307,7 @@
         const entries = [queue.running, ...queue.waiting, ...queue.ended.slice(0, ENDED_SHOWN)].filter(Boolean);
         list.replaceChildren(...entries.map((entry) => entryOf(entry, queue.waiting.length, open.has(entry.id))));
         Atelier.$("queue_empty").hidden = entries.length > 0;
+        Atelier.$("queue_clear").hidden = !queue.ended.some((entry) => !entry.resumable);
         Atelier.$("queue_go").hidden = queue.going || !queue.waiting.length;
     }
 
@@ -352,6 +356,7 @@
     // ------------------------------------------------------------ buttons
 
     async function send(path) {
+        Atelier.form.dropChecks();
         try {
             const answer = await Atelier.ask("POST", path, { settings: Atelier.form.settings() });
             Atelier.form.show([], answer.warnings, false);
@@ -394,9 +399,19 @@
         onClick($("stop"), stop(false), $("live_stage"));
         onClick($("stop_save"), stop(true), $("live_stage"));
         onClick($("queue_go"), async () => showQueue(await Atelier.ask("POST", "queue/go")), $("live_stage"));
+        onClick($("queue_clear"), async () => showQueue(await Atelier.ask("POST", "queue/clear")), $("live_stage"));
         onClick($("use_in_prompt"), useInPrompt, $("result_text"));
+        new ResizeObserver(fitSide).observe(document.querySelector("#atelier_root .atelier-side"));
+        window.addEventListener("resize", fitSide);
         tick();
     };
+
+    /** A column that is higher than the window scrolls with the page, and only then stays: with its end in view. */
+    function fitSide() {
+        const side = document.querySelector("#atelier_root .atelier-side");
+        const top = Math.min(EDGE, window.innerHeight - side.offsetHeight - EDGE);
+        side.style.setProperty("--atelier-side-top", `${top}px`);
+    }
 
     document.addEventListener("atelier:language", () => (queueRevision = -1));
     document.addEventListener("visibilitychange", tick);

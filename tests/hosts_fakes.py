@@ -114,6 +114,8 @@ class Fake:
 
     def __init__(self, kind: str, family: str, folder: Path, monkeypatch: Any, dtype: torch.dtype) -> None:
         self.kind, self.family, self.folder = kind, family, folder
+        self.device = torch.device("cpu")
+        """What the WebUI draws on."""
         self.calls: list[str] = []
         for name in ("Stable-diffusion", "VAE", "Lora"):
             (folder / "models" / name).mkdir(parents=True)
@@ -157,6 +159,7 @@ class Fake:
                 loaded_vae_file=None,
                 refresh_vae_list=lambda: self.calls.append("list vaes"),
             ),
+            "modules.devices": module("modules.devices", device=self.device),
             "modules.call_queue": module("modules.call_queue", queue_lock=self.lock),
             "modules.processing": module("modules.processing", StableDiffusionProcessingTxt2Img=Drawing),
             "networks": module("networks", list_available_networks=lambda: self.calls.append("list loras")),
@@ -325,11 +328,9 @@ class FakeForge(Fake):
         memory = module(
             self.memory_module,
             current_loaded_models=self.loaded,
-            load_models_gpu=self._load_gpu,
             unload_all_models=self._unload_all,
-            free_memory=lambda needed, device, keep: self.calls.append("free"),
             soft_empty_cache=lambda: None,
-            get_torch_device=lambda: torch.device("cpu"),
+            get_torch_device=lambda: self.device,
         )
         top = self.memory_module.split(".")[0]
         description = self.folder / "backend" / "huggingface" / "x" / "stable-diffusion-v1-5" / "tokenizer"
@@ -396,15 +397,9 @@ class FakeForge(Fake):
         if not self.comfy:
             patcher.model.lora_loader.loaded_hash = "[]"
 
-    def _load_gpu(self, patchers: list[Patcher]) -> None:
+    def _unload_all(self) -> None:
         if not torch.is_inference_mode_enabled():
             raise RuntimeError("Forge moves its inference tensors in inference mode")
-        for patcher in patchers:
-            self.restore(patcher)
-            self.loaded.insert(0, types.SimpleNamespace(model=patcher, model_accelerated=False))
-        self.calls.append("to device")
-
-    def _unload_all(self) -> None:
         if self.comfy:
             for patcher in (self.objects.unet, self.objects.clip.patcher):
                 self.restore(patcher)

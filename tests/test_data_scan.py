@@ -10,7 +10,9 @@ import pytest
 from data_pictures import noise, write
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import features
 
+from trainer.data.images import decode
 from trainer.data.scan import scan, tags_of_name, with_trigger
 from trainer.data.settings import ImageSettings
 from trainer.errors import DataError, JobError
@@ -160,7 +162,7 @@ def test_broken_files_stop_the_run_by_name(tmp_path: Path) -> None:
         scan(ImageSettings(folder=tmp_path))
     assert str(caught.value) == (
         "2 of 3 pictures cannot be read: empty.png (the file is empty); "
-        "sub/page.jpg (not a picture, or damaged at its start). "
+        "sub/page.jpg (not a picture of a kind that is read, or damaged at its start). "
         "Repair or remove them, or switch data_skip_broken on to train without them."
     )
 
@@ -197,3 +199,37 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     os.symlink(tmp_path / "elsewhere", data / "linked")
     os.symlink(data, tmp_path / "elsewhere" / "back")
     assert names(data) == ["linked/a.png"]
+
+
+def test_every_file_that_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
+    for name in ("cat.png", "dog.jpg", "web.jfif", "deep/owl.png"):
+        noise((32, 32)).save(tmp_path / name, format="JPEG") if "j" in name else write(tmp_path / name)
+    texts = ("cat.png.txt", "dog.txt", "dog.caption", "lost.txt", "deep/owl.TXT", "notes.md", ".hidden.txt",
+             "Thumbs.db", "film.mp4", "phone.heic", "cat.npz", "deep/cat.txt")  # fmt: skip
+    for name in texts:
+        (tmp_path / name).write_text("words", encoding="utf-8")
+    found = scan(ImageSettings(folder=tmp_path))
+    assert [picture.name for picture in found.pictures] == ["cat.png", "deep/owl.png", "dog.jpg", "web.jfif"]
+    assert [picture.captioned for picture in found.pictures] == [False, True, True, False]
+    told = {name.strip(): line for line in found.left_out for name in line.rpartition(": ")[2].split(",")}
+    assert set(told) == {*texts} - {"dog.txt", "deep/owl.TXT", ".hidden.txt", "Thumbs.db"}
+    assert "caption of cat.png is looked for as cat.txt" in told["cat.png.txt"]
+    assert "another file holds the caption of dog.jpg" in told["dog.caption"]
+    assert "without a picture" in told["lost.txt"] == told["deep/cat.txt"] and "video" in told["film.mp4"]
+    assert "convert it" in told["phone.heic"] and "not a picture" in told["notes.md"]
+    assert found.summary()["left out"] == list(found.left_out)
+    by_name = scan(ImageSettings(folder=tmp_path, filename_as_tag=True))
+    assert any("image_use_filename_as_tag" in line and "dog.txt" in line for line in by_name.left_out)
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".png", ".jpg", ".jfif"):
+            path.unlink()
+    with pytest.raises(DataError, match="no picture in it.*1 .a picture type that is not read here"):
+        scan(ImageSettings(folder=tmp_path))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
+    noise((48, 32)).save(tmp_path / "a.avif")
+    (picture,) = scan(ImageSettings(folder=tmp_path)).pictures
+    rgb, mask = decode(picture.path.read_bytes())
+    assert picture.size == rgb.size == (48, 32) and mask is None

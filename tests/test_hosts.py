@@ -27,7 +27,7 @@ from trainer.models.base import Model
 from trainer.models.load import load_model
 
 CASES = [("a1111", "sd1"), ("a1111", "sd2"), ("a1111", "sdxl"), ("forge", "sd1"), ("forge", "sdxl")]
-CASES += [("neo", "sd1"), ("reforge", "sd1")]
+CASES += [("neo", "sd1"), ("neo", "sdxl"), ("reforge", "sd1"), ("reforge", "sdxl")]
 
 
 @pytest.fixture(scope="module")

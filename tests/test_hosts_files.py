@@ -46,22 +46,81 @@ def test_only_what_is_missing_is_asked_for() -> None:
     assert "0.25.1 is installed and was left" in install.outdated({**whole, "diffusers": "0.25.1"})[0]
 
 
+class Pip:
+    """Stands in for pip: keeps what it was asked, and what it would have installed counts as installed.
+
+    `fails`: the options with which it cannot find a way.
+    """
+
+    def __init__(self, install: types.ModuleType, there: dict[str, str], *fails: str) -> None:
+        self.install, self.there, self.fails = install, dict(there), fails
+        self.commands: list[list[str]] = []
+        self.held: list[str] = []
+        self.needs: dict[str, list[str]] = {}
+
+    def put(self, monkeypatch: pytest.MonkeyPatch) -> Pip:
+        monkeypatch.setattr(self.install.subprocess, "run", self.run)
+        monkeypatch.setattr(self.install, "installed", lambda: dict(self.there))
+        monkeypatch.setattr(self.install.importlib.metadata, "requires", lambda name: self.needs.get(name))
+        return self
+
+    def run(self, command: list[str], **_: object) -> types.SimpleNamespace:
+        self.commands.append(command)
+        if "--constraint" in command:
+            self.held = Path(command[command.index("--constraint") + 1]).read_text().splitlines()
+        if any(option in command for option in self.fails):
+            return types.SimpleNamespace(returncode=1, stdout="no network here")
+        for ask in command:
+            found = self.install.requirement(ask) if ask[0].isalpha() and command.index(ask) > 3 else None
+            if found is not None:
+                self.there[self.install.plain(found.name)] = "4.1.9"
+        return types.SimpleNamespace(returncode=0, stdout="done")
+
+
 def test_pip_is_held_to_every_installed_version(monkeypatch, capsys) -> None:
-    install, seen = file("install.py"), {}
-
-    def run(command, **_) -> types.SimpleNamespace:
-        seen["command"], seen["lines"] = command, Path(command[-1]).read_text().splitlines()
-        return types.SimpleNamespace(returncode=1, stdout="no network here")
-
-    monkeypatch.setattr(install.subprocess, "run", run)
-    monkeypatch.setattr(install, "installed", lambda: FORGE)
+    install = file("install.py")
+    pip = Pip(install, FORGE, "--constraint", "--no-deps").put(monkeypatch)
     monkeypatch.setenv("INDEX_URL", "https://example.org")
+    monkeypatch.setattr(install.sys, "executable", "/my venv/python")
     install.main()
-    assert seen["lines"] == ["diffusers==0.31.0", "torch==2.3.1", "transformers==4.46.1"]
-    assert seen["command"][1:4] == ["-m", "pip", "install"] and "--upgrade" not in seen["command"]
-    assert seen["command"][seen["command"].index("--index-url") + 1] == "https://example.org"
+    assert pip.held == ["diffusers==0.31.0", "torch==2.3.1", "transformers==4.46.1"]
+    first = pip.commands[0]
+    assert first[:4] == ["/my venv/python", "-m", "pip", "install"] and "--upgrade" not in first
+    assert first[first.index("--index-url") + 1] == "https://example.org"
     said = capsys.readouterr().out
-    assert "no network here" in said and '-m pip install "lycoris-lora>=4.1,<4.2"' in said
+    assert "no network here" in said
+    asked = '"lycoris-lora>=4.1,<4.2" "pytorch-optimizer>=4.1,<5"'
+    assert f'run: "/my venv/python" -m pip install --no-deps {asked}' in said
+    assert "its optimizers (Prodigy" in said and "diffusers Atelier" not in said
+
+
+def test_packages_that_contradict_each_other_are_left_alone(monkeypatch, capsys) -> None:
+    """As reForge: its launcher holds setuptools at 69.5.1, and a newer torch requires more."""
+    install = file("install.py")
+    pip = Pip(install, {**FORGE, "setuptools": "69.5.1"}).put(monkeypatch)
+    pip.needs = {
+        "torch": ["setuptools>=77.0.3", "numpy; extra == 'x'", "nonsense of (old) packages"],
+        "lycoris-lora": ["toml", "torch>=2", "einops>=0.4; python_version > '3'", "more; python_version < '3'"],
+        "toml": ["deeper>1"],
+    }
+    install.main()
+    assert all("--constraint" not in command and "--no-deps" in command for command in pip.commands)
+    assert [command[command.index("--no-deps") + 1 :] for command in pip.commands] == [
+        ["lycoris-lora>=4.1,<4.2", "pytorch-optimizer>=4.1,<5"], ["einops>=0.4", "toml"], ["deeper>1"],
+    ]  # fmt: skip
+    assert pip.there["setuptools"] == "69.5.1" and pip.there["torch"] == "2.3.1"
+    said = capsys.readouterr().out
+    assert "torch 2.3.1 requires setuptools>=77.0.3, and 69.5.1 is installed" in said and "could not" not in said
+
+
+def test_what_pip_cannot_resolve_is_installed_without_its_resolver(monkeypatch, capsys) -> None:
+    install = file("install.py")
+    pip = Pip(install, FORGE, "--constraint").put(monkeypatch)
+    install.main()
+    assert [("--constraint" in command, "--no-deps" in command) for command in pip.commands] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
+    assert "could not" not in capsys.readouterr().out
 
 
 def test_a_start_with_everything_in_place_is_quick_and_says_nothing() -> None:

@@ -71,17 +71,6 @@ def test_what_cannot_be_adopted_is_read_from_its_file_and_said(kind, harm, said,
 
 def test_forges_own_reasons_to_read_the_file(make) -> None:
     fake, host = make("forge")
-    load_gpu = fake.modules["backend.memory_management"].load_models_gpu
-
-    def in_part(patchers: list[object]) -> None:
-        load_gpu(patchers)
-        fake.loaded[0].model_accelerated = True
-
-    fake.modules["backend.memory_management"].load_models_gpu = in_part
-    told = Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None and "does not fit" in told
-    fake.modules["backend.memory_management"].load_models_gpu = load_gpu
     fake.objects.unet.object_patches["diffusion_model.out"] = object()
     told = Told()
     with host.borrow(host.resolve(job()), told.log) as model:
@@ -90,13 +79,6 @@ def test_forges_own_reasons_to_read_the_file(make) -> None:
 
 def test_a1111s_own_reasons_to_read_the_file(make) -> None:
     fake, host = make("a1111")
-    fake.data.sd_model.lowvram = True
-    told = Told()
-    with host.borrow(host.resolve(job()), told.log) as model:
-        assert model is None and "medvram" in told
-        assert fake.calls == ["to memory"]
-    assert fake.calls == ["to memory", "to device"]
-    fake.data.sd_model.lowvram = False
     fake.modules["modules.sd_unet"].current_unet = object()
     told = Told()
     with host.borrow(host.resolve(job()), told.log) as model:

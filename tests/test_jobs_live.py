@@ -89,6 +89,8 @@ def test_the_facts_of_a_run() -> None:
         "Saved a_4steps.safetensors (step 4).",
         "the disk is full",
     ]
+    assert [line["name"] for line in live.lines()] == ["", "a", "a", "a"]
+    assert len({line["run"] for line in live.lines()}) == 2
     first = live.lines()[0]["seq"]
     assert [line["text"] for line in live.lines(after=int(str(first)))] == texts[1:]
     kinds = [event["event"] for event in live.events(int(str(first)))]

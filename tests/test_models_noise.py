@@ -137,3 +137,14 @@ def test_sdxl_sizes_enter_as_sinusoids_after_the_pooled_text():
     angles = ids[:, None] * torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / half)
     expected = torch.cat([cond.pooled_BP[0], torch.cat([angles.cos(), angles.sin()], 1).flatten()])
     torch.testing.assert_close(seen[0][0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "warned"), [
+    ("noobaiXLNAIXL_vPred10Version", True), ("some-v-prediction", True), ("vpred", True), ("average", False),
+])  # fmt: skip
+def test_a_name_that_means_v_is_warned_of_unless_something_is_said(name, warned):
+    schedule, told = schedule_of(NoiseFacts(), SDXL, False, name)
+    assert bool(told) == warned and schedule.prediction == "epsilon"
+    assert not warned or ("model_v_pred" in told[0] and "model_zero_terminal_snr" in told[0])
+    assert not schedule_of(NoiseFacts("v_prediction"), SDXL, False, name)[1]
+    assert not schedule_of(NoiseFacts(), SDXL, True, name)[1]

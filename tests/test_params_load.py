@@ -124,7 +124,9 @@ def test_optimizers_ignore_case(name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_ignore_case(name):
-    assert value("train_lr_scheduler", name.title()) == name
+    rules = {"train_lr_step_rules": "1"} if name == "piecewise_constant" else {}
+    raw = {"lora_data_directory": "pictures", "train_lr_scheduler": name.title(), **rules}
+    assert load(raw, TABLE).job[Train].train_lr_scheduler == name
 
 
 def test_choices_suggest_the_nearest():

@@ -169,3 +169,17 @@ def test_other_modes(settings, expected):
     loaded = load(traintrain_file() | settings, TABLE)
     assert loaded.warnings == () and loaded.job[Network].network_rank == expected
     assert load(loaded.job.to_dict(), TABLE).job == loaded.job
+
+
+def test_logs_are_written_unless_a_file_says_or_means_off():
+    def log(**given):
+        return load({"mode": "LoRA", **given}, TABLE, complete=False).job[Log].logging_save_csv
+
+    theirs = {name: value for name, value in traintrain_file().items() if name != "logging_save_csv"}
+    assert log(format=1) is True and log(format=1, logging_save_csv=False) is False
+    for left_open in ({}, {"logging_save_csv": ""}, {"logging_save_csv": None}, {"logging_save_csv": False}):
+        assert load({**theirs, **left_open}, TABLE).job[Log].logging_save_csv is False, left_open
+    again = load({**theirs, "logging_save_csv": True}, TABLE).job
+    assert again[Log].logging_save_csv is True
+    kept = load(theirs, TABLE).job
+    assert load(kept.to_dict(), TABLE).job[Log].logging_save_csv is False, "it stays off when it is written as ours"

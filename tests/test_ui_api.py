@@ -113,6 +113,19 @@ def test_problems_of_files_are_told_before_the_start(case: Case) -> None:
     assert typed == known, "while typing nothing is looked for on the disk"
     assert case.post("validate", {"settings": settings(train_iterations=0)}).json["cost"] is None
     assert case.post("validate", {"settings": settings(), "files": True}).json["ok"] is False
+    case.backend.wrong = (
+        Problem("save_lora_name", "x", "x.safetensors exists already."),
+        Problem("train_iterations", 5, "does not fit the default that stands in for a wrong one."),
+        Problem("lora_data_directory", "/nowhere", "does not exist."),
+    )
+    for body in ({"files": True}, {}):
+        wrong = settings(train_iterations="abc", network_rank=0)
+        answer = case.post("validate" if body else "start", {"settings": wrong, **body}).json
+        fields = [problem["field"] for problem in answer["problems"]]
+        assert sorted(fields) == ["lora_data_directory", "network_rank", "save_lora_name", "train_iterations"]
+        if body:
+            of_files = {problem["field"] for problem in answer["problems"] if problem["of_files"]}
+            assert of_files == {"lora_data_directory", "save_lora_name"}
 
 
 def test_a_duplicate_is_refused_at_its_field(case: Case) -> None:

@@ -6,6 +6,7 @@ is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -82,10 +83,20 @@ class MemoryShortageError(AtelierError):
     """A phase of a run that needs more memory than there is."""
 
 
+def pip_install(*arguments: str) -> str:
+    """The command that installs packages where this program runs; a bare `pip` is often another Python's."""
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    return " ".join([python, "-m pip install", *arguments])
+
+
 class MissingPackageError(AtelierError):
     """An optional package is not installed; names the setting, the package and the command."""
 
-    def __init__(self, setting: str, package: str, why: str = "") -> None:
+    def __init__(self, setting: str, package: str) -> None:
         self.package = package
-        reason = f" ({why})" if why else ""
-        super().__init__(f"{setting} needs the package {package}{reason}. Install it with: pip install {package}")
+        super().__init__(f"{setting} {self.told(package)}")
+
+    @staticmethod
+    def told(package: str) -> str:
+        """What a setting lacks, for a message that begins with its name."""
+        return f"needs the package {package}, which is not installed. Install it with: {pip_install(package)}"

@@ -27,7 +27,9 @@ _WORDS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
-    errno.ENOENT: "the folder is gone",
+    errno.ENOENT: "there is no such folder, or it is gone",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EEXIST: "a file is where a folder should be",
     errno.EFBIG: "the file is larger than this system allows",
 }
 _FULL_ON_WINDOWS = (39, 112)

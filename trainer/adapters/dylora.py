@@ -13,6 +13,7 @@ from ..params.job import Job
 from ..params.rules import Rule
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .lora import Lora
+from .where import ignores
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class Dylora(Lora):
     network_module = "networks.dylora"
     needs = frozenset({"dylora"})
     sections = (DyloraOptions,)
-    rules = (Rule(("network_unit", "network_rank", "network_type"), unit_divides),)
+    rules = (
+        Rule(("network_unit", "network_rank", "network_type"), unit_divides),
+        *ignores("dylora", "network_conv_rank", "network_conv_alpha"),
+    )
     inits: frozenset[str] = frozenset()
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:

@@ -41,8 +41,10 @@ def _idle(name: str) -> Rule:
 
     def check(job: Job, mode: ModeInfo) -> str:
         given, kind = job[core.Export], ADAPTERS.get(job[core.Network].network_type)
-        if getattr(given, name) == default or given.export_format == "lora":
+        if getattr(given, name) == default:
             return ""
+        if given.export_format == "lora":
+            return "" if name == "export_rank" else "has no effect with export_format lora, which knows no limit."
         if given.export_format == "native":
             return "has no effect with export_format native, which writes no LoRA of another type."
         if not kind.portable or (job.value("use_dora") and "dora" in kind.tags()):

@@ -32,6 +32,7 @@ from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .timesteps import RULES as TIMESTEP_RULES
 from .timesteps import TimestepOptions
 from .tucker import TuckerOptions
+from .where import ignores
 
 DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
 
@@ -268,7 +269,7 @@ class Lierla(Decomposed, Lora):
     help = "Plain LoRA on the attention blocks: small, fast, read by everything. Rank 4 to 128."
     needs = frozenset({"dora", "dora_axis", "timestep_rank"})
     sections = (DoraOptions, TimestepOptions)
-    rules = (*TIMESTEP_RULES, *DORA_RULES)
+    rules = (*TIMESTEP_RULES, *DORA_RULES, *ignores("lierla", "network_conv_rank", "network_conv_alpha"))
     file_tensors = (DOWN, UP, ALPHA, MAGNITUDE)
     exact = frozenset({ALPHA, MAGNITUDE})
 

@@ -12,7 +12,7 @@ from ..demo.effect import demo_grid, measure_effect
 from ..engine.arguments import precision
 from ..engine.catalogue import catalogue
 from ..engine.control import Control
-from ..engine.preflight import DEMO_MODEL, resolve_model
+from ..engine.preflight import resolve_model
 from ..engine.reload import written_network
 from ..engine.run import Request, run
 from ..events import EventLog
@@ -21,15 +21,14 @@ from ..params import core
 from ..params.cli import apply_overrides
 from ..params.codec import load
 from ..params.job import Job
-from ..places import BASE_PICTURES, Places
+from ..places import Places
 from .jobs import raw_job
 from .terminal import Terminal
 
 
 def demo(places: Places, overrides: Sequence[str], control: Control) -> int:
     """Train, sample before and after with the written file, and print one line of JSON. Returns the exit status."""
-    given = {"model": DEMO_MODEL, "lora_data_directory": str(BASE_PICTURES), "save_overwrite": True}
-    job = load(apply_overrides({**raw_job("demo"), **given}, overrides, catalogue()), catalogue()).job
+    job = load(apply_overrides(raw_job("demo"), overrides, catalogue()), catalogue()).job
     terminal = Terminal()
     log = EventLog(terminal)
     started = time.perf_counter()

@@ -1,4 +1,7 @@
-"""From what was typed to a request: settings files, presets, overrides, run folders."""
+"""From what was typed to a request: settings files, presets, overrides, run folders.
+
+The engine and its libraries take many seconds to import; what is wrong with the settings is found before.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..engine.catalogue import catalogue
-from ..engine.resume import amended, read_job
-from ..engine.run import Request
 from ..errors import JobError, Problem
 from ..events import EventLog
 from ..params.cli import add_flags, apply_overrides, collect_flags, lay_over, unknown_flag_hint
 from ..params.codec import load
 from ..params.files import read_json
 from ..params.job import NOTE
-from ..params.presets import Presets
+from ..params.presets import Presets, brought
+from ..params.table import Catalogue
 from ..paths import expanded, is_file
 from ..places import ROOT, Places
+
+if TYPE_CHECKING:
+    from ..engine.run import Request
+
+
+def catalogue() -> Catalogue:
+    """The table of parameters."""
+    from ..engine.catalogue import catalogue
+
+    return catalogue()
 
 
 def presets() -> Presets:
@@ -37,7 +49,7 @@ def raw_job(name: str) -> dict[str, object]:
         return raw
     shelf = presets()
     if name in shelf.names():
-        return shelf.load(name, catalogue()).job.to_dict()
+        return {**shelf.load(name, catalogue()).job.to_dict(), **brought(name)}
     known = ", ".join(shelf.names())
     raise JobError([Problem("job", name, f"is neither a file nor a preset. Presets: {known}.")])
 
@@ -66,6 +78,9 @@ def request(name: str, given: Given, places: Places, *, resume: bool, dry: bool,
     """
     overrides, flags = given.overrides, flags_of(given.flags) if given.flags else {}
     if resume:
+        from ..engine.resume import amended, read_job
+        from ..engine.run import Request
+
         folder = expanded(name)
         before = read_job(folder)
         laid = lay_over(apply_overrides(before.to_dict(full=True), overrides, catalogue()), flags, catalogue())
@@ -75,6 +90,9 @@ def request(name: str, given: Given, places: Places, *, resume: bool, dry: bool,
     loaded = load(raw, catalogue())
     for line in loaded.warnings:
         log.warn(line)
+    log.note("Starting.")
+    from ..engine.run import Request
+
     return Request(loaded.job, places, dry=dry)
 
 

@@ -182,13 +182,14 @@ def _app(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from . import jobs
-
     if not options.job:
         print("train needs a settings JSON, a preset name, or --resume with a run folder.", file=sys.stderr)
         return 2
     terminal = Terminal()
     log = EventLog(json_lines(sys.stdout) if options.json else terminal)
+    log.note(f"Checking {options.job}.")
+    from . import jobs
+
     given = jobs.Given(options.set, options.rest)
     request = jobs.request(options.job, given, _places(options), resume=options.resume, dry=options.dry_run, log=log)
     from ..engine.run import run

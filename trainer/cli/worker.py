@@ -4,6 +4,7 @@ pictures where the host draws none.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..engine.catalogue import catalogue
 from ..engine.control import Control
 from ..engine.costs import CostWatch
 from ..engine.folder import JOB_FILE
+from ..engine.packages import unserved
 from ..engine.preflight import check_before_loading
 from ..engine.process import this_process
 from ..engine.resume import amend, read_job
@@ -38,6 +40,8 @@ from ..ui.wish import Wish
 from .draw import Easel
 
 MEGABYTE = 2**20
+_NAMED = re.compile(r"^lora_data_directory = (['\"]).*?\1:? +")
+"""The setting at the beginning of an error of its folder, which stands beside its field anyway."""
 
 
 class Lender(Protocol):
@@ -48,6 +52,9 @@ class Lender(Protocol):
 
     def resolve(self, job: Job) -> Job:
         """The job with paths in place of names. Raises JobError."""
+
+    def device(self) -> Any:
+        """The torch device the host computes on; None for the best there is."""
 
     def borrow(self, job: Job, log: EventLog) -> Any:
         """A context manager with the lent model, or None to read it from its file."""
@@ -91,7 +98,7 @@ class Bench:
         with self._turn:
             self._easel.clear()
             with self.host.borrow(job, log) as lent, self._watched(job, log, entry):
-                request = Request(job, self.host.places(), model=lent, resume=folder)
+                request = Request(job, self.host.places(), model=lent, resume=folder, device=self.host.device())
                 del lent  # only `run` may hold it, so that its memory is free when the host takes its models back
                 result = run(request, log, control)
         if result.path is not None:
@@ -104,12 +111,16 @@ class Bench:
         if entry.resume:
             yield
             return
-        watch = CostWatch(job, this_process().device(), self.host.places().cache, entry.started, log.warn)
+        watch = CostWatch(job, self._device(), self.host.places().cache, entry.started, log.warn)
         log.listen(watch)
         try:
             yield
         finally:
             log.forget(watch)
+
+    def _device(self) -> Any:
+        """The device that runs and pictures are computed on."""
+        return this_process(self.host.device()).device()
 
     def _job(self, entry: Entry, log: EventLog) -> Job:
         loaded = load(entry.job, catalogue())
@@ -141,7 +152,8 @@ class Bench:
         except JobError as error:
             found += error.problems
         except DataError as error:
-            found.append(Problem("lora_data_directory", job[core.Images].lora_data_directory, str(error)))
+            message = _NAMED.sub("", str(error))
+            found.append(Problem("lora_data_directory", job[core.Images].lora_data_directory, message))
         return tuple(found)
 
     def look(self, job: Job) -> Mapping[str, object]:
@@ -160,10 +172,14 @@ class Bench:
         per_epoch = round(length.steps_per_epoch, 2)
         return {**found.summary(), **arrangement.summary(), "steps per epoch": per_epoch, "steps": length.steps}
 
+    def unserved(self) -> Mapping[str, Mapping[str, str]]:
+        """Setting → value that the installed packages or the device cannot serve → why (`engine.packages`)."""
+        return unserved(self._device())
+
     def cost(self, job: Job) -> Mapping[str, object]:
         """Steps, seconds and memory that the job will take, as far as they are known."""
         try:
-            found = costs.known(self.host.resolve(job), this_process().device(), self.host.places().cache)
+            found = costs.known(self.host.resolve(job), self._device(), self.host.places().cache)
         except JobError:  # told at its field when it is started
             found = None
         return costs.plain(job, found)
@@ -182,7 +198,7 @@ class Bench:
             raise QueueError("A training is running or a picture is being drawn. Draw when it has ended.")
         try:
             vae = Path(task.vae) if task.vae else None
-            return self._easel.draw(wish, lora, Path(task.model), vae, this_process().device())
+            return self._easel.draw(wish, lora, Path(task.model), vae, self._device())
         finally:
             self._turn.release()
 
@@ -197,8 +213,9 @@ class Bench:
         """What this process holds of the GPU, or without one of the machine's memory, in MB."""
         import torch
 
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            free, total = torch.cuda.mem_get_info()
+        device = self._device()
+        if device.type == "cuda" and torch.cuda.is_initialized():
+            free, total = torch.cuda.mem_get_info(device)
             return {"device": "GPU", "used_mb": (total - free) // MEGABYTE, "total_mb": total // MEGABYTE}
         import psutil
 

@@ -96,7 +96,7 @@ def find_pairs(settings: ImageSettings, suffix: str, masked: bool = False) -> Pa
     if not originals:
         raise DataError(f"No pair is left: every one has a picture that cannot be read. diff_target_name = {suffix!r}.")
     rule = f"{found.repeats_rule}; {len(originals)} pairs"
-    return PairScan(Scan(tuple(originals), found.broken, rule), Scan(tuple(targets), (), rule))
+    return PairScan(Scan(tuple(originals), found.broken, rule, found.left_out), Scan(tuple(targets), (), rule))
 
 
 def originals_of(pictures: Sequence[Picture], suffix: str) -> tuple[Picture, ...]:

@@ -13,10 +13,9 @@ from ..errors import DataError
 from ..paths import is_dir, why_absent
 from .buckets import Size
 from .images import BrokenPicture, read_size
+from .leftover import CAPTION_TYPES, PICTURE_TYPES, by_reason, reasons
 from .settings import ImageSettings
 
-PICTURE_TYPES = (".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".pcx", ".ico")
-CAPTION_TYPES = (".txt", ".caption")
 _REPEATS = re.compile(r"(\d+)_.+", re.ASCII)
 _LISTED = 20
 
@@ -51,11 +50,14 @@ class Broken:
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in the data folder. `repeats_rule` says in words how often pictures count and why."""
+    """What was found in the data folder. `repeats_rule` says in words how often pictures count and why; `left_out` are
+    lines that name what else lies there, and why it is left out.
+    """
 
     pictures: tuple[Picture, ...]
     broken: tuple[Broken, ...]
     repeats_rule: str
+    left_out: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, object]:
         """Name → value for the preflight, without the path of the data folder."""
@@ -66,6 +68,7 @@ class Scan:
             "captions missing": len(self.pictures) - captioned,
             "repeats": self.repeats_rule,
             "broken files": [str(broken) for broken in self.broken],
+            **({"left out": list(self.left_out)} if self.left_out else {}),
         }
 
 
@@ -87,11 +90,13 @@ def scan(settings: ImageSettings) -> Scan:
     if not is_dir(root):
         what = why_absent(root) or "is a file"
         raise DataError(f"lora_data_directory = {str(root)!r} {what}. Give the folder that holds the pictures.")
-    found = sorted(_files(root), key=lambda file: file.name)
+    found, others = _files(root, settings.filename_as_tag)
+    left_out = tuple(by_reason(reasons(others, {file.name for file in found}, settings.filename_as_tag)))
     if not found:
         raise DataError(
             f"lora_data_directory = {str(root)!r}: no picture in it or its sub-folders. Looked for "
             f"{' '.join(kind[1:] for kind in PICTURE_TYPES)}, hidden files left out. Check the folder."
+            + (f" What lies there: {'; '.join(left_out)}." if left_out else "")
         )
     repeats, rule = _repeats(root, found)
     captions = _captions(found, settings)
@@ -109,7 +114,7 @@ def scan(settings: ImageSettings) -> Scan:
         caption, captioned = captions[file.name]
         pictures.append(Picture(file.path, file.name, folder or _base_name(root), size, caption, captioned, count))
     refuse_broken(broken, len(pictures), settings.skip_broken)
-    return Scan(tuple(pictures), tuple(broken), rule)
+    return Scan(tuple(pictures), tuple(broken), rule, left_out)
 
 
 def refuse_broken(broken: list[Broken], whole: int, skip: bool) -> None:
@@ -145,12 +150,17 @@ def with_trigger(trigger: str, caption: str) -> str:
     return ", ".join(part for part in (trigger.strip(), caption) if part)
 
 
-def _files(root: Path) -> Iterator[_Found]:
+def _files(root: Path, by_name: bool) -> tuple[list[_Found], list[str]]:
+    """The pictures below a folder, and the names of all other files but used captions, both in the order of names.
+
+    `by_name`: captions are made of file names, so that none is used.
+    """
+
     def stop(error: OSError) -> None:
         text = f"The folder {error.filename!r} cannot be read: {error.strerror}. Check its permissions."
         raise DataError(text) from error
 
-    seen = set()
+    seen, found, others = set(), [], []
     for place, folders, files in os.walk(root, onerror=stop, followlinks=True):
         folder = Path(place)
         real = folder.resolve()
@@ -164,12 +174,16 @@ def _files(root: Path) -> Iterator[_Found]:
             for name in sorted(files, reverse=True)
             if Path(name).suffix.lower() in CAPTION_TYPES
         }
+        used = set()
         for name in files:
             path = folder / name
             if name.startswith(".") or path.suffix.lower() not in PICTURE_TYPES:
                 continue
             caption = next((captions[key] for kind in CAPTION_TYPES if (key := (path.stem, kind)) in captions), None)
-            yield _Found(path, path.relative_to(root).as_posix(), caption)
+            found.append(_Found(path, path.relative_to(root).as_posix(), caption))
+            used |= {name} if caption is None or by_name else {name, caption.name}
+        others += [(folder / name).relative_to(root).as_posix() for name in files if name not in used]
+    return sorted(found, key=lambda file: file.name), sorted(others)
 
 
 def _folder(name: str) -> str:

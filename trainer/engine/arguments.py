@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..adapters.base import ADAPTERS, AdapterSpec
 from ..adapters.export import ExportSettings
+from ..data.buckets import own_bucket
+from ..data.images import BrokenPicture, read_size
 from ..data.pairs import MaskRule, PairScan, find_pairs, single_pair
 from ..data.scan import with_trigger
 from ..data.settings import ImageSettings
@@ -19,10 +23,11 @@ from ..modes.prompts import prompt_pairs
 from ..params import core
 from ..params.job import Job
 from ..params.network import NetworkOptions
+from ..params.previews import Preview, parse_previews
 from ..paths import expanded
 from .kit import LossSettings
 from .length import Length
-from .samples import SampleSettings
+from .samples import Drawing, SampleSettings
 from .session import Limits
 from .sources import PromptPairs, Rules
 
@@ -255,21 +260,44 @@ def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:
 
 
 def previewed(job: Job) -> tuple[str, ...]:
-    """The prompts that previews are drawn of; none where none are drawn."""
+    """The texts that previews are drawn with, negative ones included; none where none are drawn."""
     wanted = job[core.Sample]
-    return tuple(line for line in wanted.sample_prompts.splitlines() if line.strip()) if wanted.sample_every else ()
+    found = parse_previews(wanted.sample_prompts) if wanted.sample_every else ()
+    return tuple(dict.fromkeys(text for one in found for text in (one.prompt, one.negative)))
+
+
+def previews(job: Job) -> tuple[Drawing, ...]:
+    """The previews of a job; none where none are drawn."""
+    usual = sample_settings(job)
+    found = parse_previews(job[core.Sample].sample_prompts) if job[core.Sample].sample_every else ()
+    return tuple(Drawing(one.prompt, one.negative, _preview_settings(one, usual)) for one in found)
+
+
+def _preview_settings(one: Preview, usual: SampleSettings) -> SampleSettings:
+    size = (one.height or usual.size[0], one.width or usual.size[1])
+    own = {"steps": one.steps, "cfg": one.cfg, "seed": one.seed}
+    given = {name: value for name, value in own.items() if value is not None}
+    return replace(usual, size=size, batch_size=_at_once(size), **given)
+
+
+def _at_once(size: tuple[int, int]) -> int:
+    return 1 if max(size) > 256 else 8
 
 
 def sample_settings(job: Job) -> SampleSettings:
-    """How preview pictures are drawn."""
-    wanted = job[core.Sample]
+    """How preview pictures are drawn: in the size of the pictures that are trained."""
+    wanted, size = job[core.Sample], job[core.Images].image_size
+    if "pictures" in MODES.get(job[core.Task].mode).needs:
+        with contextlib.suppress(BrokenPicture):  # told of where the pair is read
+            width, height = own_bucket(read_size(folder(job[core.Task].original_image)))
+            size = (height, width)
     return SampleSettings(
-        size=job[core.Images].image_size,
+        size=size,
         steps=wanted.sample_steps,
         cfg=wanted.sample_cfg,
         seed=wanted.sample_seed,
         clip_skip=job[core.Train].train_clip_skip,
-        batch_size=1 if max(job[core.Images].image_size) > 256 else 8,
+        batch_size=_at_once(size),
     )
 
 

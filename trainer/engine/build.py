@@ -212,6 +212,8 @@ def _build(
         text = make_text(job, model, network, beneath, (*asked, *arguments.previewed(job)), site)
     settle(model, model.unet, *(model.text_encoders if text.trained else ()))
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
+    if job[core.Log].logging_verbose:
+        site.log.note("Trained modules: " + ", ".join(adapter.key for adapter in network) + ".")
     flat = FlatParameters(network)
     with flat.exact():
         optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data.cache import fingerprint
 from ..errors import TrainingError
 from ..events import Event, EventLog, Stage
+from ..maths.schedule import EPSILON, NoiseSchedule
 from ..models.base import Model
 from ..modes.base import MODES
 from ..params import core
@@ -28,6 +29,7 @@ from ..writing import replace, why
 from . import devices
 from .build import PassPlan, build
 from .catalogue import catalogue
+from .disk import Share, shares
 from .preflight import Found, lora_path, report
 from .session import Session
 from .site import Site
@@ -79,8 +81,13 @@ class Passes:
     def __init__(self, plans: tuple[PassPlan, ...], model: Model, site: Site, found: Found, drawn: bool) -> None:
         """`drawn`: the seed was drawn for this run, so that any other would have done as well."""
         self.plans, self.model, self.site, self.found, self._drawn = plans, model, site, found, drawn
+        self._schedule = model.schedule
+        if plans[0].job[core.Train].model_zero_terminal_snr:
+            model.schedule = self._ends_in_noise()
         self._sessions: list[Session] = []
         self._settled: list[Session] = []
+        self.shares: list[Share] = []
+        """What the run will write, once it is surveyed."""
         self._ready: Session | None = None
 
     def survey(self, resumed_pass: int, dry: bool) -> dict[str, object]:
@@ -110,6 +117,7 @@ class Passes:
     def _report(self, plan: PassPlan, session: Session) -> dict[str, object]:
         places = self.site.places
         remembered = places.cache if self.site.estimates else None
+        self.shares += shares(plan, session, places)
         return report(session, lora_path(plan.asked, places, plan.kind.suffix), remembered)
 
     def _stages_only(self, event: Event) -> None:
@@ -177,6 +185,16 @@ class Passes:
         while self._sessions:
             self._sessions.pop().network.eject()
         self.model.set_gradient_checkpointing(False)
+        self.model.schedule = self._schedule
+
+    def _ends_in_noise(self) -> NoiseSchedule:
+        """The model's schedule with zero-terminal SNR, which makes no sense for ε: there pure noise is the answer."""
+        if self._schedule.prediction == EPSILON:
+            self.site.log.warn(
+                "model_zero_terminal_snr is on, but the model predicts ε, which pure noise gives away: the last"
+                " timesteps teach nothing. Set model_v_pred if it is a v-prediction model."
+            )
+        return self._schedule.ending_in_noise()
 
     @staticmethod
     def _may_be_cached(plan: PassPlan) -> bool:

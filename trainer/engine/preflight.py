@@ -17,7 +17,9 @@ from ..params.job import Job
 from ..paths import exists, expanded, is_file
 from ..places import BASE_MODEL, Places
 from . import arguments
+from .disk import folder_problems
 from .estimate import phase_bytes
+from .packages import unserved_problems
 from .session import Session
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -35,11 +37,12 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         return BASE_MODEL
     given = expanded(name)
     tries = [given, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
-    if field == "vae":
-        tries = [path for path in tries if is_file(path)]
     for path in tries:
-        if name and (is_file(path) or is_file(path / "unet" / "config.json")):
+        if name and (is_file(path) or _is_folder_of(path, field)):
             return path
+    if field == "vae" and name:
+        message = "there is no such VAE file or folder (with config.json) in the VAE folder either. Check the spelling."
+        raise JobError([Problem(field, name, message)])
     message = (
         "no model is loaded to be used in its place; give the path of a .safetensors file or of a diffusers folder, "
         "or demo."
@@ -47,6 +50,13 @@ def resolve_model(name: str, folder: Path, field: str = "model") -> Path:
         else "there is no such file, diffusers folder or model of that name in the model folder. Check the spelling."
     )
     raise JobError([Problem(field, name, message)])
+
+
+def _is_folder_of(path: Path, field: str) -> bool:
+    """Whether a folder is a diffusers model, or for a VAE a diffusers VAE or a model with one."""
+    if field == "vae":
+        return is_file(path / "config.json") or is_file(path / "vae" / "config.json")
+    return is_file(path / "unet" / "config.json")
 
 
 def resolve_texts(job: Job, folder: Path) -> tuple[Path, ...]:
@@ -80,7 +90,8 @@ def check_before_loading(
 ) -> Found:
     """Refuse what can be refused without a model. Returns what was found of the pictures for modes that use them.
 
-    `written`: the suffixes of the files the run will write. Raises JobError with all problems, DataError for pictures.
+    `written`: the suffixes of the files the run will write; the folders of what it writes are tried. Raises JobError
+    with all problems, DataError for pictures.
     """
     problems: list[Problem] = []
     save = job[core.Save]
@@ -94,13 +105,23 @@ def check_before_loading(
                 arguments.precision(getattr((one or job)[core.Train], field), field)
             except JobError as error:
                 problems.extend(error.problems)
+    problems += unserved_problems(job)
     problems += _absent_files(with_lora_files(job, places.loras), resumed)
+    if written:
+        problems += folder_problems(job, places)
     if problems:
         raise JobError(problems)
     source = MODES.get(job[core.Task].mode).passes()[0].source
     if source == "prompts":
         return None
     return scan(arguments.image_settings(job)) if source == "pictures" else arguments.find_pair_data(job)
+
+
+def left_out(found: Found) -> Iterator[str]:
+    """Lines to warn with: files of the data folder that are no part of the training."""
+    scanned = found.originals if isinstance(found, PairScan) else found
+    for line in scanned.left_out if scanned else ():
+        yield f"Left out of lora_data_directory: {line}."
 
 
 LORA_FILES = ("network_resume", "diff_load_1st_pass")
@@ -184,7 +205,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
 
     Raises AdapterError when a chosen part has no module.
     """
-    limits, network = session.limits, session.network
+    limits, network, schedule = session.limits, session.network, session.model.schedule
     modules = {part: len(adapters) for part, adapters in network.parts().items()}
     if not sum(modules.values()):
         raise AdapterError(
@@ -194,7 +215,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
     lines: dict[str, object] = {
         "model": session.model.name,
         "architecture": session.model.family.name,
-        "prediction": session.model.schedule.prediction,
+        "prediction": schedule.prediction + (", zero-terminal SNR" if schedule.zero_snr else ""),
         "device": str(session.model.device),
         "stored as": str(session.model.storage).removeprefix("torch."),
         "computed in": str(session.model.compute).removeprefix("torch."),

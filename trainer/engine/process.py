@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AtelierError
+from ..models.room import best_device
 
 
 class Process:
@@ -41,14 +42,8 @@ class Process:
         yield
 
     def device(self) -> torch.device:
-        """The device that was asked for, else the best that is there: cuda, mps, cpu."""
-        if self._device is not None:
-            return self._device
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        if torch.backends.mps.is_available():
-            return torch.device("mps")
-        return torch.device("cpu")
+        """The device that was asked for, else the best that is there."""
+        return best_device() if self._device is None else self._device
 
 
 class ManyProcesses(Process):

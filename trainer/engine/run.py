@@ -28,6 +28,7 @@ from ..writing import sweep, why, write_new
 from . import arguments
 from .build import PassPlan, draw_seed
 from .control import Control
+from .disk import check_room
 from .flags import bf16_warning, training_flags
 from .folder import RunFolder, new_folder, open_folder
 from .keeping import Keeper
@@ -36,6 +37,7 @@ from .losses import LossRing
 from .passes import Passes, plan_passes
 from .preflight import (
     check_before_loading,
+    left_out,
     long_prompts,
     resolve_model,
     resolve_texts,
@@ -43,7 +45,7 @@ from .preflight import (
 )  # fmt: skip
 from .process import Process, this_process
 from .resume import Weights, check_state_job, check_weights, weights_of
-from .samples import sample, write_samples
+from .samples import Drawing, draw, write_samples
 from .session import Session
 from .shortage import LOADING, PREVIEW, TRAINING, WHOLE, phase
 from .site import Site
@@ -127,7 +129,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         hint = "If the data were moved, resume with lora_data_directory = the new place (--set on the command line)."
         raise DataError(f"{error} {hint}") from error
     job = with_lora_files(job, places.loras)
-    for line in long_prompts(job, places, request.model):
+    for line in (*left_out(found), *long_prompts(job, places, request.model)):
         log.warn(line)
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
     name = job[core.Save].save_lora_name or "untitled"
@@ -155,6 +157,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         stack.callback(passes.close)
         lines = passes.survey(_resumed_pass(saved), dry=request.dry)
         log.tell(Preflight(lines))
+        check_room(passes.shares)
         if request.dry:
             return Result("checked", None, None, lines)
         if held is not None:
@@ -297,12 +300,12 @@ def _train(
 
 
 def _sample(session: Session, log: EventLog) -> None:
-    prompts = arguments.previewed(session.job)
-    if not prompts or not session.process.leads:
+    wanted = arguments.previews(session.job)
+    if not wanted or not session.process.leads:
         return
     try:
         with phase(PREVIEW, session.model.device, session.job):
-            pictures = _draw(session, prompts)
+            pictures = _draw(session, wanted)
     except MemoryShortageError as error:
         log.warn(f"No preview was drawn at step {session.step}, the training goes on. {error}")
         return
@@ -314,9 +317,9 @@ def _sample(session: Session, log: EventLog) -> None:
     log.tell(Sampled(session.step, tuple(map(str, paths))))
 
 
-def _draw(session: Session, prompts: Sequence[str]) -> Tensor:
+def _draw(session: Session, wanted: Sequence[Drawing]) -> list[Tensor]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.evaluating())
         for network in session.beneath:  # whoever uses the file will not have them
             stack.enter_context(network.at_strength(0.0))
-        return sample(session.model, prompts, arguments.sample_settings(session.job), text=session.kit.text)
+        return draw(session.model, wanted, text=session.kit.text)

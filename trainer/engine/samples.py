@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,15 @@ class SampleSettings:
     sampler: str = "dpm"
     clip_skip: int = 1
     batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture that is asked for."""
+
+    prompt: str
+    negative: str
+    settings: SampleSettings
 
 
 def _scheduler(model: Model, sampler: str) -> Any:
@@ -74,7 +84,6 @@ def sample_latents(
     return x
 
 
-@torch.no_grad()
 def sample(
     model: Model,
     prompts: Sequence[str],
@@ -82,33 +91,57 @@ def sample(
     progress: Callable[[int, int], None] | None = None,
     text: Callable[[Sequence[str]], Conditioning] | None = None,
 ) -> Tensor:
-    """Pictures for the prompts, (len(prompts), 3, H, W) in [−1, 1] on the CPU; picture i depends on (seed, i) alone.
+    """Pictures for the prompts, (len(prompts), 3, H, W), as `draw` makes them."""
+    return torch.stack(draw(model, [Drawing(prompt, "", settings) for prompt in prompts], progress, text))
+
+
+@torch.no_grad()
+def draw(
+    model: Model,
+    drawings: Sequence[Drawing],
+    progress: Callable[[int, int], None] | None = None,
+    text: Callable[[Sequence[str]], Conditioning] | None = None,
+) -> list[Tensor]:
+    """Pictures (3, H, W) in [−1, 1] on the CPU; picture i depends on (its seed, i) and on nothing of the others.
 
     All texts first, then all latents, then all pictures, each with only the parts on the device that it needs. `text`
     gives conditionings, of the text encoders where they are wanted: None asks the model.
     """
-    height, width = (edge // model.latent_factor for edge in settings.size)
-    starts = range(0, len(prompts), settings.batch_size)
-    parts = [list(prompts[start : start + settings.batch_size]) for start in starts]
-    wanted = [[*part, *([""] * len(part))] for part in parts]
+    parts = _batches(drawings)
+    wanted = [[*(one.prompt for one in part), *(one.negative for one in part)] for _, part in parts]
     if text is None:
         with using(model, *model.text_encoders):
-            rows = [model.encode_prompts(part, settings.clip_skip) for part in wanted]
+            rows = [
+                model.encode_prompts(texts, part[0].settings.clip_skip)
+                for texts, (_, part) in zip(wanted, parts, strict=True)
+            ]
     else:
-        rows = [text(part) for part in wanted]
+        rows = [text(texts) for texts in wanted]
     found: list[Tensor] = []
     with using(model, model.unet):
-        for start, part, row in zip(starts, parts, rows, strict=True):
-            indices = list(range(start, start + len(part)))
+        for (start, part), row in zip(parts, rows, strict=True):
+            settings, count = part[0].settings, len(part)
+            height, width = (edge // model.latent_factor for edge in settings.size)
+            indices = list(range(start, start + count))
             noise = rng.normal((model.latent_channels, height, width), "sample", settings.seed, 0, indices)
-            latents = sample_latents(
-                model, row[: len(part)], row[len(part) :], noise.to(model.device), settings
-            )
+            latents = sample_latents(model, row[:count], row[count:], noise.to(model.device), settings)
             found.append(latents.cpu())
             if progress:
-                progress(start + len(part), len(prompts))
+                progress(start + count, len(drawings))
     with using(model, model.vae):
-        return torch.cat([decode(model, latents).float().clamp(-1, 1).cpu() for latents in found])
+        return [picture for latents in found for picture in decode(model, latents).float().clamp(-1, 1).cpu()]
+
+
+def _batches(drawings: Sequence[Drawing]) -> list[tuple[int, Sequence[Drawing]]]:
+    """(place of the first, drawings) of runs with the same settings, cut to their batch size."""
+    found: list[tuple[int, Sequence[Drawing]]] = []
+    start = 0
+    for _, group in itertools.groupby(drawings, key=lambda one: one.settings):
+        alike = list(group)
+        size = alike[0].settings.batch_size
+        found += [(start + at, alike[at : at + size]) for at in range(0, len(alike), size)]
+        start += len(alike)
+    return found
 
 
 def to_pil(picture_CHW: Tensor) -> Image.Image:
@@ -117,10 +150,10 @@ def to_pil(picture_CHW: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), "RGB")
 
 
-def write_samples(pictures_BCHW: Tensor, folder: Path, stem: str) -> tuple[Path, ...]:
+def write_samples(pictures: Sequence[Tensor], folder: Path, stem: str) -> tuple[Path, ...]:
     """Write `<stem>_<i>.png` below `folder`; returns the paths. Raises OSError."""
-    paths = tuple(folder / f"{stem}_{index}.png" for index in range(len(pictures_BCHW)))
-    for path, picture in zip(paths, pictures_BCHW, strict=True):
+    paths = tuple(folder / f"{stem}_{index}.png" for index in range(len(pictures)))
+    for path, picture in zip(paths, pictures, strict=True):
         image = to_pil(picture)
         write_whole(path, lambda file, image=image: image.save(file, format="PNG"))
     return paths

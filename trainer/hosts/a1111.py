@@ -46,15 +46,10 @@ class A1111(WebUI):
         return Path(sd_vae.loaded_vae_file) if sd_vae.loaded_vae_file else None
 
     def lay_bare(self, restore: ExitStack) -> Live:
-        """The loaded model without LoRA; models kept beside it go to memory meanwhile."""
-        from modules import sd_models
-
+        """The loaded model without LoRA; all models go to memory meanwhile, the training brings what it uses."""
         model = self._model()
-        self._refuse(model)
-        for other in list(sd_models.model_data.loaded_sd_models):
-            if other is not model and _device(other).type != "cpu":
-                restore.callback(sd_models.send_model_to_device, other)
-                sd_models.send_model_to_cpu(other)
+        self._refuse()
+        self.make_room(restore)
         take_out_loras(model)
         info = model.sd_checkpoint_info
         return Live(
@@ -65,11 +60,16 @@ class A1111(WebUI):
             foreign=(VAE,) if self.loaded_vae() else (),
         )
 
-    def _refuse(self, model: Any) -> None:
+    def draws_on(self) -> torch.device | str | None:
+        """The device the WebUI chose at its start, --device-id and --use-cpu included."""
+        from modules import devices
+
+        device: torch.device | None = devices.device
+        return device
+
+    def _refuse(self) -> None:
         from modules import sd_unet
 
-        if getattr(model, "lowvram", False):
-            raise NotAdoptable("--medvram or --lowvram moves its parts about")
         if getattr(sd_unet, "current_unet", None) is not None:
             raise NotAdoptable("another engine (such as TensorRT) draws in the place of its UNet")
 

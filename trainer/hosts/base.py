@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from ..errors import AtelierError
 from ..events import EventLog
 from ..models.base import Model
@@ -52,6 +54,9 @@ class Host(Protocol):
 
         Raises JobError with all names that are not known.
         """
+
+    def device(self) -> torch.device | None:
+        """The device that the host computes on; None: the best that is there."""
 
     def borrow(self, job: Job, log: EventLog) -> AbstractContextManager[Model | None]:
         """Lend the GPU, and the loaded model where it is the one of the (resolved) job, to a training.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.live import TEXT_PREFIXES, UNET, VAE, Live, NotAdoptable, is_clip, is_vae
+from .names import same_file
 from .webui import WebUI
 
 _PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v_prediction": "v_prediction"}
@@ -24,7 +25,7 @@ _ENCODERS = {
         "clip_g.transformer.": "conditioner.embedders.1.transformer.",
     },
 }
-_EVERYTHING = 1e30
+_PROJECTION = "conditioner.embedders.1.transformer.text_projection.weight"
 
 
 class Forge(WebUI):
@@ -119,15 +120,14 @@ class Forge(WebUI):
     # ---------------------------------------------------------------- lending
 
     def lay_bare(self, restore: ExitStack) -> Live:
-        """The loaded model without LoRA, its UNet on the device, everything else moved off it."""
+        """The loaded model without LoRA, moved off the device with everything else."""
         model = self._model()
         original = model.forge_objects_original
+        foreign = (VAE,) if self.loaded_vae() else ()
         if any(not is_vae(path) for path in self._modules()):
-            foreign = (VAE, *TEXT_PREFIXES)
-        else:
-            foreign = (VAE,) if self._modules() else ()
+            foreign += TEXT_PREFIXES
         with torch.inference_mode():  # as Forge does it: its parameters are inference tensors
-            self._bring(original.unet, original.clip.patcher)
+            self._take_out_loras(original.unet, original.clip.patcher)
         self._check(original.unet, original.clip.patcher)
         info = model.sd_checkpoint_info
         return Live(
@@ -138,17 +138,17 @@ class Forge(WebUI):
             foreign=foreign,
         )
 
-    def _bring(self, unet: Any, clip: Any) -> None:
-        """Put the bare UNet on the device, take the LoRA out of the text encoders, and move all others away."""
-        memory = self._memory()
-        memory.load_models_gpu([unet])
-        clip.refresh_loras()
-        mine = [entry for entry in memory.current_loaded_models if entry.model is unet]
-        if memory.get_torch_device().type != "cpu":
-            memory.free_memory(_EVERYTHING, memory.get_torch_device(), mine)
-        memory.soft_empty_cache()
-        if any(getattr(entry, "model_accelerated", False) for entry in mine):
-            raise NotAdoptable("it does not fit on the device as a whole, so Forge keeps parts of it elsewhere")
+    def draws_on(self) -> torch.device | str | None:
+        """The device of Forge's memory manager."""
+        device: torch.device = self._memory().get_torch_device()
+        return device
+
+    def _take_out_loras(self, unet: Any, clip: Any) -> None:
+        """Move everything off the device and put the bare weights back. The training brings what it uses itself."""
+        self._memory().unload_all_models()
+        for patcher in (unet, clip):
+            patcher.refresh_loras()
+        self._memory().soft_empty_cache()
 
     def _check(self, unet: Any, clip: Any) -> None:
         """Raise NotAdoptable when a patch is left in the weights."""
@@ -161,22 +161,18 @@ class Forge(WebUI):
 
     def make_room(self, restore: ExitStack) -> None:
         """Everything goes to memory; Forge brings back what the next picture needs."""
-        self._memory().unload_all_models()
+        with torch.inference_mode():
+            self._memory().unload_all_models()
         gc.collect()
         self._memory().soft_empty_cache()
 
 
 class Comfy(Forge):
-    """The forks that took over ComfyUI's memory manager: what is in memory rather than on the device is adopted.
+    """The forks that took over ComfyUI's memory manager: unloading puts the original weights back by itself."""
 
-    Unloading is the one operation all their versions share, and it puts the original weights back. The training moves
-    the UNet to the device itself, so there is still one copy on it.
-    """
-
-    def _bring(self, unet: Any, clip: Any) -> None:
-        memory = self._memory()
-        memory.unload_all_models()
-        memory.soft_empty_cache()
+    def _take_out_loras(self, unet: Any, clip: Any) -> None:
+        self._memory().unload_all_models()
+        self._memory().soft_empty_cache()
 
     def _check(self, unet: Any, clip: Any) -> None:
         for patcher in (unet, clip):
@@ -218,14 +214,52 @@ class ReForge(Comfy):
 
         return Path(sd_vae.loaded_vae_file) if sd_vae.loaded_vae_file else None
 
+    def loaded_texts(self) -> tuple[Path, ...]:
+        """The checkpoint that lends its text encoders, when another one than the loaded is chosen for that."""
+        lender, loaded = self._lender(), self.loaded_path()
+        own = lender is None or loaded is None or same_file(lender, loaded)
+        return () if own or lender is None else (lender,)
+
+    def _lender(self) -> Path | None:
+        """The file that the text encoders in use were read from, often the checkpoint's own; None: not on record.
+
+        The record may also be of text encoders that were loaded and are not used.
+        """
+        try:
+            from modules import sd_text_encoder
+        except ImportError:  # before July 2025 it had no such setting
+            return None
+        encoder, model = sd_text_encoder.current_text_encoder, self._model()
+        if model is None or getattr(encoder, "clip_model", None) is not model.forge_objects_original.clip:
+            return None
+        return Path(encoder.te_info.filename)
+
     def _modules(self) -> tuple[Path, ...]:
         vae = self.loaded_vae()
-        return () if vae is None else (vae,)
+        return (*(() if vae is None else (vae,)), *self.loaded_texts())
+
+    def lay_bare(self, restore: ExitStack) -> Live:
+        """As in Forge. Raises NotAdoptable when it is not known where its text encoders are from."""
+        if getattr(self._model(), "_separate_te_loaded", False) and self._lender() is None:
+            raise NotAdoptable("its text encoders are another model's, and reForge no longer knows which")
+        return super().lay_bare(restore)
 
     def _listed(self) -> dict[str, str]:
         from modules import sd_vae
 
         return dict(sd_vae.vae_dict)
+
+    def text_encoders(self) -> tuple[str, ...]:
+        """The files in its folder of text encoders."""
+        return tuple(sorted(self._text_files()))
+
+    def _text_files(self) -> dict[str, str]:
+        try:
+            from modules import sd_text_encoder
+        except ImportError:
+            return {}
+        paths = [Path(option.te_info.filename) for option in sd_text_encoder.text_encoder_options]
+        return {path.name: str(path) for path in paths if "text_encoder" in path.parent.name}
 
     def refresh(self) -> None:
         """Make reForge look for new models."""
@@ -243,10 +277,13 @@ def named_tensors(objects: Any, sdxl: bool) -> dict[str, Tensor]:
     unet = objects.unet.model.diffusion_model.state_dict()
     found = {UNET + name: tensor for name, tensor in unet.items()}
     found.update({VAE + name: tensor for name, tensor in objects.vae.first_stage_model.state_dict().items()})
-    for name, tensor in objects.clip.cond_stage_model.state_dict().items():
+    texts = objects.clip.cond_stage_model.state_dict()
+    for name, tensor in texts.items():
         for theirs, ours in _ENCODERS[sdxl].items():
             if name.startswith(theirs):  # beside them lie scales for the logits, and what marks a wrapped embedding
                 found[ours + name[len(theirs) :].replace(".wrapped.", ".")] = tensor
+    if sdxl and "clip_g.text_projection" in texts:  # ComfyUI multiplies from the other side: x @ projection
+        found[_PROJECTION] = texts["clip_g.text_projection"].T
     return found
 
 

@@ -26,7 +26,8 @@ def find(
     given = expanded(name)
     tries = [Path(theirs)] if theirs else [given, folder / name, *(folder / f"{name}{end}" for end in MODEL_SUFFIXES)]
     for path in tries:
-        if is_file(path) or is_file(path / "unet" / "config.json"):
+        inside = ("config.json", "vae/config.json") if field == "vae" else ("unet/config.json",)
+        if is_file(path) or any(is_file(path / config) for config in inside):
             return str(path.absolute())
     problems.append(
         Problem(field, name, "there is no such model. Refresh the list and choose from it, or give the path of a file.")

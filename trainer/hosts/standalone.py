@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..engine.arguments import text_files
 from ..events import EventLog
 from ..models.base import Model
@@ -62,6 +64,10 @@ class Standalone:
         texts = [find(name, "te", self._places.text_encoders, problems) for name in text_files(job)]
         problems_to_error(problems)
         return job.replace(model=model, vae=vae, te=";".join(texts))
+
+    def device(self) -> torch.device | None:
+        """The best there is."""
+        return None
 
     @contextmanager
     def borrow(self, job: Job, log: EventLog) -> Iterator[Model | None]:

@@ -9,12 +9,14 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..engine.arguments import precision, text_files
 from ..errors import AtelierError
 from ..events import EventLog
 from ..models.base import Model
 from ..models.live import Live, NotAdoptable, adopt, copied_bytes
-from ..models.room import give_back
+from ..models.room import give_back, same_device
 from ..params.core import Task, Train
 from ..params.job import Job
 from .access import gradio_lets_in
@@ -37,16 +39,28 @@ class WebUI(Folders):
 
     @abstractmethod
     def lay_bare(self, restore: ExitStack) -> Live:
-        """The loaded model as plain tensors, the last picture's LoRA taken out and other models moved off the device.
+        """The loaded model as plain tensors, the last picture's LoRA taken out and all models moved off the device.
 
         What has to be undone at the end goes into `restore`. Raises NotAdoptable.
         """
+
+    @abstractmethod
+    def draws_on(self) -> torch.device | str | None:
+        """The device the WebUI draws on, from its own record; None before it has chosen one."""
 
     @abstractmethod
     def make_room(self, restore: ExitStack) -> None:
         """Move all models off the device, because another one is going to be trained."""
 
     # ---------------------------------------------------------------- lending
+
+    def device(self) -> torch.device | None:
+        """The device the WebUI draws on; None, which stands for the best there is, where it cannot be asked."""
+        try:
+            found = self.draws_on()
+            return None if found is None else torch.device(found)
+        except (ImportError, AttributeError, RuntimeError, TypeError):  # a WebUI that is not as we know it
+            return None
 
     @contextmanager
     def borrow(self, job: Job, log: EventLog) -> Iterator[Model | None]:
@@ -109,17 +123,24 @@ class WebUI(Folders):
             vae_path=None if in_use else vae,
             text_paths=new,
             vae_storage=precision(train.train_VAE_precision, "train_VAE_precision"),
+            device=self.device(),
             vocabularies=self.vocabularies(),
         )
 
     def _tell(self, model: Model, live: Live, job: Job, log: EventLog) -> None:
         copied = copied_bytes(model, live)
         asked = job[Train].train_model_precision
-        log.note(f"Training on the model loaded in {self.name}: {live.path.name}, not read again.")
+        log.note(f"Training on the model loaded in {self.name}: {live.path.name}, not read again, on {model.device}.")
+        theirs = self.device()
+        if theirs is not None and not same_device(model.device, theirs):
+            log.warn(
+                f"{self.name} draws on {theirs}, but this training computes on {model.device}, which can be far "
+                f"slower. Please report it with the version of {self.name}."
+            )
         if copied >= 2**20:
             log.note(
-                f"{copied / 2**20:.0f} MB of it were copied: train_model_precision is {asked}, train_VAE_precision "
-                f"{job[Train].train_VAE_precision}; model keeps what is loaded."
+                f"{copied / 2**20:.0f} MB of it were copied, to hold them in train_model_precision = {asked} and "
+                f"train_VAE_precision = {job[Train].train_VAE_precision}. With both set to model nothing is copied."
             )
         for line in model.warnings:
             log.warn(line)

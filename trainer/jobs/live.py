@@ -117,7 +117,10 @@ class Live:
         self._events.append({"seq": self._sequence, **told})
 
     def _line(self, note: Note) -> None:
-        self._lines.append({"seq": self._sequence, "at": note.at, "level": note.level, "text": note.text})
+        entry = None if self._facts is None else self._facts.entry
+        run, name = ("", "") if entry is None else (f"{entry.id} {entry.started}", entry.name)
+        line = {"seq": self._sequence, "at": note.at, "level": note.level, "text": note.text}
+        self._lines.append({**line, "run": run, "name": name})
 
     # ---------------------------------------------------------------- asking
 
@@ -136,7 +139,7 @@ class Live:
             return self._curve.since(revision, start)
 
     def lines(self, after: int = 0) -> list[dict[str, object]]:
-        """The log lines told after sequence number `after`: seq, at, level, text."""
+        """The log lines told after sequence number `after`: seq, at, level, text, and the run and its name."""
         with self._lock:
             return [dict(line) for line in self._lines if int(str(line["seq"])) > after]
 

@@ -47,6 +47,17 @@ class NoiseSchedule:
         if self.prediction not in (EPSILON, V_PREDICTION):
             raise ValueError(f"prediction {self.prediction!r}: use {EPSILON!r} or {V_PREDICTION!r}")
 
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the last step has no signal at all."""
+        return float(self.alphas_cumprod_T[-1]) == 0.0
+
+    def ending_in_noise(self) -> NoiseSchedule:
+        """This schedule with zero-terminal SNR; itself when it has that."""
+        if self.zero_snr:
+            return self
+        return NoiseSchedule(zero_terminal_snr(self.alphas_cumprod_T), self.prediction)
+
     def __len__(self) -> int:
         return len(self.alphas_cumprod_T)
 

@@ -4,6 +4,7 @@ twice."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .base import Model
 from .configured import built, number_of
 from .detect import SUPPORTED
 from .family import FAMILIES, Family, TextRow
-from .keys_text import layer_count, without_layer
+from .keys_text import PROJECTION, layer_count, without_layer
 from .noise import schedule_of
 from .quantised import surplus_of_layers
 from .source import Source
@@ -58,10 +59,11 @@ def assemble(
     if vae_tensors is not None:
         _same_latents(vae_tensors, unet, source.name)
         vae = build_vae(vae_tensors, vae_config, family, dataclasses.replace(where, storage=vae_storage))
-    schedule, warnings = schedule_of(source.noise, family, v_pred)
+    schedule, warnings = schedule_of(source.noise, family, v_pred, source.name)
     if schedule.prediction == V_PREDICTION:
         family = dataclasses.replace(family, base_version=family.v_base_version)
     if vae is not None and vae_config:
+        warnings += _other_scale(number_of(vae.config, "scaling_factor", "VAE"), family)
         family = dataclasses.replace(family, latent_scale=number_of(vae.config, "scaling_factor", "VAE"))
     return Model(
         family,
@@ -74,6 +76,16 @@ def assemble(
         warnings=(*source.warnings, *warnings),
         device=device,
     )
+
+
+def _other_scale(scale: float, family: Family) -> list[str]:
+    """A warning when a VAE's own latent scale is not that of the family."""
+    if math.isclose(scale, family.latent_scale, rel_tol=0.01):
+        return []
+    return [
+        f"The VAE scales its latents by {scale:g}, models of {family.label} expect {family.latent_scale:g}: it is likely"
+        " one of another family. Choose a VAE made for this one, or leave vae empty."
+    ]
 
 
 def _same_latents(vae: Mapping[str, Tensor], unet: Any, name: str) -> None:
@@ -135,9 +147,8 @@ def _unet(
 ) -> Any:
     if config is None:
         config = infer.unet_config(tensors)
-        if pooled is not None:
-            width = pooled.clip.config.hidden_size if pooled.projection is None else pooled.projection.out_features
-            config["addition_time_embed_dim"] = infer.size_width(config, width)
+        if pooled is not None and pooled.projection is not None:
+            config["addition_time_embed_dim"] = infer.size_width(config, pooled.projection.out_features)
     with torch.device("meta"):
         unet = built(lambda: UNet2DConditionModel.from_config(dict(config)), config, "UNet", len(tensors))
     return assign(unet, tensors, "UNet", where)
@@ -151,11 +162,26 @@ def build_vae(tensors: dict[str, Tensor], config: Mapping[str, Any] | None, fami
     return assign(vae, tensors, "VAE", where)
 
 
-def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: Sequence[Path]) -> TextEncoder:
-    tensors = source.parts.pop(row.part)
-    projection = tensors.pop("text_projection.weight", None)
+def used_of_text(source: Source, row: TextRow) -> dict[str, Tensor]:
+    """The tensors of a text encoder that are computed with: without a last layer that its family leaves out, and with
+    the projection only where the projected text goes to the UNet.
+    """
+    tensors = source.parts[row.part]
     if row.drop_last and row.part in source.open_clip:
         tensors = without_layer(tensors, layer_count(tensors) - 1)
+    return {name: tensor for name, tensor in tensors.items() if row.pooled or name != PROJECTION}
+
+
+def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: Sequence[Path]) -> TextEncoder:
+    tensors = used_of_text(source, row)
+    del source.parts[row.part]
+    projection = tensors.pop(PROJECTION, None)
+    if row.pooled and projection is None:
+        raise ModelError(
+            f"{source.name}: its text encoder {row.clip} has no {PROJECTION}, without which {row.clip} gives the UNet "
+            "another text than the one it was trained with. Choose a complete file of this model, or give a whole "
+            f"{row.clip} with te."
+        )
     given = source.configs.get(row.part)
     if given is None:
         config = infer.text_config(tensors, row.activation)
@@ -163,11 +189,7 @@ def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: 
         config = {name: value for name, value in given.items() if name not in ("torch_dtype", "dtype", "architectures")}
     with torch.device("meta"):
         clip = built(lambda: CLIPTextModel(CLIPTextConfig(**config)), config, f"text encoder {row.part}", len(tensors))
-        layer = (
-            None
-            if projection is None or not row.pooled
-            else nn.Linear(projection.shape[1], projection.shape[0], bias=False)
-        )
+        layer = None if projection is None else nn.Linear(projection.shape[1], projection.shape[0], bias=False)
     assign(getattr(clip, "text_model", clip), tensors, f"text encoder {row.part}", where)
     if layer is not None and projection is not None:
         assign(layer, {"weight": projection}, f"text projection of {row.part}", where)

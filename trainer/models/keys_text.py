@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+PROJECTION = "text_projection.weight"
+"""What the pooled text is multiplied with."""
 _OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -63,13 +65,13 @@ def without_layer(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor
 
 def _from_transformers(name: str, tensor: Tensor) -> dict[str, Tensor]:
     name = name.removeprefix("text_model.")
-    known = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")) or name == "text_projection.weight"
+    known = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")) or name == PROJECTION
     return {name: tensor} if known else {}
 
 
 def _from_open_clip(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if name == "text_projection":  # OpenCLIP multiplies from the left: x @ projection
-        return {"text_projection.weight": tensor.T}
+        return {PROJECTION: tensor.T}
     if name in _OPEN_CLIP_OUTER:
         return {_OPEN_CLIP_OUTER[name]: tensor}
     stacked = _STACKED.match(name)

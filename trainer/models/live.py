@@ -6,39 +6,26 @@ tensors, which autograd refuses; ours are plain modules around normal tensors on
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..jsontext import parse
 from . import noise
 from .assemble import assemble
 from .base import Model
+from .compare import NotAdoptable, compare
 from .detect import TEXT_PREFIXES, UNET, VAE
 from .load import replace_vae
 from .quantised import is_scale
-from .single import read_tensors, source_of
-from .source import Source
+from .room import best_device
+from .single import source_of
 from .texts import replace_texts
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
-_COMPARED = 4096
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-class NotAdoptable(ModelError):
-    """A loaded model whose tensors cannot be trained on as they are; the message says why. Its file has to be read."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +57,24 @@ def adopt(
 ) -> Model:
     """Our own modules around the tensors of a loaded model.
 
-    They are computed with on `device` (None: where the UNet is) and rest where they are until they are needed, and again
-    afterwards. Where neither device nor precision changes, nothing is copied. Raises NotAdoptable when the tensors are quantised, spread
-    over devices, or differ from the file; ModelError as for a file.
+    They are computed with on `device` (None: the best there is) and rest where they are until they are needed, and again
+    afterwards. Where neither device nor precision changes, nothing is copied. Raises NotAdoptable when the tensors are
+    quantised, spread over devices, or are not all of those in the file; ModelError as for a file.
     """
     check_plain(live.tensors)
-    names, metadata = check_unchanged(live)
     tensors = {name: normal(tensor) for name, tensor in live.tensors.items()}
-    source = source_of(tensors, metadata, live.path.stem, live.path)
-    source.noise = _noise(live, names, metadata)
+    source = source_of(tensors, {}, live.path.stem, live.path)
+    source.noise = _noise(live, *compare(source, live.path, live.foreign))
     if vae_path is not None:
         replace_vae(source, vae_path)
     if text_paths:
         replace_texts(source, text_paths)
-    there = _device(source) if device is None else torch.device(device)
     model = assemble(
         source,
         v_pred=v_pred,
         storage=storage,
         vae_storage=vae_storage,
-        device=there,
+        device=best_device() if device is None else device,
         vocabularies=vocabularies,
         resting=True,
     )
@@ -135,71 +120,6 @@ def check_plain(tensors: Mapping[str, Tensor]) -> None:
         raise NotAdoptable(f"it is spread over {' and '.join(sorted(map(str, devices)))}")
 
 
-def check_unchanged(live: Live) -> tuple[frozenset[str], dict[str, str]]:
-    """(tensor names, metadata) of the model's file, after the first rows of every weight were compared with the loaded
-    ones.
-
-    Raises NotAdoptable at the first that differs: something has changed the weights that we do not know how to undo.
-    """
-    wanted = [name for name in live.tensors if name.startswith((UNET, *TEXT_PREFIXES)) and name.endswith(".weight")]
-    wanted = [name for name in wanted if not live.foreign or not name.startswith(live.foreign)]
-    try:
-        with _opened(live.path) as file:
-            both = [name for name in wanted if name in file.names]
-            for name in both:
-                _compare(name, live.tensors[name], file.rows, live.path.name)
-    except (SafetensorError, OSError, ModelError) as error:
-        if isinstance(error, NotAdoptable):
-            raise
-        raise NotAdoptable(f"its file cannot be read to compare ({error})") from error
-    if not both:
-        raise NotAdoptable(f"it cannot be compared with {live.path.name}")
-    return file.names, file.metadata
-
-
-def _compare(name: str, tensor: Tensor, rows: Callable[[str, int], Tensor], file: str) -> None:
-    """Raise NotAdoptable when the first rows of a loaded tensor are not those of the file."""
-    count = max(1, _COMPARED // max(1, tensor[:1].numel()))
-    loaded = tensor[:count].detach().cpu()
-    stored = rows(name, count)
-    if loaded.shape != stored.shape or not torch.equal(loaded, stored.to(loaded.dtype)):
-        raise NotAdoptable(f"something has changed its weights ({name} is not as in {file})")
-
-
-@dataclass(frozen=True)
-class _File:
-    """Names, metadata and the first rows of tensors of a model file."""
-
-    names: frozenset[str]
-    metadata: dict[str, str]
-    rows: Callable[[str, int], Tensor]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_File]:
-    if path.suffix.lower() != ".safetensors":
-        tensors, metadata = read_tensors(path)
-        yield _File(frozenset(tensors), metadata, lambda name, count: tensors[name][:count])
-        return
-    with safe_open(str(path), framework="pt", device="cpu") as checked:
-        names, metadata = frozenset(checked.keys()), dict(checked.metadata() or {})
-    # Read, not mapped: each mapped tensor would bring its neighbourhood into memory, tens of megabytes in all.
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = parse(file.read(length))
-        yield _File(names, metadata, lambda name, count: _rows(file, 8 + length, header[name], count))
-
-
-def _rows(file: BinaryIO, start: int, entry: Mapping[str, Any], count: int) -> Tensor:
-    """The first `count` rows of the tensor that an entry of a safetensors header describes; its data begin at `start`."""
-    dtype, shape = _DTYPES.get(entry["dtype"]), [min(count, entry["shape"][0]), *entry["shape"][1:]]
-    if dtype is None:
-        raise NotAdoptable(f"its file holds {entry['dtype']}, which cannot be compared")
-    file.seek(start + entry["data_offsets"][0])
-    data = bytearray(file.read(math.prod(shape) * dtype.itemsize))
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
-
-
 def _noise(live: Live, names: frozenset[str], metadata: Mapping[str, str]) -> noise.NoiseFacts:
     """What the file says of the prediction type; where it is silent, what the program takes the model for."""
     facts = noise.noise_of_file(names, metadata, live.path)
@@ -228,10 +148,6 @@ def is_clip(path: Path) -> bool:
         return False
     tokens = ("embeddings.token_embedding.weight", "token_embedding.weight")
     return any(name.endswith(tokens) for name in names) and not any(name.startswith(UNET) for name in names)
-
-
-def _device(source: Source) -> torch.device:
-    return next(iter(source.parts["unet"].values())).device
 
 
 def _plainly(dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,10 @@ from .folder import read_folder, read_vae_folder
 from .single import read_single, read_vae
 from .source import Source
 from .texts import replace_texts
+
+
+RELATED = 0.3
+"""Least cosine between weights of which one was made from the other; between strangers it is near 0."""
 
 
 def load_model(
@@ -51,6 +55,7 @@ def replace_vae(source: Source, path: Path) -> None:
     """Put the VAE of a file or folder in the place of a source's own. Raises ModelError."""
     if not exists(path):
         raise ModelError(f"{path}: there is no such VAE file or folder.")
+    own = source.parts.get("vae")
     configs = {part: config for part, config in source.configs.items() if part != "vae"}
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -58,3 +63,16 @@ def replace_vae(source: Source, path: Path) -> None:
     else:
         source.parts["vae"] = read_vae(path)
     source.configs = configs
+    if own is not None and _unrelated(own, source.parts["vae"]):
+        source.warnings.append(
+            f"The VAE {path.name} has nothing in common with the one in {source.name}. SD 1 and SDXL have VAEs of the same"
+            " shapes whose latents mean different things: make sure that it is made for this model, or leave vae empty."
+        )
+
+
+def _unrelated(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether no encoder weight of two VAEs points even roughly the same way; those made from one another all do."""
+    names = [name for name in one if name.startswith("encoder.") and name.endswith((".conv1.weight", "conv_in.weight"))]
+    pairs = [(one[name], other[name]) for name in names[:8] if name in other and other[name].shape == one[name].shape]
+    vectors = [[side.detach().float().cpu().flatten() for side in pair] for pair in pairs]
+    return bool(pairs) and all(float(torch.cosine_similarity(*pair, dim=0)) < RELATED for pair in vectors)

@@ -100,11 +100,24 @@ def _betas(given: object) -> list[float]:
     return [float(beta) for beta in given]  # type: ignore[attr-defined]
 
 
-def schedule_of(facts: NoiseFacts, family: Family, forced_v: bool) -> tuple[NoiseSchedule, list[str]]:
-    """(schedule, warnings). `forced_v` overrides what the model says; a model that says nothing is taken for ε."""
+NAMED_V = re.compile(r"v[-_ .]?pred|v[-_ .]?param", re.IGNORECASE)
+"""How names of v-prediction models are spelt."""
+
+
+def schedule_of(
+    facts: NoiseFacts, family: Family, forced_v: bool, name: str = ""
+) -> tuple[NoiseSchedule, list[str]]:
+    """(schedule, warnings). `forced_v` overrides what the model says; one that says nothing is taken for ε, also when
+    its `name` means v, which is warned of.
+    """
     warnings = []
     prediction = facts.prediction
-    if prediction is None and family.often_v and not forced_v:
+    if prediction is None and not forced_v and NAMED_V.search(name):
+        warnings.append(
+            f"{name} is named like a v-prediction model but does not say so inside; ε is assumed. If it is one, set"
+            " model_v_pred, and model_zero_terminal_snr if its schedule ends in pure noise."
+        )
+    elif prediction is None and family.often_v and not forced_v:
         warnings.append(
             f"{family.label}: the file does not say whether it predicts ε or v; ε is assumed. "
             "If it is a v-model (768 pixels), set model_v_pred or put its yaml beside it."

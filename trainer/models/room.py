@@ -26,6 +26,15 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index is None or other.index is None or one.index == other.index)
 
 
+def best_device() -> torch.device:
+    """The best device of this machine: cuda, mps, cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
 def is_shortage(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised from, says that there is no memory left on a device or at all."""
     seen: set[int] = set()

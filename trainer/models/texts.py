@@ -11,13 +11,13 @@ from ..paths import is_file
 from ..errors import ModelError
 from .family import FAMILIES, Family, TextRow
 from .infer import unet_facts
-from .keys_text import is_open_clip, layer_count, text_to_one_spelling
+from .keys_text import PROJECTION, is_open_clip, layer_count, text_to_one_spelling
 from .quantised import multiplied_out
 from .single import read_tensors
 from .source import Source
 
 _PREFIXES = ("", "text_encoder.", "text_encoder_2.", "transformer.", "model.", "clip_l.", "clip_g.", "clip_h.")
-_TOKENS, _PROJECTION = "embeddings.token_embedding.weight", "text_projection.weight"
+_TOKENS = "embeddings.token_embedding.weight"
 _FULL_TOWER = 24
 """Layers of OpenCLIP's ViT-H, whose last one the models that use it leave out."""
 
@@ -90,7 +90,7 @@ def _row(tensors: dict[str, Tensor], source: Source, family: Family, path: Path)
 
 
 def _put(source: Source, row: TextRow, tensors: dict[str, Tensor], open_clip: bool, path: Path) -> None:
-    if row.pooled and _PROJECTION not in tensors:
+    if row.pooled and PROJECTION not in tensors:
         raise ModelError(
             f"te: {path.name} has no text_projection, which {row.clip} needs. Choose a file with it (the"
             " `text_encoder_2` of a diffusers model has it)."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, brief
+from ..errors import ModelError, brief, pip_install
 from ..jsontext import MOST_BYTES, JsonError, read_bytes, read_object
 from ..paths import is_dir, is_file
 from .family import PAD_EOS
@@ -108,7 +108,7 @@ def find_vocabulary(places: Sequence[Path] = ()) -> Vocabulary:
     )
     raise ModelError(
         f"no CLIP vocabulary was found (looked at: {looked}). Give a folder with vocab.json and merges.txt, "
-        "or install one as a file: pip install --no-deps open_clip_torch"
+        f"or install one as a file: {pip_install('--no-deps', 'open_clip_torch')}"
     )
 
 

@@ -20,7 +20,7 @@ def one_model(job: Job, mode: ModeInfo) -> str:
     """A second pass on the base model in another form."""
     if job.second is None:
         return ""
-    names = ("train_model_precision", "train_VAE_precision", "model_v_pred")
+    names = ("train_model_precision", "train_VAE_precision", "model_v_pred", "model_zero_terminal_snr")
     other = [name for name in names if getattr(job.second[Train], name) != getattr(job[Train], name)]
     if not other:
         return ""

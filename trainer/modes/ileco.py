@@ -20,6 +20,7 @@ from ..errors import TrainingError
 from ..params.core import Train
 from ..params.field import ModeInfo, param
 from ..params.job import Job
+from ..params.network import NetworkOptions
 from ..params.rules import Rule
 from .base import MODES, Batch, Kit, Mode, Preparation, Settings
 from .prompts import RULES, of_the_seed, prompt_pairs, unrelated, written_lines
@@ -62,6 +63,21 @@ def held_and_changed(job: Job, mode: ModeInfo) -> str:
     return f"holds {both[0]!r}, which is an original prompt; it cannot both change and stay." if both else ""
 
 
+def anchors_let_go(job: Job, mode: ModeInfo) -> str:
+    """Anchors without weight, which nothing else uses either."""
+    own = job[ILecoParams]
+    if not own_anchors(job) or own.ileco_anchor_weight or job[NetworkOptions].network_init == "instant":
+        return ""
+    return "has no effect while ileco_anchor_weight is 0."
+
+
+def weight_without_anchors(job: Job, mode: ModeInfo) -> str:
+    """A weight of anchors, by TrainTrain's rules, which have none."""
+    if not job[Train].train_traintrain_compatible or job[ILecoParams].ileco_anchor_weight in (0, 1):
+        return ""
+    return "has no effect with train_traintrain_compatible, which trains without anchors."
+
+
 @MODES.register("iLECO")
 class ILeco(Mode):
     """Makes one prompt mean another."""
@@ -74,6 +90,8 @@ class ILeco(Mode):
         of_the_seed("ileco_anchors", "anchors"),
         of_the_seed("ileco_bank", "a bank"),
         Rule(("ileco_anchors", "original_prompt", "mode"), held_and_changed, complete=True),
+        Rule(("ileco_anchors", "ileco_anchor_weight", "network_init"), anchors_let_go, warning=True),
+        Rule(("ileco_anchor_weight", "train_traintrain_compatible"), weight_without_anchors, warning=True),
     )
     source = "prompts"
 

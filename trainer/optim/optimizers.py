@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import AtelierError, MissingPackageError
+from ..errors import AtelierError, MissingPackageError, pip_install
 from ..registry import Registry
 from .repairs import REPAIRS
 from .settings import accepted_settings, check_names, refuse
@@ -158,16 +158,21 @@ def _load(name: str, traits: OptimizerTraits, device: str = "cuda") -> Any:
     if traits.needs_cuda and device != "cuda":
         refuse("train_optimizer", name, f"needs an NVIDIA GPU, the LoRA is on {device}. Take {_plain(name)} instead.")
     if importlib.util.find_spec(traits.package) is None:
-        raise MissingPackageError(f"train_optimizer = {name}", traits.package.replace("_", "-"))
+        raise MissingPackageError(f"train_optimizer = {name}", distribution(traits.package))
     try:
         cls = getattr(importlib.import_module(traits.module), traits.cls)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise AtelierError(
             f"train_optimizer = {name}: the package {traits.package} is installed but cannot be used ({error}). "
-            f"Reinstall it with: pip install -U {traits.package.replace('_', '-')}"
+            f"Reinstall it with: {pip_install('-U', distribution(traits.package))}"
         ) from error
     repair = REPAIRS.get((traits.module, traits.cls))
     return repair(cls) if repair else cls
+
+
+def distribution(package: str) -> str:
+    """The name by which pip knows an importable package of an optimizer."""
+    return package.replace("_", "-")
 
 
 def _plain(name: str) -> str:

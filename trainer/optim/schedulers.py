@@ -31,12 +31,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A library schedule: `factory(optimizer, **arguments)`. `own_warmup`: it rises by itself at the start."""
+    """A library schedule: `factory(optimizer, **arguments)`. `own_warmup`: it rises by itself at the start. `restarts`:
+    it starts again as often as `cycles` says.
+    """
 
     factory: Callable[[], Callable[..., Any]]
     arguments: Callable[[Shape], dict[str, Any]] = lambda shape: {}
     fixed: tuple[str, ...] = ()
     own_warmup: bool = False
+    restarts: bool = False
 
 
 SCHEDULERS: Registry[Recipe] = Registry("train_lr_scheduler", "optim")
@@ -130,6 +133,14 @@ def make_scheduler(
     recipe = SCHEDULERS.get(name)
     settings = dict(settings or {})
     _check_numbers(total_steps, warmup, cycles)
+    if recipe.restarts and cycles > total_steps - warmup:
+        told = f"is more than the {total_steps - warmup} steps that {name} has; write at most that."
+        refuse("train_lr_scheduler_num_cycles", cycles, told)
+    _refuse_twice(settings, {"num_cycles": ("train_lr_scheduler_num_cycles", cycles != 1),
+                             "T_0": ("train_lr_scheduler_num_cycles", cycles != 1),
+                             "step_size_up": ("train_lr_scheduler_num_cycles", cycles != 1),
+                             "power": ("train_lr_scheduler_power", power != 1.0),
+                             "pct_start": ("train_lr_warmup_steps", bool(warmup))})  # fmt: skip
     own = warmup if recipe.own_warmup else 0
     lrs = tuple(float(group["lr"]) for group in optimizer.param_groups)
     shape = Shape(total_steps - warmup + own, warmup, cycles, power, step_rules, lrs)
@@ -159,6 +170,13 @@ def _check_numbers(total_steps: int, warmup: int, cycles: int) -> None:
         refuse("train_lr_warmup_steps", warmup, f"must be 0 or more and less than the {total_steps} steps of the run.")
     if cycles < 1:
         refuse("train_lr_scheduler_num_cycles", cycles, "must be at least 1.")
+
+
+def _refuse_twice(settings: Mapping[str, Any], fields: Mapping[str, tuple[str, bool]]) -> None:
+    """Refuse a number that is given by its own field and among the settings too."""
+    for name, (own, given) in fields.items():
+        if given and name in settings:
+            refuse(SETTINGS, f"{name}={settings[name]}", f"is set by {own} too. Keep one of the two.")
 
 
 def parse_step_rules(text: str) -> tuple[tuple[tuple[int, float], ...], float]:
@@ -221,8 +239,11 @@ def _cyclic(shape: Shape) -> dict[str, Any]:
     return {**bounds, "step_size_up": half, "cycle_momentum": False}
 
 
-def _enter(name: str, factory: Callable[[], Callable[..., Any]], *arguments: Callable[[Shape], dict[str, Any]]) -> None:
-    SCHEDULERS.register(name)(Recipe(factory, *arguments))
+def _enter(
+    name: str, factory: Callable[[], Callable[..., Any]], *arguments: Callable[[Shape], dict[str, Any]],
+    restarts: bool = False,
+) -> None:  # fmt: skip
+    SCHEDULERS.register(name)(Recipe(factory, *arguments, restarts=restarts))
 
 
 # Numbers that torch leaves open or fixes at a few steps are tied to the length of the run.
@@ -231,6 +252,7 @@ _enter(
     "cosine_annealing_with_restarts",
     _torch(lr_scheduler.CosineAnnealingWarmRestarts),
     lambda s: {"T_0": ceil(s.steps / s.cycles)},
+    restarts=True,
 )
 _enter("linear", _diffusers("get_linear_schedule_with_warmup"), _ramp)
 _enter("cosine", _diffusers("get_cosine_schedule_with_warmup"), _ramp)
@@ -238,6 +260,7 @@ _enter(
     "cosine_with_restarts",
     _diffusers("get_cosine_with_hard_restarts_schedule_with_warmup"),
     lambda s: {**_ramp(s), "num_cycles": s.cycles},
+    restarts=True,
 )
 _enter(
     "polynomial",
@@ -255,5 +278,5 @@ _enter(
 _enter(
     "reduce_on_plateau", _torch(lr_scheduler.ReduceLROnPlateau), lambda s: {"patience": max(10, s.steps // 20)}
 )
-_enter("cyclic", _torch(lr_scheduler.CyclicLR), _cyclic)
+_enter("cyclic", _torch(lr_scheduler.CyclicLR), _cyclic, restarts=True)
 SCHEDULERS.register("one_cycle")(Recipe(_torch(lr_scheduler.OneCycleLR), _one_cycle, own_warmup=True))

@@ -36,13 +36,21 @@ def parse_settings(text: str, field: str = "train_optimizer_settings") -> dict[s
         try:
             settings[key] = ast.literal_eval(literal)
         except _LITERAL_ERRORS:
-            refuse(
-                field,
-                pair.strip(),
-                f"the value of {key} is not a Python literal. Write numbers as 0.01, texts as 'text', "
-                "switches as True or False, nothing as None, several values as (0.9, 0.99).",
-            )
+            refuse(field, pair.strip(), _unreadable(key, literal))
     return settings
+
+
+def _unreadable(key: str, literal: str) -> str:
+    """What is wrong with the value of a pair, and above all whether it holds another pair."""
+    if re.search(r"[,\s]\s*[A-Za-z_]\w*\s*=", literal):
+        return (
+            "holds several pairs. Separate them by ; or line ends, not by commas or blanks:"
+            " betas=(0.9,0.99);eps=1e-8."
+        )
+    return (
+        f"the value of {key} is not a Python literal. Write numbers as 0.01, texts as 'text', "
+        "switches as True or False, nothing as None, several values as (0.9, 0.99)."
+    )
 
 
 def accepted_settings(factory: Callable[..., Any], hidden: Collection[str]) -> dict[str, Any]:

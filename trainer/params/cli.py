@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import JobError, Problem
+from . import kohya
 from .core import GROUPS, SECTIONS
 from .job import SECOND_PASS
 from .table import Catalogue, Parameter
@@ -86,8 +87,11 @@ def unknown_flag_hint(unknown: Iterable[str], catalogue: Catalogue) -> str:
     flags = [flag(parameter) for parameter in catalogue.parameters]
     hints = []
     for word in unknown:
-        near = difflib.get_close_matches(word.partition("=")[0].lower(), flags, n=1)
-        if word.startswith("--") and near:
+        name = word.partition("=")[0].lower()
+        near = difflib.get_close_matches(name, flags, n=1)
+        if word.startswith("--") and (known := kohya.hint(name)):
+            hints.append(f"{word}:{known}")
+        elif word.startswith("--") and near:
             hints.append(f"{word}: did you mean {near[0]}?")
     return " ".join(hints)
 
@@ -98,7 +102,7 @@ def _pair_fault(pair: str, name: str, catalogue: Catalogue) -> str:
     if name in catalogue.by_name:
         return ""
     known = {known.lower(): parameter.key for known, parameter in catalogue.by_name.items()}
-    return f"names no setting.{did_you_mean(name, known)} Correct its spelling."
+    return f"names no setting.{kohya.hint(name) or did_you_mean(name, known)} Correct its spelling."
 
 
 def _split(key: str) -> tuple[bool, str]:

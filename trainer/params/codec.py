@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import JobError, Problem
+from . import kohya
 from .core import FORMAT
 from .field import ModeInfo
 from .files import read_json
+from .idle import IDLE_RULES
 from .job import NOTE, SECOND_PASS, TRAINTRAIN, Job
 from .rules import CORE_RULES, Rule
 from .table import Catalogue, Parameter, parameters_of
+from .traintrain import DEFAULTS as TRAINTRAIN_DEFAULTS
 from .traintrain import is_traintrain, z_image_key
 from .values import FORBIDDEN, BadValueError, coerce, did_you_mean
 
@@ -118,8 +121,8 @@ class _Reading:
         values: dict[str, object] = {}
         wrong: set[str] = set()
         for parameter in self.catalogue.parameters:
-            values[parameter.attribute] = parameter.default
-            if parameter.attribute not in given:
+            values[parameter.attribute] = self._default(parameter)
+            if parameter.attribute not in given or self._left_open(parameter, given):
                 continue
             try:
                 values[parameter.attribute] = coerce(parameter, given[parameter.attribute], self.catalogue)
@@ -128,6 +131,14 @@ class _Reading:
                 self._problem(parameter.key, given[parameter.attribute], str(bad))
         self._imply(values, wrong)
         return values, wrong
+
+    def _default(self, parameter: Parameter) -> object:
+        return TRAINTRAIN_DEFAULTS.get(parameter.attribute, parameter.default) if self.traintrain else parameter.default
+
+    def _left_open(self, parameter: Parameter, given: Mapping[str, object]) -> bool:
+        """Whether a file of TrainTrain names a setting without a value where its default is not ours."""
+        name = parameter.attribute
+        return self.traintrain and name in TRAINTRAIN_DEFAULTS and given[name] in ("", None)
 
     def _imply(self, values: dict[str, object], wrong: set[str]) -> None:
         """Carry out switches that are another spelling of a value. One that contradicts what is given is a problem."""
@@ -186,15 +197,17 @@ class _Reading:
     def _refuse_unknown(self, rest: Mapping[str, object]) -> None:
         known = {name.lower(): parameter.key for name, parameter in self.catalogue.by_name.items()}
         for key, value in rest.items():
-            near = did_you_mean(key, known) if isinstance(key, str) else ""
-            self._problem(str(key)[:80], value, f"is not a setting.{near} Correct its spelling or remove it.")
+            known_there = kohya.hint(key) if isinstance(key, str) else ""
+            near = known_there or (did_you_mean(key, known) if isinstance(key, str) else "")
+            todo = "Rename or remove it." if known_there else "Correct its spelling or remove it."
+            self._problem(str(key)[:80], value, f"is not a setting.{near} {todo}")
 
     def _section(self, section: type, values: Mapping[str, object]) -> object:
         return section(**{parameter.attribute: values[parameter.attribute] for parameter in parameters_of(section)})
 
     def _check(self, job: Job, info: ModeInfo, wrong: set[str], tags: frozenset[str]) -> None:
         """Apply the rules whose fields are all there and all right, and shown at all."""
-        for rule in (*CORE_RULES, *self.catalogue.rules):
+        for rule in (*CORE_RULES, *IDLE_RULES, *self.catalogue.rules):
             known = all(name in self.catalogue.by_name for name in rule.fields)
             if known and info.name and not self.catalogue.by_name[rule.fields[0]].shown_in(tags):
                 continue

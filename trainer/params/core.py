@@ -211,6 +211,9 @@ class Train:
         "fp32", "Number format of the VAE; model takes it as it is loaded.", OPTION, choices=VAE_PRECISIONS)
     use_gradient_checkpointing: bool = param(False, "Need less memory and take more time.", REQUIRED, needs="steps")
     model_v_pred: bool = param(False, "The base model is a v-prediction model.", OPTION)
+    model_zero_terminal_snr: bool = param(
+        False, "The base model's noise schedule ends in pure noise (zero-terminal SNR); needless where the model says"
+        " so.", OPTION)
     train_state_every: int = param(
         100, "Steps between two states from which a broken run goes on; 0 writes none.", OPTION,
         needs="run", low=0, high=10_000_000, unit="steps")
@@ -281,7 +284,7 @@ class Export:
 class Log:
     """What is told during a run, and to whom."""
 
-    logging_save_csv: bool = param(False, "Write the losses to a CSV file.", OPTION, needs="run")
+    logging_save_csv: bool = param(True, "Write the losses to a CSV file, which Plot shows.", OPTION, needs="run")
     logging_verbose: bool = param(False, "Tell more details in the log.", OPTION, needs="run")
     logging_trackers: tuple[str, ...] = param(
         (), "Programs that get the losses too.", OPTION, needs="run", choices=("tensorboard", "wandb"))
@@ -291,8 +294,9 @@ class Log:
 class Sample:
     """Previews that are drawn during training."""
 
-    sample_prompts: str = param("", "Prompts of the preview pictures, one per line.", OPTION, needs="run",
-        holds="lines")
+    sample_prompts: str = param(
+        "", "Prompts of the previews, one per line; --n negative, --w width, --h height, --s steps, --d seed, --l CFG"
+        " may follow.", OPTION, needs="run", holds="lines")
     sample_every: int = param(
         0, "Steps between two rounds of preview pictures; 0 draws none.", OPTION,
         needs="run", low=0, high=10_000_000, unit="steps")

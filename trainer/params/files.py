@@ -38,7 +38,13 @@ def read_json(path: Path | str) -> object:
     try:
         return read(Path(path), once=True)
     except JsonError as fault:
-        message = f"{fault}. Choose or correct a settings file."
+        toml = Path(path).suffix.lower() == ".toml"
+        message = f"{fault}. " + (
+            "Settings of kohya's scripts in TOML are not read; write them as JSON under the names used here, as"
+            ' {"network_rank": 16} for network_dim.'
+            if toml
+            else "Choose or correct a settings file."
+        )
         raise JobError([Problem("file", str(path), message)]) from fault
 
 

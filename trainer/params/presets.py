@@ -1,16 +1,27 @@
 """Presets: settings under a name. The shipped ones are read-only, the user's own are kept in a folder beside them."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import JobError, Problem
 from ..paths import is_file
+from ..places import BASE_PICTURES
 from .codec import Loaded, load
 from .files import name_problem, read_json, write_json
 from .job import NOTE, Job
 from .table import Catalogue
 
 USER = "user"
+DEMO = "demo"
+
+
+def brought(name: str) -> Mapping[str, object]:
+    """What a preset brings along besides its settings: the demo's trains the model of this repository on its pictures,
+    as often as somebody likes.
+    """
+    demo = {"model": DEMO, "lora_data_directory": str(BASE_PICTURES), "save_overwrite": True}
+    return demo if name == DEMO else {}
 
 
 class Presets:

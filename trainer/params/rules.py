@@ -9,6 +9,7 @@ from .field import ModeInfo
 from .files import name_problem
 from .job import Job
 from .names import LEARNING_RATE_ONE
+from .previews import parse_previews
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ def without_effect(switch: str, *fields: str, on: str = "") -> Rule:
         value = job.value(switch)
         if value == on if on else value:
             return ""
-        idle = [name for name in fields if job.value(name) != _default(job, name)]
+        idle = [name for name in fields if job.value(name) != default_of(job, name)]
         return f"is not {on or 'switched on'}, so {' and '.join(idle)} has no effect." if idle else ""
 
     return Rule((switch, *fields), check, warning=True)
 
 
-def _default(job: Job, name: str) -> object:
+def default_of(job: Job, name: str) -> object:
+    """The default of the parameter with this attribute name."""
     held = next(held for held in job.sections if name in type(held).__dataclass_fields__)  # type: ignore[attr-defined]
     return type(held).__dataclass_fields__[name].default  # type: ignore[attr-defined]
 
@@ -160,6 +162,15 @@ def sample_prompts(job: Job, mode: ModeInfo) -> str:
     return f"is empty but sample_every is {sample.sample_every}; write a prompt per line, or set sample_every to 0."
 
 
+def preview_flags(job: Job, mode: ModeInfo) -> str:
+    """A flag behind a preview prompt that is not known, or has a wrong value."""
+    try:
+        parse_previews(job[Sample].sample_prompts)
+    except ValueError as fault:
+        return f"cannot be used: {fault}"
+    return ""
+
+
 def rate_of_one(job: Job, mode: ModeInfo) -> str:
     """A small rate for an optimizer that finds the rate itself."""
     train = job[Train]
@@ -210,6 +221,7 @@ CORE_RULES: tuple[Rule, ...] = (
     Rule(("train_textencoder_learning_rate", "network_targets", "network_blocks"), text_rate_zero, warning=True),
     Rule(("network_strength",), strength),
     Rule(("sample_prompts", "sample_every"), sample_prompts, complete=True),
+    Rule(("sample_prompts",), preview_flags),
     Rule(("train_learning_rate", "train_optimizer"), rate_of_one, warning=True),
     Rule(("network_alpha", "network_rank"), alpha, warning=True),
     Rule(("train_lr_warmup_steps", "train_iterations", "train_epochs"), warmup, warning=True),

@@ -7,6 +7,9 @@ from pathlib import PureWindowsPath
 
 ODD_KEYS = ("image_size(height, width)", "network_blocks(BASE = TextEncoder)", "train_fixed_timsteps_in_batch")
 
+DEFAULTS: Mapping[str, object] = {"logging_save_csv": False}
+"""What a file of TrainTrain means by leaving a setting out or empty, where that is not our own default."""
+
 Z_IMAGE = re.compile(r"(?<![a-z])z[-_ ]?image", re.IGNORECASE)
 Z_IMAGE_TEXT_ENCODER = re.compile(r"(?<![a-z])qwen", re.IGNORECASE)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.images import BrokenPicture, decode_with_alpha, picture_bytes
-from ..data.scan import PICTURE_TYPES
+from ..data.leftover import PICTURE_TYPES
 from ..errors import DataError
 from ..paths import is_dir, is_file
 
-OPAQUE_ONLY = frozenset({".jpg", ".jpeg", ".bmp", ".pcx"})
+OPAQUE_ONLY = frozenset({".jpg", ".jpeg", ".jfif", ".bmp", ".pcx"})
 SAVE_OPTIONS: dict[str, dict[str, object]] = {
-    ".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95},
+    **{kind: {"quality": 95, "subsampling": 0} for kind in (".jpg", ".jpeg", ".jfif")}, ".webp": {"quality": 95},
 }  # fmt: skip
 
 

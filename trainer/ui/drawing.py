@@ -62,11 +62,12 @@ def plot(service: Service, call: Call) -> dict[str, object]:
 
 
 def _latest(service: Service) -> list[Log]:
-    """The newest log, or in its place the run that goes on or was the last one, when that is newer and writes none."""
+    """The newest log, or in its place the run that goes on or was the last one, when no log was written since it began.
+    """
     newest = service.shelf.logs()[:1]
     facts = service.queue.live.facts()
     points: Any = service.queue.live.curve()["points"]
-    if facts is not None and points and not facts.entry.job.get("logging_save_csv"):
+    if facts is not None and points:
         began = facts.entry.started
         if not any(service.shelf.log(name).stat().st_mtime > began for name in newest):
             return [live_log(facts.entry.name, points)]

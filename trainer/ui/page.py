@@ -178,7 +178,7 @@ def _curve() -> Html:
     lines = element("svg", raw, ema, viewBox="0 0 300 90", preserveAspectRatio="none", role="img",
                     aria_label="Loss, smoothed")  # fmt: skip
     marks = [element("span", id=f"atelier_curve_{name}") for name in ("high", "low")]
-    return element("div", lines, marks, element("em", "The loss is drawn here."))
+    return element("div", element("div", marks), lines, element("em", "The loss is drawn here."))
 
 
 def _result() -> Html:
@@ -204,14 +204,16 @@ def _queue() -> Html:
         element(
             "div",
             element("h3", "Queue"),
-            button("Work it off", "queue_go", kind="small", sign="play", title="Start the next job", hidden=True),
-            class_="atelier-row",
+            button("Clear finished", "queue_clear", kind="small", hidden=True,
+                   title="Take jobs that are over out of the list; those that can go on stay"),
+            button("Run queue", "queue_go", kind="small", sign="play", title="Start the next job", hidden=True),
+            class_="atelier-row atelier-queue-head",
         ),
         element("p", "Nothing is waiting.", id="atelier_queue_empty", class_="atelier-note"),
         element("ol", id="atelier_queue", class_="atelier-queue"),
         class_="atelier-card atelier-queue-card",
         id="atelier_queue_card",
-    )
+    )  # fmt: skip
 
 
 def _templates() -> tuple[Html, ...]:

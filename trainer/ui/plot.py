@@ -115,7 +115,7 @@ def smoothed(losses: pandas.Series[float], smoothing: float) -> pandas.Series[fl
 def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
     """SVG of the logs over one another. Raises DataError when there is nothing to draw."""
     if not logs:
-        raise DataError("There is no log yet. With logging_save_csv each run writes one; else only the last is shown.")
+        raise DataError("There is no log yet. Each run writes one, unless logging_save_csv is off.")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -164,7 +164,7 @@ def _draw_rates(axis: Any, log: Log, number: int) -> None:
 
 
 def _finish(axes: Sequence[Any], settings: PlotSettings, logs: int) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     names = ("Loss", "Learning rate")
     plain = FuncFormatter(lambda value, _: f"{value:.4g}")
@@ -182,6 +182,7 @@ def _finish(axes: Sequence[Any], settings: PlotSettings, logs: int) -> None:
             axes[0].yaxis.set_minor_formatter(plain)
     for axis in axes:
         axis.yaxis.set_major_formatter(plain)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[-1].set_xlabel("Step", color=_TEXT, fontsize=10)
     if logs > 1:
         axes[0].legend(frameon=False, labelcolor=_TEXT, fontsize=9)

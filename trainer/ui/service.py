@@ -5,7 +5,7 @@ it is given.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from ..params.widgets import widgets
 from ..paths import expanded
 from ..places import Places
 from . import views
-from .fence import DEMO, Fence
+from .fence import DEMO, READS, Fence
 from .http import Encoded
 from .queue_list import QueueList
 from .shelf import Shelf
@@ -99,11 +99,14 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Checked:
-    """Settings that were looked at: the job when they can start, all problems and warnings."""
+    """Settings that were looked at: the job when they can start, all problems and warnings; `of_files` are those of the
+    problems that only the files of this machine tell.
+    """
 
     job: Job | None
     problems: tuple[Problem, ...]
     warnings: tuple[str, ...]
+    of_files: tuple[Problem, ...] = ()
 
 
 class Service:
@@ -129,38 +132,69 @@ class Service:
     # ---------------------------------------------------------------- checking
 
     def check(self, raw: Mapping[str, object], *, files: bool = True) -> Checked:
-        """All that is wrong with plain settings. With `files` also what only the files of this machine can tell."""
-        loaded: Loaded | None = None
+        """All that is wrong with plain settings. With `files` also what only the files of this machine can tell, even
+        while other settings are wrong.
+        """
         found: list[Problem] = []
+        loaded: Loaded | None = None
         try:
             loaded = load(raw, self.catalogue)
         except JobError as error:
             found += error.problems
+            found += self._fence().problems(raw, self.catalogue)
+        known = self._rest(raw, found) if loaded is None else loaded.job
         # The values as a run will see them: the table reads some spellings (full-width signs) as others.
-        seen = raw if loaded is None else loaded.job.to_dict(full=True)
-        found += self._fence().problems(seen, self.catalogue)
-        if loaded is not None and not found and files:
-            found = list(self.backend.problems(loaded.job))
+        fenced = () if known is None else tuple(self._fence().problems(known.to_dict(full=True), self.catalogue))
+        found += [one for one in fenced if one.field not in {problem.field for problem in found}]
+        of_files: tuple[Problem, ...] = ()
+        if files and known is not None and not fenced:  # nothing outside the fence is even looked for
+            of_files = tuple(self.backend.problems(known))
+            if loaded is None:  # what was wrong stands as its default, of which nothing is reported
+                told = {problem.field for problem in found}
+                of_files = tuple(one for one in of_files if self._names_file(one.field) and one.field not in told)
+        found += of_files
         job = loaded.job if loaded is not None and not found else None
-        return Checked(job, tuple(found), loaded.warnings if loaded is not None else ())
+        return Checked(job, tuple(found), loaded.warnings if loaded is not None else (), of_files)
+
+    def _rest(self, raw: Mapping[str, object], found: Iterable[Problem]) -> Job | None:
+        """The job of what is right in settings with problems; None when nothing can be made of it."""
+        wrong = {problem.field.removeprefix(f"{SECOND_PASS}.") for problem in found} | {SECOND_PASS}
+        try:
+            return load({key: value for key, value in raw.items() if key not in wrong}, self.catalogue, False).job
+        except JobError:
+            return None
+
+    def _names_file(self, field: str) -> bool:
+        parameter = self.catalogue.by_name.get(field)
+        return parameter is not None and (parameter.spec.holds in READS or parameter.attribute == "save_lora_name")
 
     def validate(self, raw: Mapping[str, object], *, files: bool = False) -> dict[str, object]:
-        """`ok`, `problems` (field, attribute, second, value, message), `warnings` and `cost` (see `Backend.cost`; None
-        while there are problems) of plain settings.
+        """`ok`, `problems` (field, attribute, second, value, message, and whether it is `of_files`), `warnings` and
+        `cost` (see `Backend.cost`; None while there are problems) of plain settings.
         """
         checked = self.check(raw, files=files)
+        shown = views.problems(checked.problems, self.catalogue)
         return {
             "ok": not checked.problems,
-            "problems": views.problems(checked.problems, self.catalogue),
+            "problems": [
+                {**view, "of_files": one in checked.of_files} for view, one in zip(shown, checked.problems, strict=True)
+            ],
             "warnings": list(checked.warnings),
             "cost": None if checked.job is None else views.plain(self.backend.cost(checked.job)),
         }
 
     def folder(self, raw: Mapping[str, object]) -> dict[str, object]:
-        """What the data folder of plain settings holds, name → value, ready to show. Raises JobError when a setting is
-        wrong.
+        """What the data folder of plain settings holds, name → value, ready to show. Raises JobError when it may not be
+        looked at, or nothing can be made of the settings.
         """
-        job = load({name: value for name, value in raw.items() if name != SECOND_PASS}, self.catalogue, False).job
+        first = {name: value for name, value in raw.items() if name != SECOND_PASS}
+        try:
+            job = load(first, self.catalogue, False).job
+        except JobError as error:
+            rest = self._rest(first, error.problems)
+            if rest is None or any(self._names_file(problem.field) for problem in error.problems):
+                raise
+            job = rest
         problems = list(self._fence().problems(job.to_dict(full=True), self.catalogue))
         if problems:
             raise JobError(problems)

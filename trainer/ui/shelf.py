@@ -16,10 +16,10 @@ from ..jsontext import JsonError, parse
 from ..params.codec import Loaded, load
 from ..params.core import Save, Task
 from ..params.files import read_json, write_json
-from ..params.presets import Presets
+from ..params.presets import Presets, brought
 from ..params.table import Catalogue
-from ..places import BASE_PICTURES, Places
-from .fence import DEMO, NotServedError, inside, served
+from ..places import Places
+from .fence import NotServedError, inside, served
 
 MOST_LISTED = 200
 OPENING = 3.0
@@ -52,8 +52,8 @@ class Shelf:
         JobError.
         """
         raw, note = self._presets().read(name), self._presets().note(name)
-        if name == DEMO and isinstance(raw, Mapping):
-            raw = {**raw, "model": DEMO, "lora_data_directory": str(BASE_PICTURES), "save_overwrite": True}
+        if isinstance(raw, Mapping):
+            raw = {**raw, **brought(name)}
         return {**_filled(load(raw, self._catalogue, complete=False)), "note": note}
 
     def save_preset(self, name: str, raw: Mapping[str, object]) -> dict[str, list[str]]:
