@@ -19,7 +19,6 @@ from ..models.base import Model
 from ..models.room import empty_caches, is_shortage, let_go
 
 _SAMPLED = 4096
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -138,11 +137,20 @@ def fingerprint(*modules: nn.Module | None) -> str:
         if module is None:
             continue
         for name, tensor in module.state_dict().items():
-            bits = tensor.detach().reshape(-1).view(_WHOLE[tensor.element_size()])
-            picked = bits[:: max(1, bits.numel() // _SAMPLED)].cpu()
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
+            flat = tensor.detach().contiguous().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous().view(torch.uint8)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_sum(flat.view(torch.uint8))}".encode())
             digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sum(bits: Tensor) -> int:
+    """The sum of bytes (N,) taken eight at a time, modulo 2^64: many times faster than adding numbers one by one."""
+    words = bits[: bits.numel() // 8 * 8]
+    rest = bits[words.numel() :]
+    if words.storage_offset() % 8:  # a view of larger numbers has to begin at one
+        words = words.clone()
+    return int(words.view(torch.int64).sum()) + int.from_bytes(rest.cpu().numpy().tobytes(), "little")
 
 
 class SpillWatch:
