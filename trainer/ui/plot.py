@@ -5,8 +5,8 @@ The figure is SVG whose colours are CSS variables of the page, so that it fits e
 
 from __future__ import annotations
 
-import csv
 import io
+import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, JobError, Problem
+from ..jsontext import JsonError, read_bytes
 
 if TYPE_CHECKING:
     import pandas
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 MOST_LOGS = 12
 MOST_POINTS = 3000
 """Points of one line; more cannot be seen and make the page slow."""
+
+MOST_COLUMNS, LONGEST_LABEL = 10, 120
+LARGEST, LARGEST_LOG = 1e30, 64 * 2**20
+"""A number that no axis can show any more, and bytes of a log: ten million steps."""
 
 SERIES = 6
 # Colours that are names: no figure uses them, and the page's variables take their place in the text of the SVG.
@@ -78,23 +83,42 @@ def read_log(name: str, text: str) -> Log:
     start = next((number for number, line in enumerate(lines) if line.startswith("Step,")), None)
     if start is None:
         raise DataError(f"{name} is not a loss log: it has no line that begins with Step. Choose a CSV log of a run.")
-    settings = {row[0]: ",".join(row[1:]) for row in csv.reader(lines[:start]) if row}
+    settings = dict(line.partition(",")[::2] for line in lines[:start] if line)
     if not text.endswith("\n"):
         lines.pop()  # a run is writing it
-    rows = pandas.read_csv(io.StringIO("\n".join(lines[start:])), on_bad_lines="skip", dtype=str)
-    rows = rows.dropna(axis=1, how="all").apply(pandas.to_numeric, errors="coerce")
-    if len(rows.columns) < 2:
+    titles = lines[start].split(",")[:MOST_COLUMNS] if start < len(lines) else []
+    rows = [_numbers(line, len(titles)) for line in lines[start + 1 :]]
+    table = pandas.DataFrame([row for row in rows if row is not None], columns=range(len(titles)), dtype=float)
+    table = table.dropna(axis=1, how="all")
+    if not {0, 1} <= set(table.columns):
         return Log(name, settings, pandas.DataFrame({"Step": [], "Loss": []}, dtype=float))
-    rows = rows.dropna(subset=[rows.columns[0], rows.columns[1]])
-    return Log(name, settings, rows.sort_values(rows.columns[0], kind="stable").reset_index(drop=True))
+    table.columns = ["Step", "Loss", *(f"Learning Rate {number + 1}" for number in range(len(table.columns) - 2))]
+    return Log(name, settings, table.sort_values("Step", kind="stable").reset_index(drop=True))
+
+
+def _numbers(line: str, count: int) -> list[float] | None:
+    """The numbers of a row, NaN for what is none; None for a row without step or loss, or with more than the title."""
+    cells = line.split(",")
+    if len(cells) > count:
+        return None
+    found = [_number(cell) for cell in cells] + [math.nan] * (count - len(cells))
+    return None if len(found) < 2 or math.isnan(found[0]) or math.isnan(found[1]) else found
+
+
+def _number(cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        return math.nan
+    return value if abs(value) < LARGEST else math.nan
 
 
 def load_log(path: Path, name: str) -> Log:
     """The log in a file. Raises DataError."""
     try:
-        return read_log(name or path.name, path.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
+        return read_log(name or path.name, read_bytes(path, LARGEST_LOG).decode("utf-8", "replace"))
+    except JsonError as error:
+        raise DataError(f"{name or path.name} {error}.") from error
 
 
 def live_log(name: str, points: Sequence[Sequence[Any]]) -> Log:
@@ -136,13 +160,20 @@ def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
 
 
 def _labels(logs: Sequence[Log]) -> list[str]:
-    """File names without folder and ending; with the folder where two would be the same."""
+    """File names without folder and ending; with the folder where two would be the same. Nothing in them is markup."""
     stems = [log.name.rsplit("/", 1)[-1].removesuffix(".csv") for log in logs]
     folders = [log.name.rpartition("/")[0].rsplit("/", 1)[-1] for log in logs]
     return [
-        f"{stem} ({folder})" if folder and stems.count(stem) > 1 else stem
+        _as_text(f"{stem} ({folder})" if folder and stems.count(stem) > 1 else stem)
         for stem, folder in zip(stems, folders, strict=True)
     ]
+
+
+def _as_text(label: str) -> str:
+    """A label as matplotlib draws it letter by letter: no formula between dollars, no halves of letters, and not left
+    out of the legend for a `_` at its beginning."""
+    plain = "".join(letter if letter.isprintable() else "·" for letter in label[:LONGEST_LABEL])
+    return ("\u200a" if plain.startswith("_") else "") + plain.replace("$", r"\$")
 
 
 def _draw_losses(axis: Any, log: Log, label: str, settings: PlotSettings, number: int) -> None:
