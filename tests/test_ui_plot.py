@@ -87,3 +87,20 @@ def test_the_figure_is_a_part_of_the_page() -> None:
     assert {"Step", "Loss", "Learning rate", "a (120000-a)", "a (130000-a)"} <= words
     assert plot.draw([log, other], plot.PlotSettings(0.9, logarithmic=True)) == svg, "the same again"
     assert 'id="atelier_raw_0"' not in plot.draw([log], plot.PlotSettings(0.0, rates=False))
+
+
+def test_logs_of_strangers_are_read_cell_by_cell() -> None:
+    """An open quote, cells that are no numbers, more cells than titles, numbers beyond any axis."""
+    text = 'Step,Loss,Learning Rate 1\n1,"0.5,1e-4\n2,0.25,x\n3,0.5,1,2,3\n4,1e308,1e-4\n1e300,0.5,1\n5,0.125,1e-4\n'
+    log = plot.read_log("a.csv", text)
+    assert log.rows["Step"].tolist() == [2, 5] and log.rows["Loss"].tolist() == [0.25, 0.125]
+    assert plot.read_log("a.csv", "Step,\n1,\n").rows.empty and plot.read_log("a.csv", "Step,\ud800\n1,\n").rows.empty
+
+
+@pytest.mark.parametrize("name", ["$x^{$.csv", "a$b$.csv", "\ud800.csv", "\x01.csv", "_hidden.csv"])
+def test_names_of_logs_are_letters_and_no_formula(name: str) -> None:
+    logs = [plot.read_log(name, TRAINTRAIN), plot.read_log("other.csv", TRAINTRAIN)]
+    svg = plot.draw(logs, plot.PlotSettings())
+    words = "".join(ElementTree.fromstring(svg).itertext())
+    plain = name.removesuffix(".csv").replace("\ud800", "·").replace("\x01", "·")
+    assert plain in words and "other" in words

@@ -42,8 +42,9 @@ def shrink_buckets(settings: ImageSettings) -> tuple[Size, ...]:
 
 
 def own_bucket(size: Size) -> Size:
-    """The picture's own size, less what does not fill a latent."""
-    return (size[0] // PIXELS_PER_LATENT * PIXELS_PER_LATENT, size[1] // PIXELS_PER_LATENT * PIXELS_PER_LATENT)
+    """The picture's own size, less what does not fill a latent; one latent at least."""
+    width, height = (max(side // PIXELS_PER_LATENT, 1) * PIXELS_PER_LATENT for side in size)
+    return width, height
 
 
 def nearest(size: Size, buckets: Sequence[Size], count: int = 1) -> tuple[Size, ...]:

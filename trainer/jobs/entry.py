@@ -89,7 +89,7 @@ def read_entry(raw: object, identity: str) -> Entry:
     values: dict[str, object] = {}
     for name, kind in _KINDS.items():
         value = raw.get(name)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
             value = float(value)
         if type(value) is not kind:
             raise BadEntryError(f"its {name} is missing or of the wrong kind")

@@ -90,10 +90,10 @@ def _other_scale(scale: float, family: Family) -> list[str]:
 
 def _same_latents(vae: Mapping[str, Tensor], unet: Any, name: str) -> None:
     """Raise ModelError when a VAE makes other latents than the UNet takes."""
-    entry = vae.get("decoder.conv_in.weight")
-    if entry is not None and entry.shape[1] != unet.config.in_channels:
+    entry = "decoder.conv_in.weight"
+    if entry in vae and (channels := infer.side(vae, entry, 1)) != unet.config.in_channels:
         raise ModelError(
-            f"VAE: it has {entry.shape[1]} latent channels, the UNet of {name} takes {unet.config.in_channels}. "
+            f"VAE: it has {channels} latent channels, the UNet of {name} takes {unet.config.in_channels}. "
             "Choose a VAE of the same family."
         )
 
@@ -175,6 +175,7 @@ def used_of_text(source: Source, row: TextRow) -> dict[str, Tensor]:
 def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: Sequence[Path]) -> TextEncoder:
     tensors = used_of_text(source, row)
     del source.parts[row.part]
+    outer = infer.side(tensors, PROJECTION, 0) if PROJECTION in tensors else 0
     projection = tensors.pop(PROJECTION, None)
     if row.pooled and projection is None:
         raise ModelError(
@@ -189,7 +190,7 @@ def _text_encoder(source: Source, row: TextRow, where: Placement, vocabularies: 
         config = {name: value for name, value in given.items() if name not in ("torch_dtype", "dtype", "architectures")}
     with torch.device("meta"):
         clip = built(lambda: CLIPTextModel(CLIPTextConfig(**config)), config, f"text encoder {row.part}", len(tensors))
-        layer = None if projection is None else nn.Linear(projection.shape[1], projection.shape[0], bias=False)
+        layer = None if projection is None else nn.Linear(projection.shape[1], outer, bias=False)
     assign(getattr(clip, "text_model", clip), tensors, f"text encoder {row.part}", where)
     if layer is not None and projection is not None:
         assign(layer, {"weight": projection}, f"text projection of {row.part}", where)

@@ -43,9 +43,7 @@ def unet_config(unet: Tensors) -> dict[str, Any]:
     _check_uniform(plan)
     widths = [_shape(unet, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(len(plan.down))]
     facts = unet_facts(unet, ())
-    context = next((tensor.shape[1] for name, tensor in unet.items() if name.endswith("attn2.to_k.weight")), None)
-    if context is None:
-        raise ModelError("UNet: no cross-attention (attn2) was found; it does not read text.")
+    context = context_width(unet)
     config: dict[str, Any] = {
         "in_channels": _shape(unet, "conv_in.weight")[1],
         "out_channels": _shape(unet, "conv_out.weight")[0],
@@ -64,7 +62,7 @@ def unet_config(unet: Tensors) -> dict[str, Any]:
     if facts.sizes:
         config |= {
             "addition_embed_type": "text_time",
-            "projection_class_embeddings_input_dim": unet["add_embedding.linear_1.weight"].shape[1],
+            "projection_class_embeddings_input_dim": side(unet, "add_embedding.linear_1.weight", 1),
         }
     return config
 
@@ -142,11 +140,28 @@ def text_config(text: Tensors, activation: str) -> dict[str, Any]:
         "num_attention_heads": heads_of(width),
         "max_position_embeddings": _shape(text, "embeddings.position_embedding.weight")[0],
         "hidden_act": activation,
-        "projection_dim": text["text_projection.weight"].shape[0] if "text_projection.weight" in text else width,
+        "projection_dim": side(text, "text_projection.weight", 0) if "text_projection.weight" in text else width,
     }
 
 
+def context_width(unet: Tensors) -> int:
+    """The width of the text that a UNet reads. Raises ModelError."""
+    name = next((name for name in unet if name.endswith("attn2.to_k.weight")), None)
+    if name is None:
+        raise ModelError("UNet: no cross-attention (attn2) was found; it does not read text.")
+    return side(unet, name, 1)
+
+
+def side(tensors: Tensors, name: str, axis: int) -> int:
+    """The size of a matrix or convolution along its outputs (0) or inputs (1). Raises ModelError when it is none."""
+    return _shape(tensors, name)[axis]
+
+
 def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """The shape of a matrix or convolution. Raises ModelError when it is missing, or something else."""
     if name not in tensors:
         raise ModelError(f"the tensor {name} is missing; the file is incomplete or of another architecture.")
-    return tuple(tensors[name].shape)
+    shape = tuple(tensors[name].shape)
+    if len(shape) not in (2, 4) or 0 in shape:
+        raise ModelError(f"the tensor {name} has the shape {list(shape)}, which is no layer's; the file is damaged.")
+    return shape

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..paths import is_file
 from ..errors import ModelError
 from .family import FAMILIES, Family, TextRow
-from .infer import unet_facts
+from .infer import context_width, side, unet_facts
 from .keys_text import PROJECTION, is_open_clip, layer_count, text_to_one_spelling
 from .quantised import multiplied_out
 from .single import read_tensors
@@ -110,10 +110,9 @@ def _check_widths(source: Source, family: Family, names: str) -> None:
 
 
 def _width(tensors: dict[str, Tensor]) -> int:
-    return int(tensors[_TOKENS].shape[1])
+    return side(tensors, _TOKENS, 1)
 
 
 def _context(source: Source) -> int:
     """The width of the text the UNet reads."""
-    unet = source.parts["unet"]
-    return next(int(tensor.shape[1]) for name, tensor in unet.items() if name.endswith("attn2.to_k.weight"))
+    return context_width(source.parts["unet"])

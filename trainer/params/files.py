@@ -45,7 +45,8 @@ def read_json(path: Path | str) -> object:
             if toml
             else "Choose or correct a settings file."
         )
-        raise JobError([Problem("file", str(path), message)]) from fault
+        # The queue tells a file that cannot be opened from a damaged one by what is behind the error.
+        raise JobError([Problem("file", str(path), message)]) from (fault.__cause__ or fault)
 
 
 def write_json(path: Path, data: object) -> None:

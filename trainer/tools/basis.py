@@ -28,6 +28,8 @@ from ..errors import AdapterError
 from ..maths.subspace import product_svd, truncated_svd
 from ..paths import expanded
 
+LARGEST = 1e18
+"""Norm of a ΔW from which on its square is no float32 any more; nothing that was trained comes near."""
 ALIKE = 0.5
 """Cosine of two LoRAs' D from which on they began alike: independent starts of a whole model stay below 0.01."""
 
@@ -183,8 +185,12 @@ def _bases(
         if len(shapes) > 1:
             tell(f"{layer} has different sizes in these LoRAs and was left out: they are for different base models.")
             continue
-        parts = [(file.name, *product_svd(*file.factors(layer))) for file in having]
-        parts = [(name, u, s, v) for name, u, s, v in parts if float(s.norm()) > 0]
+        try:
+            parts = [(file.name, *product_svd(*file.factors(layer))) for file in having]
+        except torch.linalg.LinAlgError:
+            tell(f"{layer} has numbers too large to be taken apart in one of these LoRAs and was left out.")
+            continue
+        parts = [(name, u, s, v) for name, u, s, v in parts if 0 < float(s.norm()) < LARGEST]
         if not parts:
             continue
         up = truncated_svd(torch.cat([u * (s / s.norm()) for _, u, s, _ in parts], dim=1), rank)[0]
