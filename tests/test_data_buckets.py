@@ -34,6 +34,43 @@ def test_worked_example() -> None:
     assert len(full_buckets(WIDER)) == 7 and len(shrink_buckets(WIDER)) == 10
 
 
+def traintrains_buckets(first: int, second: int, step: int, least: int, most: float) -> tuple[set, set]:
+    """Full and smaller buckets by what TrainTrain's make_buckets does, written down again from its source (7b58929)."""
+    short, long = sorted((first, second))
+    pixels, full, smaller = short * long, {(short, short)}, set()
+    width = least
+    while width <= long:
+        tall = pixels // width
+        height = min(long, tall - tall % step)
+        if height and 1 / most <= width / height <= most:  # where it is 0, TrainTrain ends with an error
+            full |= {(width, height), (height, width)}
+        width += step
+    for width in range(least, long + 1, step):
+        for height in range(least, long + 1, step):
+            if width * height <= pixels and 1 / most <= width / height <= most:
+                smaller |= {pair for pair in ((width, height), (height, width)) if pair not in full}
+    return full, smaller
+
+
+SIDES = st.integers(4, 160).map(lambda side: side * 8)
+
+
+@hypothesis_settings(max_examples=600, deadline=None)
+@given(SIDES, SIDES, st.integers(1, 80).map(lambda step: step * 8), SIDES, st.sampled_from([1, 1.1, 1.5, 2, 3, 16]))
+def test_buckets_are_traintrains(first: int, second: int, step: int, least: int, most: float) -> None:
+    full, smaller = traintrains_buckets(first, second, step, least, most)
+    chosen = made(size=(first, second), buckets_step=step, min_length=least, max_ratio=float(most))
+    assert set(full_buckets(chosen)) == full and set(shrink_buckets(chosen)) == smaller
+    for buckets in (full_buckets(chosen), shrink_buckets(chosen)):
+        ratios = [width / height for width, height in buckets]
+        assert ratios == sorted(ratios) and len(set(buckets)) == len(buckets)
+
+
+def test_a_long_side_off_the_grid_is_kept() -> None:
+    """The height is rounded down to the step before it is cut to the long side: 600, not 512."""
+    assert (256, 600) in full_buckets(made(size=(600, 600), buckets_step=256, min_length=256, max_ratio=3.0))
+
+
 def test_order_of_size_does_not_matter() -> None:
     assert full_buckets(made(size=(512, 768), buckets_step=128, min_length=384)) == full_buckets(EXAMPLE)
 

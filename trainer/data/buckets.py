@@ -17,13 +17,14 @@ Size = tuple[int, int]
 def full_buckets(settings: ImageSettings) -> tuple[Size, ...]:
     """The buckets that use the whole area: the square of the short side and, per width, the tallest that fits.
 
-    Ordered by aspect ratio. Raises JobError when the settings cannot be used.
+    As in TrainTrain the height is a multiple of the step before it is cut to the long side. Ordered by aspect ratio.
+    Raises JobError when the settings cannot be used.
     """
     settings.check()
     short, long = sorted(settings.size)
     found = {(short, short)}
     for width in _grid(settings):
-        height = min(long, short * long // width) // settings.buckets_step * settings.buckets_step
+        height = min(long, short * long // width // settings.buckets_step * settings.buckets_step)
         if height and _ratio_allowed((width, height), settings.max_ratio):
             found |= {(width, height), (height, width)}
     return _ordered(found)
@@ -110,7 +111,7 @@ def _grid(settings: ImageSettings) -> range:
 
 
 def _ratio_allowed(bucket: Size, max_ratio: float) -> bool:
-    return max(bucket) <= min(bucket) * max_ratio
+    return 1 / max_ratio <= bucket[0] / bucket[1] <= max_ratio  # as TrainTrain rounds it
 
 
 def _ordered(buckets: set[Size]) -> tuple[Size, ...]:

@@ -24,7 +24,7 @@ class TextOutputs:
     def __init__(self, cache: TensorCache, encode: EncodeText, encoder: str, clip_skip: int = 1) -> None:
         self._cache = cache
         self._encode = encode
-        self._facts = {"kind": "text", "encoder": encoder, "clip_skip": clip_skip}
+        self._facts = {"kind": "text, cut at commas", "encoder": encoder, "clip_skip": clip_skip}
 
     def prepare(self, prompts: Iterable[str], progress: Progress | None = None) -> int:
         """Encodes the prompts that are not in the cache (and the empty one, for padding); returns how many that were.

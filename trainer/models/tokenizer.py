@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_TOKENS = 49408
 MOST_TOKENS, MOST_LETTERS = 1_000_000, 200
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+BACKTRACK = 20
+"""How far A1111 looks back for a comma to cut a long prompt at (its option comma_padding_backtrack as installed)."""
+ESCAPED = re.compile(r"\\([\\()\[\]])")
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -47,22 +51,38 @@ class Tokenizer:
         by_family = self.end if pad == PAD_EOS else 0
         self.pad = by_family if vocabulary.pad is None else vocabulary.ids.get(vocabulary.pad, by_family)
         self._bpe = _byte_pair_encoder(vocabulary)
+        self._comma = vocabulary.ids.get(",</w>", -1)
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt."""
-        return list(self._bpe.encode(prompt, add_special_tokens=False).ids)
+        """Token ids of a prompt; brackets and backslashes behind a backslash are read without it, as WebUIs do."""
+        return list(self._bpe.encode(ESCAPED.sub(r"\1", prompt), add_special_tokens=False).ids)
 
     def chunks(self, prompt: str, window: int) -> list[list[int]]:
-        """Rows of exactly `window` ids, each start + at most window−2 tokens + end + padding; at least one row."""
-        ids = self.encode(prompt)
-        room = window - 2
-        parts = [ids[at : at + room] for at in range(0, len(ids), room)] or [[]]
-        return [self.row(part, window) for part in parts]
+        """Rows of exactly `window` ids, each start + at most window−2 tokens + end + padding; at least one row.
+
+        A long prompt is cut where A1111 cuts it, see `cut`.
+        """
+        return [self.row(part, window) for part in cut(self.encode(prompt), window - 2, self._comma)]
 
     def row(self, ids: Sequence[int], window: int) -> list[int]:
         """One row of `window` ids around at most window−2 tokens."""
         body = [self.start, *ids, self.end]
         return body + [self.pad] * (window - len(body))
+
+
+def cut(ids: Sequence[int], room: int, comma: int) -> list[list[int]]:
+    """Token ids in parts of at most `room`, at least one. Where a part would end within BACKTRACK tokens behind a comma,
+    it ends with that comma and what follows moves on, unless the next token is a comma itself.
+    """
+    parts, at = [], 0
+    while at < len(ids):
+        end = at + room
+        if end < len(ids) and ids[end] != comma:
+            near = range(max(end - BACKTRACK, at + 1), end)
+            end = next((place + 1 for place in reversed(near) if ids[place] == comma), end)
+        parts.append(list(ids[at:end]))
+        at = end
+    return parts or [[]]
 
 
 def _byte_pair_encoder(vocabulary: Vocabulary) -> Any:
