@@ -65,7 +65,7 @@ def test_marked_files_end_at_zero_signal(tmp_path):
 def test_versions_in_lora_files_follow_the_prediction():
     found = {(kind, v): tiny.model(kind, v_pred=v).family.base_version for kind in tiny.KINDS for v in (False, True)}
     assert found == {
-        ("sd1", False): "sd_v1", ("sd1", True): "sd_v1", ("sd2", False): "sd_v2", ("sd2", True): "sd_v2_v",
+        ("sd1", False): "sd_v1", ("sd1", True): "sd_v1_v", ("sd2", False): "sd_v2", ("sd2", True): "sd_v2_v",
         ("sdxl", False): "sdxl_base_v1-0", ("sdxl", True): "sdxl_base_v1-0",
     }  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_small_windows_lose_nothing_and_go_on(ids, room):
 
 @pytest.mark.parametrize(("at", "length"), [(54, 75), (55, 56), (74, 75), (75, 75)])
 def test_by_hand(at, length):
-    """The last comma of a long line at a place: 20 tokens before the end is near enough, and one at the cut opens anew."""
+    """The last comma of a long line at a place: 20 tokens before the end is near enough, one at the cut opens anew."""
     ids = [1] * 100
     ids[at] = COMMA
     assert len(cut(ids, ROOM, COMMA)[0]) == length and BACKTRACK == 20

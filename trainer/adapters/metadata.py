@@ -20,10 +20,13 @@ LEVELS = ("full", "minimal", "none")
 
 _ARCHITECTURES = {
     "sd_v1": "stable-diffusion-v1",
+    "sd_v1_v": "stable-diffusion-v1",
     "sd_v2": "stable-diffusion-v2-512",
     "sd_v2_v": "stable-diffusion-v2-768-v",
     "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
 }
+_LOSSES = {"MSE": "l2", "L1": "l1", "Smooth-L1": "smooth_l1"}
+"""Our names of distances, and kohya's."""
 _DIFFUSERS = "diffusers"
 _GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"
 
@@ -35,6 +38,8 @@ _ROOT = (
 _ABSOLUTE = re.compile(_ROOT + r"[^\n\r\t\"'|;,<>*?]*")
 _RELATIVE = re.compile(r"^[\w.@-]+(?:[\\/][\w.@-]+)*[\\/]?$")
 _PROSE = ("prompt", "trigger", "caption", "tag", "anchors")
+_LISTS = ("te",)
+"""Keys of several files, separated by ; or line ends."""
 _PATHS = ("directory", "folder", "path", "file", "resume", "load", "model", "vae", "image")
 
 
@@ -43,8 +48,9 @@ class FileFacts:
     """All that a file's metadata is made of; plain values, filled in by the engine. Empty means unknown: left out.
 
     Times are unix seconds. `resolution` is (width, height). `bucket_counts`: "WxH" → pictures. `dataset_folders`:
-    name → (repeats, pictures). `tag_frequency`: folder → tag → count. `strength`: what ΔW was multiplied with at
-    export. `more`: further keys as they are. `export`: how the file stands to what was trained, said from minimal on.
+    name → (repeats, pictures); `pictures`: all of them, each as often as it is repeated. `tag_frequency`: folder → tag →
+    count. `strength`: what ΔW was multiplied with at export. `more`: further keys as they are. `export`: how the file
+    stands to what was trained, said from minimal on.
     """
 
     name: str
@@ -52,6 +58,7 @@ class FileFacts:
     prediction: str = "epsilon"
     model_name: str = ""
     model_hash: str = ""
+    model_short_hash: str = ""
     vae_name: str = ""
     network_type: str = "lierla"
     network_module: str = "networks.lora"
@@ -61,7 +68,7 @@ class FileFacts:
     strength: float = 1.0
     started_at: float = 0.0
     finished_at: float = 0.0
-    session_id: str = ""
+    session_id: int | None = None
     step: int = 0
     steps: int = 0
     epoch: int = 0
@@ -69,6 +76,8 @@ class FileFacts:
     seed: int | None = None
     resolution: tuple[int, int] | None = None
     pictures: int = 0
+    batches_per_epoch: int | None = None
+    mirrored: bool = False
     bucket_counts: Mapping[str, int] = field(default_factory=dict)
     dataset_folders: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -83,6 +92,10 @@ class FileFacts:
     warmup_steps: int = 0
     batch_size: int = 0
     accumulation: int = 1
+    processes: int = 1
+    zero_terminal_snr: bool = False
+    dropout: float = 0.0
+    max_norm: float = 0.0
     max_grad_norm: float | None = None
     min_snr_gamma: float | None = None
     loss: str = ""
@@ -140,6 +153,7 @@ def _minimal(facts: FileFacts) -> dict[str, Any]:
         "ss_training_started_at": facts.started_at or None,
         "ss_resolution": "({}, {})".format(*facts.resolution) if facts.resolution else "",
         "ss_num_train_images": facts.pictures,
+        "ss_num_reg_images": 0,
         "ss_clip_skip": facts.clip_skip,
         "ss_tag_frequency": {base_names(folder): dict(tags) for folder, tags in facts.tag_frequency.items()},
         "ss_dataset_dirs": {
@@ -170,12 +184,18 @@ def _full(facts: FileFacts) -> dict[str, Any]:
         "ss_lr_scheduler": facts.scheduler,
         "ss_lr_warmup_steps": facts.warmup_steps,
         "ss_batch_size_per_device": facts.batch_size or None,
-        "ss_total_batch_size": facts.batch_size * facts.accumulation or None,
+        "ss_total_batch_size": facts.batch_size * facts.processes * facts.accumulation or None,
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_gradient_accumulation_steps": facts.accumulation,
         "ss_gradient_checkpointing": facts.gradient_checkpointing,
         "ss_max_grad_norm": facts.max_grad_norm,
         "ss_min_snr_gamma": facts.min_snr_gamma,
-        "ss_loss_type": facts.loss,
+        "ss_loss_type": _LOSSES.get(facts.loss, facts.loss),
+        "ss_zero_terminal_snr": facts.zero_terminal_snr,
+        "ss_network_dropout": facts.dropout or None,
+        "ss_scale_weight_norms": facts.max_norm or None,
+        "ss_cache_latents": True if facts.bucket_counts else None,
+        "ss_flip_aug": facts.mirrored,
         "ss_debiased_estimation": facts.loss_weighting == "debiased",
         "ss_mixed_precision": facts.mixed_precision,
         "ss_seed": facts.seed,
@@ -183,7 +203,7 @@ def _full(facts: FileFacts) -> dict[str, Any]:
         "ss_max_train_steps": facts.steps,
         "ss_epoch": facts.epoch,
         "ss_num_epochs": facts.epochs,
-        "ss_sd_model_hash": facts.model_hash[:8],
+        "ss_sd_model_hash": facts.model_short_hash,
         "ss_new_sd_model_hash": facts.model_hash,
         "ss_vae_name": base_names(facts.vae_name),
         "ss_bucket_info": buckets if facts.bucket_counts else None,
@@ -239,6 +259,8 @@ def _unrooted(text: str, key: str = "") -> str:
 
 
 def _base_name(text: str, key: str) -> str:
+    if key in _LISTS:
+        return ";".join(_last(part.strip().strip('"')) for part in text.replace("\n", ";").split(";"))
     if "/" not in text and "\\" not in text:
         return text
     text = _unrooted(text)

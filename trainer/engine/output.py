@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from ..adapters.export import export_network
 from ..adapters.file import write_lora
 from ..adapters.metadata import FileFacts, build_metadata
+from ..optim.settings import parse_settings
 from ..params import core
+from ..params.network import NetworkOptions
 from . import arguments
 from .session import Session
 
@@ -44,13 +47,14 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         name=name,
         base_version=model.family.base_version,
         prediction=model.schedule.prediction,
-        model_name=model.name,
+        model_name=model.name if model.path is None else model.path.name,
         model_hash=model.hash(),
+        model_short_hash=model.short_hash(),
         vae_name=Path(job[core.Task].vae).name,
         strength=job[core.Network].network_strength,
         started_at=session.started_at,
         finished_at=time.time(),
-        session_id=session.folder.name,
+        session_id=_session_id(session.folder),
         step=session.step,
         steps=session.limits.total_steps,
         epoch=length.begun(session.step),
@@ -62,12 +66,18 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         timestep_range=(train.train_min_timesteps, train.train_max_timesteps),
         learning_rate=train.train_learning_rate,
         unet_learning_rate=rates["unet"],
-        text_encoder_learning_rate=rates["te1"],
-        optimizer=train.train_optimizer,
+        text_encoder_learning_rate=rates["te1"] if any(part != "unet" for part in session.network.parts()) else None,
+        optimizer=_optimizer(session) if session.limits.total_steps else "",
         scheduler=train.train_lr_scheduler,
         warmup_steps=train.train_lr_warmup_steps,
         batch_size=train.train_batch_size,
         accumulation=train.train_gradient_accumulation,
+        processes=session.process.count,
+        batches_per_epoch=source.batches_per_epoch,
+        mirrored=images.image_mirroring,
+        zero_terminal_snr=model.schedule.zero_snr,
+        dropout=job[NetworkOptions].network_dropout,
+        max_norm=job[NetworkOptions].network_max_norm,
         max_grad_norm=session.limits.max_grad_norm,
         min_snr_gamma=train.train_snr_gamma or None,
         loss=train.train_loss_function,
@@ -78,6 +88,20 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         **network,
         **source.facts(),
     )
+
+
+def _session_id(folder: Path) -> int:
+    """A number for all files of a run, as kohya's scripts draw one; made of the run folder, a resumed run keeps it."""
+    name = f"{folder.parent.name}/{folder.name}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def _optimizer(session: Session) -> str:
+    """The optimizer as kohya's scripts write it: module and class, and its settings in brackets."""
+    kind = type(getattr(session.optimizer, "optimizer", session.optimizer))
+    given = parse_settings(session.job[core.Train].train_optimizer_settings)
+    named = ",".join(f"{name}={value}" for name, value in given.items())
+    return f"{kind.__module__}.{kind.__name__}" + (f"({named})" if named else "")
 
 
 _PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16"}

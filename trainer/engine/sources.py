@@ -51,7 +51,7 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
     """What a file's metadata says of the pictures, as fields of `FileFacts`."""
     folders = {name: (facts["n_repeats"], facts["img_count"]) for name, facts in dataset.dataset_dirs().items()}
     return {
-        "pictures": sum(count for _, count in folders.values()),
+        "pictures": sum(repeats * count for repeats, count in folders.values()),
         "bucket_counts": dataset.bucket_report(),
         "dataset_folders": folders,
         "tag_frequency": dataset.tag_frequency(),

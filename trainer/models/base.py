@@ -284,6 +284,14 @@ class Model:
             self._hash = file_hash(self.path) if self.path is not None and self.path.exists() else ""
         return self._hash
 
+    def short_hash(self) -> str:
+        """The short hash that WebUIs had before: of 64 KiB at 1 MiB of the model file, 8 hex digits; "" for a folder."""
+        if self.path is None or not self.path.is_file():
+            return ""
+        with self.path.open("rb") as file:
+            file.seek(0x100000)
+            return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
     def known_hash(self, sha256: str) -> None:
         """Take over the file's SHA-256 (hex) from somebody who has computed it; "" is ignored."""
         self._hash = sha256.lower() or self._hash
