@@ -48,9 +48,9 @@ class FileFacts:
     """All that a file's metadata is made of; plain values, filled in by the engine. Empty means unknown: left out.
 
     Times are unix seconds. `resolution` is (width, height). `bucket_counts`: "WxH" → pictures. `dataset_folders`:
-    name → (repeats, pictures); `pictures`: all of them, each as often as it is repeated. `tag_frequency`: folder → tag →
-    count. `strength`: what ΔW was multiplied with at export. `more`: further keys as they are. `export`: how the file
-    stands to what was trained, said from minimal on.
+    name → (repeats, pictures); `pictures`: all of them, each as often as it is repeated. `tag_frequency`: folder →
+    tag → count. `strength`: what ΔW was multiplied with at export. `more`: further keys as they are. `export`: how the
+    file stands to what was trained, said from minimal on.
     """
 
     name: str
