@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..params import core
 from . import arguments
 from .devices import TILE, WHOLE
 from .memory import layout, module_bytes, remembered, step_bytes
+from .samples import SampleSettings, batches
 from .session import Session
 from .shortage import IMAGES, PREPARING, PREVIEW, TEXTS, TRAINING
 
@@ -53,10 +55,12 @@ class _Phases:
             kept += 4 * trained  # the copy to undo a step with
         unet = self._weights(model.unet, *self._trained) + kept
         found[TRAINING] = unet + self._step()
-        prompts = arguments.previewed(session.job)
-        if prompts and model.vae is not None:
-            sampling = unet + self._sampling(len(prompts))
-            found[PREVIEW] = max(sampling, self._weights(model.vae) + kept + self._decoding(model.vae, len(prompts)))
+        drawn = batches(arguments.previews(session.job))
+        if drawn and model.vae is not None:
+            largest = max((part for _, part in drawn), key=lambda part: len(part) * math.prod(part[0].settings.size))
+            count, settings = len(largest), largest[0].settings
+            decoding = self._weights(model.vae) + kept + self._decoding(model.vae, count, settings)
+            found[PREVIEW] = max(unet + self._sampling(count, settings), decoding)
         return found
 
     def _weights(self, *used: nn.Module) -> int:
@@ -127,10 +131,9 @@ class _Phases:
         step = self._known(TRAINING, self._modules(), loss, **facts)
         return max(step, self._known(TRAINING, self._modules(), predictions, **facts, rows=rows)) if rows else step
 
-    def _sampling(self, pictures: int) -> int:
+    def _sampling(self, pictures: int, settings: SampleSettings) -> int:
         """One prediction under guidance."""
-        model, settings = self._model, arguments.sample_settings(self._session.job)
-        rows = min(settings.batch_size, pictures) * (1 if settings.cfg == 1 else 2)
+        model, rows = self._model, pictures * (1 if settings.cfg == 1 else 2)
         height, width = (edge // model.latent_factor for edge in settings.size)
 
         def predict() -> Tensor:
@@ -143,10 +146,9 @@ class _Phases:
 
         return self._known(PREVIEW, self._modules(), predict, rows=rows, size=settings.size)
 
-    def _decoding(self, vae: Any, pictures: int) -> int:
-        model, settings = self._model, arguments.sample_settings(self._session.job)
-        rows = min(settings.batch_size, pictures)
-        shape = (rows, model.latent_channels, *(edge // model.latent_factor for edge in settings.size))
+    def _decoding(self, vae: Any, pictures: int, settings: SampleSettings) -> int:
+        model = self._model
+        shape = (pictures, model.latent_channels, *(edge // model.latent_factor for edge in settings.size))
         large = model.device.type != "cpu" and settings.size[0] * settings.size[1] > WHOLE
         return self._known(
             PREVIEW, [vae], lambda: model.decode(torch.zeros(shape), TILE if large else 0), shape=shape, tiled=large

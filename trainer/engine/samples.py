@@ -107,7 +107,7 @@ def draw(
     All texts first, then all latents, then all pictures, each with only the parts on the device that it needs. `text`
     gives conditionings, of the text encoders where they are wanted: None asks the model.
     """
-    parts = _batches(drawings)
+    parts = batches(drawings)
     wanted = [[*(one.prompt for one in part), *(one.negative for one in part)] for _, part in parts]
     if text is None:
         with using(model, *model.text_encoders):
@@ -132,7 +132,7 @@ def draw(
         return [picture for latents in found for picture in decode(model, latents).float().clamp(-1, 1).cpu()]
 
 
-def _batches(drawings: Sequence[Drawing]) -> list[tuple[int, Sequence[Drawing]]]:
+def batches(drawings: Sequence[Drawing]) -> list[tuple[int, Sequence[Drawing]]]:
     """(place of the first, drawings) of runs with the same settings, cut to their batch size."""
     found: list[tuple[int, Sequence[Drawing]]] = []
     start = 0
