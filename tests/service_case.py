@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from queue_case import Gate
 
 from trainer.engine.catalogue import catalogue
-from trainer.errors import DataError, Problem
+from trainer.errors import DataError, JobError, Problem
 from trainer.jobs.queue import Queue
 from trainer.jobs.store import open_store
 from trainer.params import core
@@ -76,6 +76,11 @@ class FakeBackend:
         if not Path(self.looked[-1]).is_dir():
             raise DataError("there is no such folder")
         return {"pictures": 12, "buckets": {"64x64": 12}, "mean": float("nan"), "where": Path("/secret/place")}
+
+    def amend(self, folder: Path, values: Mapping[str, object]) -> Mapping[str, object]:
+        if "network_rank" in values:
+            raise JobError([Problem("network_rank", values["network_rank"], "has to stay")])
+        return {"format": 1, "mode": "iLECO", "save_lora_name": "done", **values}
 
     def cost(self, job: Job) -> Mapping[str, object]:
         return {"steps": job[core.Train].train_iterations, "before": 2.0, "per_step": float("nan"), "memory_mb": None}

@@ -171,6 +171,22 @@ def test_editing_the_queue(case: Case) -> None:
     assert len(case.get("queue").json["ended"]) == 2 and case.post("queue/clear").json["ended"] == []
 
 
+def test_a_finished_job_is_extended(case: Case) -> None:
+    identity = case.post("start", {"settings": settings("done")}).json["id"]
+    case.gate.let_go("done")
+    assert case.queue.wait(10) and case.queue.get(identity).state == "done"
+    assert case.post("queue/resume", {"id": identity}).json["error"].endswith("it is finished; extend it.")
+    for given, status in (({}, 409), ({"network_rank": 8}, 422)):
+        assert case.post("queue/extend", {"id": identity, "settings": given}).status == status
+    case.gate.open.clear()
+    answer = case.post("queue/extend", {"id": identity, "settings": {"train_iterations": 20}})
+    assert answer.status == 200 and answer.json["running"]["id"] == identity
+    again = case.post("queue/extend", {"id": identity, "settings": {"train_iterations": 30}})
+    assert again.status == 409, "it is running"
+    case.gate.let_go("done")
+    assert case.queue.wait(10) and case.gate.ran[-1].resume and case.gate.ran[-1].job["train_iterations"] == 20
+
+
 def test_status_gives_only_what_is_new(case: Case) -> None:
     case.post("start", {"settings": settings("run", train_batch_size=4)})
     until(lambda: case.queue.live.facts() and case.queue.live.facts().step)

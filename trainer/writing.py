@@ -98,11 +98,11 @@ def write_whole(target: Path, content: bytes | Callable[[IO[bytes]], object]) ->
         replace(made.path, target)
 
 
-def write_new(target: Path, content: bytes) -> Path:
-    """Write a file under its name or, when that is taken, under the next free one; returns where. A file of these
-    bytes that is there already is taken for it. Raises OSError.
+def write_new(target: Path, content: bytes, reuse: bool = True) -> Path:
+    """Write a file under its name or, when that is taken, under the next free one; returns where. To `reuse` is a file
+    of these bytes that is there already. Raises OSError.
     """
-    for known in taken(target):
+    for known in taken(target) if reuse else ():
         with contextlib.suppress(OSError):
             if known.stat().st_size == len(content) and known.read_bytes() == content:
                 return known

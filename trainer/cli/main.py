@@ -55,18 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_places(app)
     app.set_defaults(run=_app)
 
-    train = commands.add_parser(
-        "train", help="run a job, or resume one", epilog="Every parameter is a flag too: --network-rank 8."
-    )
-    train.add_argument("job", nargs="?", help="settings JSON, the name of a preset, or the run folder with --resume")
-    train.add_argument("--resume", action="store_true", help="continue the run in the given run folder")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)"
-    )
-    train.add_argument("--dry-run", action="store_true", help="check everything and show what would happen")
-    train.add_argument("--json", action="store_true", help="events as JSON lines on standard output")
-    _add_places(train)
-    train.set_defaults(run=_train, takes_flags=True)
+    _add_train(commands)
 
     presets = commands.add_parser("presets", help="list the presets, or show one")
     presets.add_argument("name", nargs="?")
@@ -110,6 +99,23 @@ def _parser() -> argparse.ArgumentParser:
     test.set_defaults(run=_test)
     test.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="run a job, or resume one", epilog="Every parameter is a flag too: --network-rank 8."
+    )
+    train.add_argument("job", nargs="?", help="settings JSON, the name of a preset, or the run folder with --resume")
+    train.add_argument(
+        "--resume", action="store_true",
+        help="continue the run in the given run folder; --set may make it longer or say where its data are now")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)"
+    )
+    train.add_argument("--dry-run", action="store_true", help="check everything and show what would happen")
+    train.add_argument("--json", action="store_true", help="events as JSON lines on standard output")
+    _add_places(train)
+    train.set_defaults(run=_train, takes_flags=True)
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:

@@ -102,8 +102,16 @@ class Bench:
                 del lent  # only `run` may hold it, so that its memory is free when the host takes its models back
                 result = run(request, log, control)
         if result.path is not None:
-            self.host.refresh_loras()
+            self._show_lora(log)
         return Outcome(result.reason, str(result.path or ""), str(result.folder or ""))
+
+    def _show_lora(self, log: EventLog) -> None:
+        """Make a new LoRA known to the host. It is written, and nothing in the host's own code turns that into failure.
+        """
+        try:
+            self.host.refresh_loras()
+        except Exception as error:
+            log.warn(f"The list of LoRAs could not be read anew ({error}). Refresh it in the WebUI.")
 
     @contextlib.contextmanager
     def _watched(self, job: Job, log: EventLog, entry: Entry) -> Iterator[None]:

@@ -18,6 +18,7 @@ from .settings import ImageSettings
 
 _REPEATS = re.compile(r"(\d+)_.+", re.ASCII)
 _LISTED = 20
+_NOT_TEXT = "(not in UTF-8)"
 
 
 @dataclass(frozen=True)
@@ -225,13 +226,15 @@ def _captions(found: list[_Found], settings: ImageSettings) -> dict[str, tuple[s
             try:
                 text, captioned = read_caption(file.caption_file), True
             except (OSError, UnicodeError) as error:
-                reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not in UTF-8"
-                faults.append(f"{file.caption_file.relative_to(settings.folder).as_posix()} ({reason})")
+                reason = f"({error.strerror or error})" if isinstance(error, OSError) else _NOT_TEXT
+                faults.append(f"{file.caption_file.relative_to(settings.folder).as_posix()} {reason}")
         captions[file.name] = with_trigger(settings.trigger, text), captioned
     if faults:
+        advice = "Save them as UTF-8 text, for example with a text editor's Save As."
+        if not all(fault.endswith(_NOT_TEXT) for fault in faults):
+            advice = "Check their permissions."
         raise DataError(
-            f"{len(faults)} caption files cannot be read: {listed(list(dict.fromkeys(faults)))}. "
-            "Save them as UTF-8 text, for example with a text editor's Save As."
+            f"{len(faults)} caption files cannot be read: {listed(list(dict.fromkeys(faults)))}. {advice}"
         )
     return captions
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from ..errors import JobError, Problem
@@ -31,13 +32,13 @@ _ADVICE = {
 
 def folder_problems(job: Job, places: Places) -> Iterator[Problem]:
     """A problem for every folder of this run that cannot be written. What is made to try it is removed again."""
-    save, name = job[core.Save], "train_state_every"
+    save, today = job[core.Save], places.run_folder("run", datetime.now()).parent
     tried = [
         ("save_lora_name", save.save_lora_name, "LoRA", places.loras),
-        (name, job[core.Train].train_state_every, "run", places.logs),
+        ("train_state_every", job[core.Train].train_state_every, "run", today),
     ]
     if save.save_as_json:
-        tried.append(("save_as_json", True, "settings", places.json))
+        tried.append(("save_as_json", True, "settings", places.json / today.name))
     for field, value, what, folder in tried:
         reason = refusal(folder)
         if reason:

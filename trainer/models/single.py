@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ModelError
+from ..writing import why
 from .checkpoints import read_checkpoint
 from .detect import TEXT_PREFIXES, UNET, VAE, refuse_unsupported
 from .family import FAMILIES
@@ -30,6 +31,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Of pickled files the tensors alone are read, and nothing in them is run. Raises ModelError when the file cannot be read.
     """
+    try:
+        path.open("rb").close()
+    except OSError as error:  # the readers call a file that may not be read one that is not there
+        raise ModelError(f"{path}: cannot be read ({why(error)}). Check the path and its permissions.") from error
     if path.suffix.lower() == ".safetensors":
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -55,8 +60,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             " .safetensors with a tool you trust (the WebUI's checkpoint merger can) and choose that file."
         ) from error
     except (PickleError, OSError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ModelError(f"{path.name}: not a readable checkpoint ({why}). Is the download complete?") from error
+        raise ModelError(f"{path.name}: not a readable checkpoint ({why(error)}). Is the download complete?") from error
 
 
 def read_single(path: Path) -> Source:

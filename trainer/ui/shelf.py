@@ -15,10 +15,11 @@ from ..jobs.live import Facts
 from ..jsontext import JsonError, parse
 from ..params.codec import Loaded, load
 from ..params.core import Save, Task
-from ..params.files import read_json, write_json
+from ..params.files import json_bytes, read_json
 from ..params.presets import Presets, brought
 from ..params.table import Catalogue
 from ..places import Places
+from ..writing import why, write_new
 from .fence import NotServedError, inside, served
 
 MOST_LISTED = 200
@@ -88,13 +89,10 @@ class Shelf:
         job = load(raw, self._catalogue, complete=False).job
         now, folder = datetime.now(), self._places().json
         stem = f"{now:%Y-%m-%d}/{now:%H%M%S}-{job[Save].save_lora_name or job[Task].mode}"
-        number = 0
-        while (path := folder / f"{stem}{f'-{number}' if number else ''}.json").exists():
-            number += 1
         try:
-            write_json(path, job.to_dict(full=True))
+            path = write_new(folder / f"{stem}.json", json_bytes(job.to_dict(full=True)), reuse=False)
         except OSError as fault:
-            raise AtelierError(f"The settings cannot be written to {folder}: {fault.strerror or fault}.") from fault
+            raise AtelierError(f"The settings cannot be written to {folder}: {why(fault)}.") from fault
         return {"name": path.relative_to(folder).as_posix()}
 
     def read(self, text: str) -> dict[str, object]:
