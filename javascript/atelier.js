@@ -3,7 +3,7 @@
     "use strict";
 
     const Atelier = (window.Atelier = window.Atelier || {});
-    const PARTS = ["form", "ahead", "settings", "live", "pages"];
+    const PARTS = ["form", "modes", "pairs", "ahead", "settings", "queue", "live", "pages"];
     const [STARTING, AGAIN] = [120, 1000]; // tries, milliseconds between them
     let started = null;
 
@@ -35,7 +35,10 @@
         started = here;
         here.addEventListener("keydown", onKey);
         const hasDraft = Atelier.form.start();
+        Atelier.modes.start();
+        Atelier.pairs.start();
         Atelier.settings.start();
+        Atelier.queue.start();
         Atelier.pages.start();
         for (const button of Atelier.$("languages").children) {
             button.addEventListener("click", () => {
@@ -50,6 +53,7 @@
         await Promise.all([
             Atelier.settings.refreshPresets().catch(quiet),
             Atelier.settings.refreshFiles().catch(quiet),
+            Atelier.ahead.markUnserved().catch(quiet),
         ]);
         if (!hasDraft && lists && lists.initial) {
             Atelier.$("preset").value = lists.initial;

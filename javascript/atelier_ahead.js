@@ -68,6 +68,27 @@
         return rows.map(([name, value]) => `${Atelier.t(name)}: ${text(value)}`).join(" · ");
     }
 
+    // ------------------------------------------------------------ what cannot be chosen
+
+    /** Mark values that the installed packages cannot serve, with what to do about it. */
+    ahead.markUnserved = async () => {
+        const { unserved } = await Atelier.ask("GET", "schema");
+        for (const field of Atelier.form.fields) {
+            const why = unserved[field.key] || {};
+            for (const option of field.input.options || []) mark(option, option.value in why, why[option.value]);
+            for (const box of field.kind === "checks" ? field.input.querySelectorAll("input") : []) {
+                mark(box.closest("label"), box.value in why, why[box.value]);
+            }
+        }
+    };
+
+    function mark(element, is, why) {
+        element.classList.toggle("atelier-unserved", is);
+        element.title = is ? why : "";
+        if (element.localName !== "option") return;
+        element.textContent = is ? `${element.value} (${Atelier.t("not installed")})` : element.value;
+    }
+
     /** What a run told before its first step, as rows of a list: `report` are pairs of name and value. */
     ahead.showReport = (report) => {
         const box = Atelier.$("report");

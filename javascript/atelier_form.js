@@ -8,7 +8,7 @@
     const CHECK_APART = 1000;
     const OTHER = "\u0000other";
 
-    const form = (Atelier.form = { fields: [], problems: [], extras: {} });
+    const form = (Atelier.form = { fields: [], problems: [], extras: {}, shipped: true });
     let info = null;
     let lists = {};
     let timer = 0;
@@ -51,7 +51,7 @@
         return field.input.value;
     });
 
-    function write(field, value) {
+    const write = (form.write = (field, value) => {
         if (value === null || value === undefined) value = field.standard;
         if (field.kind === "check") field.input.checked = value === true || value === "true";
         else if (field.kind === "mode") boxes(field).forEach((box) => (box.checked = box.value === value));
@@ -66,7 +66,7 @@
             field.input.value = text;
             syncList(field);
         }
-    }
+    });
 
     function asText(value) {
         return Array.isArray(value) ? value.join(",") : String(value);
@@ -102,16 +102,18 @@
         return settings;
     };
 
-    /** Put settings into the form; fields that are not named get their default. */
-    form.fill = (settings, second, extras) => {
+    /** Put settings into the form; fields that are not named get their default. `shipped`: nobody chose these values. */
+    form.fill = (settings, second, extras, shipped) => {
         for (const field of form.fields) {
             const from = field.second ? second || {} : settings;
             write(field, field.key in from ? from[field.key] : field.standard);
             field.touched = false;
         }
         form.extras = extras || {};
+        form.shipped = Boolean(shipped);
         form.arrange();
         form.checkSoon(0);
+        document.dispatchEvent(new CustomEvent("atelier:filled"));
     };
 
     // ------------------------------------------------------------ what is seen
@@ -274,6 +276,7 @@
             if (files) onDisk = { key, problems: answer.problems.filter((one) => one.of_files) };
             else answer.problems.push(...onDisk.problems);
             form.show(answer.problems, answer.warnings, false);
+            document.dispatchEvent(new CustomEvent("atelier:checked"));
             await Atelier.ahead.look(answer, () => mine === asked);
         } catch (error) {
             if (mine === asked) Atelier.say(Atelier.$("writes"), error.message);
@@ -281,7 +284,8 @@
     }
 
     function everything() {
-        const values = { first: {}, second: {}, extras: form.extras };
+        const touched = form.fields.filter((field) => field.touched).map((field) => field.id);
+        const values = { first: {}, second: {}, extras: form.extras, shipped: form.shipped, touched };
         for (const field of form.fields) values[field.second ? "second" : "first"][field.key] = read(field);
         return values;
     }
@@ -411,7 +415,10 @@
         Atelier.onClick(Atelier.$("lists_refresh"), () => form.refreshLists(true), Atelier.$("writes"));
         form.arrange();
         const draft = Atelier.recall("draft", true);
-        if (draft && draft.all) form.fill(draft.all.first, draft.all.second, draft.all.extras);
+        if (draft && draft.all) {
+            form.fill(draft.all.first, draft.all.second, draft.all.extras, draft.all.shipped);
+            for (const field of form.fields) field.touched = (draft.all.touched || []).includes(field.id);
+        }
         return Boolean(draft);
     };
 

@@ -28,7 +28,6 @@
     let waits = "";
     let told = null;
     let title = null;
-    let queueRevision = -1;
 
     // ------------------------------------------------------------ asking
 
@@ -41,7 +40,7 @@
             const status = await Atelier.ask("GET", "status?" + query);
             lost = false;
             show(status);
-            if (status.queue.revision !== queueRevision) await refreshQueue();
+            await Atelier.queue.follow(status.queue.revision);
         } catch (error) {
             lost = error.status === 0 || error.status === 404;
             Atelier.say(Atelier.$("live_state"), error.message);
@@ -288,71 +287,6 @@
         }
     }
 
-    // ------------------------------------------------------------ the queue
-
-    const WORDS = {
-        waiting: "", running: "running", stopped: "stopped", failed: "failed", interrupted: "broken off",
-        saved_early: "stopped and written", done: "written",
-    };
-    const ENDED_SHOWN = 5;
-
-    async function refreshQueue() {
-        showQueue(await Atelier.ask("GET", "queue"));
-    }
-
-    function showQueue(queue) {
-        queueRevision = queue.revision;
-        const list = Atelier.$("queue");
-        const open = new Set([...list.querySelectorAll("details[open]")].map((box) => box.closest("li").dataset.id));
-        const entries = [queue.running, ...queue.waiting, ...queue.ended.slice(0, ENDED_SHOWN)].filter(Boolean);
-        list.replaceChildren(...entries.map((entry) => entryOf(entry, queue.waiting.length, open.has(entry.id))));
-        Atelier.$("queue_empty").hidden = entries.length > 0;
-        Atelier.$("queue_clear").hidden = !queue.ended.some((entry) => !entry.resumable);
-        Atelier.$("queue_go").hidden = queue.going || !queue.waiting.length;
-    }
-
-    function actionsOf(entry, waiting) {
-        if (entry.state === "waiting") {
-            const place = entry.position;
-            return { now: true, up: place > 1, down: place < waiting, delete: true };
-        }
-        return entry.state === "running" ? {} : { resume: entry.resumable, delete: true };
-    }
-
-    async function act(entry, action) {
-        const body = { id: entry.id };
-        const moves = { up: entry.position - 2, down: entry.position };
-        if (action in moves) await Atelier.ask("POST", "queue/move", { ...body, to: moves[action] });
-        else await Atelier.ask("POST", { now: "queue/run", resume: "queue/resume", delete: "queue/delete" }[action], body);
-        await refreshQueue();
-        await poll();
-    }
-
-    function entryOf(entry, waiting, open) {
-        const item = Atelier.copyOf("queue");
-        item.dataset.id = entry.id;
-        item.dataset.state = entry.state;
-        item.querySelector("details").open = open;
-        item.querySelector("[data-name]").textContent = entry.name;
-        const about = [entry.mode, entry.model, Atelier.t(WORDS[entry.state] || "")].filter(Boolean);
-        item.querySelector("[data-about]").textContent = about.join(" · ");
-        const rows = entry.settings.flatMap(([name, value]) => {
-            const pair = [document.createElement("dt"), document.createElement("dd")];
-            [pair[0].textContent, pair[1].textContent] = [name, value];
-            return pair;
-        });
-        item.querySelector("[data-settings]").replaceChildren(...rows);
-        const error = item.querySelector("[data-error]");
-        error.hidden = !entry.error;
-        error.textContent = entry.error || "";
-        const actions = actionsOf(entry, waiting);
-        for (const button of item.querySelectorAll("[data-action]")) {
-            button.hidden = !actions[button.dataset.action];
-            Atelier.onClick(button, () => act(entry, button.dataset.action), Atelier.$("live_stage"));
-        }
-        return item;
-    }
-
     // ------------------------------------------------------------ buttons
 
     async function send(path) {
@@ -370,6 +304,8 @@
         }
         await poll();
     }
+
+    live.poll = poll;
 
     live.begin = async () => {
         if (window.Notification && Notification.permission === "default") Notification.requestPermission();
@@ -398,8 +334,6 @@
         };
         onClick($("stop"), stop(false), $("live_stage"));
         onClick($("stop_save"), stop(true), $("live_stage"));
-        onClick($("queue_go"), async () => showQueue(await Atelier.ask("POST", "queue/go")), $("live_stage"));
-        onClick($("queue_clear"), async () => showQueue(await Atelier.ask("POST", "queue/clear")), $("live_stage"));
         onClick($("use_in_prompt"), useInPrompt, $("result_text"));
         new ResizeObserver(fitSide).observe(document.querySelector("#atelier_root .atelier-side"));
         window.addEventListener("resize", fitSide);
@@ -413,7 +347,6 @@
         side.style.setProperty("--atelier-side-top", `${top}px`);
     }
 
-    document.addEventListener("atelier:language", () => (queueRevision = -1));
     document.addEventListener("visibilitychange", tick);
     setInterval(tick, 250);
 })();

@@ -13,10 +13,10 @@
         Atelier.$("drop").title = Atelier.$("drop").textContent; // it has room for two lines
     }
 
-    /** Fill the form from a route's answer. */
-    function use(answer, name) {
+    /** Fill the form from a route's answer; `shipped` values are nobody's own. */
+    function use(answer, name, shipped) {
         const { "2nd pass": second, traintrain, ...first } = answer.settings;
-        Atelier.form.fill(first, second, traintrain === undefined ? {} : { traintrain });
+        Atelier.form.fill(first, second, traintrain === undefined ? {} : { traintrain }, shipped);
         if (name && answer.note) tell("Filled from {name}: {note}", { name, note: Atelier.t(answer.note) });
         else if (name) tell("Filled from {name}", { name });
         Atelier.form.show([], answer.warnings, false);
@@ -53,7 +53,7 @@
         markOwn();
         if (!name) return;
         try {
-            use(await Atelier.ask("GET", "presets/" + encodeURIComponent(name)), name);
+            use(await Atelier.ask("GET", "presets/" + encodeURIComponent(name)), name, !own.includes(name));
         } catch (error) {
             refuse(error);
         }

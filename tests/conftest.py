@@ -24,7 +24,7 @@ EVERYWHERE = {
     "test_params_rules",
     "test_params_traintrain",
     "test_params_views", "test_readme", "test_recipes", "test_schedulers", "test_stages_abm", "test_stages_lalora",
-    "test_stages_prior", "test_tools_bench", "test_types",
+    "test_stages_prior", "test_tools_bench", "test_tools_pairs", "test_types",
 }  # fmt: skip
 
 

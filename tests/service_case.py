@@ -82,6 +82,9 @@ class FakeBackend:
             raise JobError([Problem("network_rank", values["network_rank"], "has to stay")])
         return {"format": 1, "mode": "iLECO", "save_lora_name": "done", **values}
 
+    def unserved(self) -> Mapping[str, Mapping[str, str]]:
+        return {"train_optimizer": {"CAME": "needs the package pytorch-optimizer."}}
+
     def cost(self, job: Job) -> Mapping[str, object]:
         return {"steps": job[core.Train].train_iterations, "before": 2.0, "per_step": float("nan"), "memory_mb": None}
 

@@ -13,6 +13,7 @@ from trainer.params.codec import load
 from trainer.params.core import Images, Network, Save, Task, Train
 from trainer.params.files import write_json
 from trainer.params.presets import Presets
+from trainer.places import ROOT
 
 TABLE = catalogue()
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"
@@ -129,3 +130,11 @@ def test_a_folder_that_cannot_be_written(presets, tmp_path):
     (tmp_path / "user").write_text("a file in the way")
     with pytest.raises(JobError, match="cannot be written"):
         presets.save("mine", load(GOOD, TABLE).job)
+
+
+def test_each_mode_has_a_preset_of_its_own_values() -> None:
+    shelf = Presets(ROOT / "presets")
+    named = {mode: shelf.of_mode(mode) for mode in ("LoRA", "iLECO", "Difference", "Instant", "ADDifT", "Multi-ADDifT")}
+    assert [named[mode] for mode in ("LoRA", "iLECO", "Difference", "Instant")] == list(named)[:4]
+    assert named["ADDifT"].startswith("ADDifT_") and named["Multi-ADDifT"] == named["ADDifT"]
+    assert shelf.of_mode("Nothing") == ""

@@ -263,6 +263,7 @@ def test_settings_from_a_dropped_file(case: Case) -> None:
 
 def test_the_table(case: Case) -> None:
     schema = case.get("schema", "mode=iLECO").json
+    assert "CAME" in schema["unserved"]["train_optimizer"]
     fields = {field["attribute"]: field for field in schema["fields"]}
     assert set(case.service.catalogue.modes) == set(schema["modes"]) and schema["host"] == "fake"
     assert fields["original_prompt"]["visible"] and not fields["lora_data_directory"]["visible"]

@@ -76,6 +76,13 @@ class PageBackend:
         pictures = len(list(Path(job[core.Images].lora_data_directory).glob("*.png")))
         return {"pictures": pictures, "captions found": pictures, "captions missing": 0, "steps per epoch": 2}
 
+    def unserved(self) -> Mapping[str, Mapping[str, str]]:
+        why = "needs the package {}, which is not installed. Install it with: python -m pip install {}"
+        return {
+            "train_optimizer": {"CAME": why.format(*["pytorch-optimizer"] * 2)},
+            "logging_trackers": {"wandb": why.format("wandb", "wandb")},
+        }
+
     def cost(self, job: Job) -> Mapping[str, object]:
         steps = int(str(job.value("train_iterations")))
         return {"steps": steps, "before": 0.5, "per_step": STEP_SECONDS, "memory_mb": 3000}

@@ -62,6 +62,14 @@ class Presets:
         found = raw.get(NOTE) if isinstance(raw, dict) else None
         return found if isinstance(found, str) else ""
 
+    def of_mode(self, mode: str) -> str:
+        """The shipped preset that holds a mode's own values, "" when none does: that of its name, else the first whose
+        name begins with it; Multi-ADDifT has those of ADDifT.
+        """
+        shipped, plain = self.shipped(), mode.removeprefix("Multi-")
+        begins = (name for name in shipped if name.startswith(f"{plain}_"))
+        return plain if plain in shipped else next(begins, "")
+
     def save(self, name: str, job: Job) -> Path:
         """Write a user preset with every value, in place of one of the same name. Raises JobError for an unfit name."""
         self._refuse_name(name)

@@ -87,6 +87,7 @@ ENTRANCES: tuple[Entrance, ...] = (
     _post("queue/extend", lambda s, c: s.extend(c.text("id"), c.settings()), "id", "settings"),
     _get("presets", lambda s, c: s.shelf.presets()),
     _get("presets/{name}", lambda s, c: s.shelf.preset(c.path["name"])),
+    _get("modes/{name}", lambda s, c: s.shelf.preset_of_mode(c.path["name"])),
     _post("presets/save", lambda s, c: s.shelf.save_preset(c.text("name"), c.settings()), "name", "settings"),
     _post("presets/delete", lambda s, c: s.shelf.delete_preset(c.text("name")), "name"),
     _get("settings", lambda s, c: {"files": s.shelf.files()}),
@@ -105,6 +106,7 @@ ENTRANCES: tuple[Entrance, ...] = (
     _post("images/augment/preview", drawing.augment_preview, *drawing.AUGMENT),
     _post("images/resize", drawing.resize, *drawing.RESIZE),
     _post("images/resize/preview", drawing.resize_preview, *drawing.RESIZE),
+    _post("pairs", drawing.pairs, "settings"),
     _post("upload", drawing.upload, "name", "data"),
     _post("picture", drawing.picture, *drawing.PICTURE),
 )

@@ -18,6 +18,7 @@ from ..errors import DataError, JobError, Problem
 from ..params.files import name_problem
 from ..places import ROOT
 from ..tools.augment_pictures import AugmentSettings, augment_pictures, parse_augment, previews
+from ..tools.pair_preview import pair_views
 from ..tools.picture_files import check_picture, pictures_of, read_picture
 from ..tools.resize_pictures import ResizeSettings, name_at, parse_resize, resize_pictures, resized
 from .fence import NotServedError
@@ -172,6 +173,26 @@ def _free(folder: Path, stem: str, suffix: str) -> Path:
 
 def _written(paths: list[Path], target: Path) -> dict[str, object]:
     return {"written": len(paths), "folder": str(target)}
+
+
+def pairs(service: Service, call: Call) -> dict[str, object]:
+    """The pairs of settings as they will be trained on: the first of them, how many, and what is wrong. Raises JobError
+    for settings of which nothing can be made.
+    """
+    views, count, problem = pair_views(service.readable_job(call.settings()))
+    shown = [
+        {
+            "names": list(view.names),
+            "original": None if view.original is None else _data(view.original),
+            "target": None if view.target is None else _data(view.target),
+            "difference": None if view.difference is None else _data(view.difference),
+            "share": view.share,
+            "size": None if view.size is None else list(view.size),
+            "bucket": None if view.bucket is None else list(view.bucket),
+        }
+        for view in views
+    ]
+    return {"pairs": shown, "count": count, "problem": problem}
 
 
 # -------------------------------------------------------------------- pictures of prompts

@@ -160,7 +160,16 @@ def _modes(widget: Widget, name: str) -> Child:
         for choice in names
     ]
     bar = element("div", chips, class_="atelier-modes", role="radiogroup", id=name, **_described(widget, name))
-    return [bar, element("p", class_="atelier-note", id=f"{name}_note")]
+    values = element(
+        "p",
+        element("span", id=f"{name}_values_text"),
+        element("button", element("span"), type="button", class_="atelier-small", id=f"{name}_values_button"),
+        class_="atelier-note atelier-offer",
+        id=f"{name}_values",
+        role="status",
+        hidden=True,
+    )
+    return [bar, element("p", class_="atelier-note", id=f"{name}_note"), values]
 
 
 def _checks(widget: Widget, name: str) -> Child:

@@ -62,12 +62,23 @@ def _card(card: Card, held: list[Widget], catalogue: Catalogue) -> Html:
             button("", "lists_refresh", kind="small", sign="refresh", title="Look again for models and files"),
             class_="atelier-row",
         )
-    tries = _tries() if card is LEARN else None
+    tries = [_pairs(), _tries()] if card is LEARN else None
     inside: Child = [_fields(everyday, catalogue), tries, _fold(folded, catalogue)]
     if card is BLOCKS:
         inside = element("details", element("summary", card.title, element("b", data_count=True)), inside)
         heading = None
     return element("section", heading, inside, class_="atelier-card", id=f"atelier_card_{card.name}")
+
+
+def _pairs() -> Html:
+    """Original and target side by side, for modes that compare them; the script fills it."""
+    return element(
+        "div",
+        element("p", id="atelier_pairs_note", class_="atelier-note", role="status"),
+        element("div", id="atelier_pairs_grid", class_="atelier-pairs"),
+        id="atelier_pairs",
+        hidden=True,
+    )
 
 
 def _tries() -> Html:

@@ -218,7 +218,7 @@ def _queue() -> Html:
 
 def _templates() -> tuple[Html, ...]:
     actions = (("now", "play", "Run this one next"), ("up", "up", "Earlier"), ("down", "down", "Later"),
-               ("resume", "refresh", "Go on where it stopped"),
+               ("resume", "refresh", "Go on where it stopped"), ("extend", "plus", "Train longer"),
                ("delete", "trash", "Delete from the queue"))  # fmt: skip
     buttons = [
         element("button", icon(sign), type="button", class_="atelier-button atelier-small", data_action=action,
@@ -233,6 +233,15 @@ def _templates() -> tuple[Html, ...]:
             element("dl", data_settings=True, class_="atelier-settings"),
         ),
         element("p", data_error=True, class_="atelier-error", hidden=True),
+        element(
+            "form",
+            element("label", element("span", data_unit=True), " ",
+                    element("input", type="text", inputmode="numeric", data_length=True)),
+            element("button", "Go on", type="submit", class_="atelier-button atelier-small"),
+            class_="atelier-inline atelier-extend",
+            data_extend=True,
+            hidden=True,
+        ),
         element("span", buttons, class_="atelier-queue-actions"),
         class_="atelier-queue-entry",
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..jobs.entry import Entry
+from ..jobs.entry import DONE, Entry
 from ..jobs.queue import Queue
 from .http import Encoded, encoded
 
 View = Callable[[Entry, int, bool], dict[str, object]]
 """(entry, position, whether it can go on) → what is listed of it."""
 Rows = list[tuple[Entry, bool]]
-"""Entries, and whether they can go on."""
+"""Entries, and whether there is a state to go on from."""
 
 
 class QueueList:
@@ -33,7 +33,7 @@ class QueueList:
         with self._lock:
             now = self._queue.snapshot()
             if now.revision != self._revision:
-                ended = [(entry, self._queue.can_resume(entry)) for entry in now.ended]
+                ended = [(entry, self._queue.can_resume(entry, finished=True)) for entry in now.ended]
                 self._rest, self._revision = self._make([(entry, False) for entry in now.waiting], ended), now.revision
             rest = self._rest
         running = None if now.running is None else self._view(now.running, 0, False)
@@ -44,12 +44,12 @@ class QueueList:
         held, self._held = self._held, {}
         lists = []
         for rows, places in ((waiting, range(1, len(waiting) + 1)), (ended, [-1] * len(ended))):
-            for entry, resumable in rows:
+            for entry, has_state in rows:
                 known = held.get(entry.id)
-                if known is None or known[0] is not entry or known[1] != resumable:
-                    view = self._view(entry, 0, resumable)
+                if known is None or known[0] is not entry or known[1] != has_state:
+                    view = self._view(entry, 0, has_state and entry.state != DONE) | {"extendable": has_state}
                     del view["position"]  # it changes with the others': it is added to the text
-                    known = entry, resumable, encoded(view)
+                    known = entry, has_state, encoded(view)
                 self._held[entry.id] = known
             texts = (self._held[entry.id][2] for entry, _ in rows)
             placed = (b'%b, "position": %d}' % (text[:-1], at) for text, at in zip(texts, places, strict=True))

@@ -90,6 +90,9 @@ class Backend(Protocol):
         """Give the run in a folder other settings for when it goes on; all its settings come back. Raises AtelierError.
         """
 
+    def unserved(self) -> Mapping[str, Mapping[str, str]]:
+        """Field → value → why the installed packages or the device cannot serve it, with what to do."""
+
     def memory(self) -> Mapping[str, object]:
         """`device`, `used_mb` and `total_mb` (None where unknown) of what this process holds."""
 
@@ -119,7 +122,7 @@ class Service:
     # ---------------------------------------------------------------- the table
 
     def schema(self, mode: str = "LoRA", network_type: str = "lierla", second: bool = False) -> dict[str, object]:
-        """Modes with their help, adapter types, and every field with `visible` for this choice."""
+        """Modes, adapter types, every field with `visible` for this choice, and `unserved` (see `Backend`)."""
         return {
             "version": API_VERSION,
             "host": self.host.name,
@@ -127,6 +130,7 @@ class Service:
             "types": list(self.catalogue.types),
             "groups": list(core.GROUPS),
             "fields": [views.widget(field) for field in widgets(self.catalogue, mode, second, network_type)],
+            "unserved": views.plain(self.backend.unserved()),
         }
 
     # ---------------------------------------------------------------- checking
@@ -184,8 +188,14 @@ class Service:
         }
 
     def folder(self, raw: Mapping[str, object]) -> dict[str, object]:
-        """What the data folder of plain settings holds, name → value, ready to show. Raises JobError when it may not be
-        looked at, or nothing can be made of the settings.
+        """What the data folder of plain settings holds, name → value, ready to show. Raises JobError as `readable_job`
+        does.
+        """
+        return views.plain(self.backend.look(self.readable_job(raw)))
+
+    def readable_job(self, raw: Mapping[str, object]) -> Job:
+        """The job of plain settings, for a look at its files: what is wrong besides them stands as its default. Raises
+        JobError when they may not be looked at, or nothing can be made of the settings.
         """
         first = {name: value for name, value in raw.items() if name != SECOND_PASS}
         try:
@@ -198,7 +208,7 @@ class Service:
         problems = list(self._fence().problems(job.to_dict(full=True), self.catalogue))
         if problems:
             raise JobError(problems)
-        return views.plain(self.backend.look(job))
+        return job
 
     def _fence(self) -> Fence:
         host = self.host

@@ -57,6 +57,16 @@ class Shelf:
             raw = {**raw, **brought(name)}
         return {**_filled(load(raw, self._catalogue, complete=False)), "note": note}
 
+    def preset_of_mode(self, mode: str) -> dict[str, object]:
+        """`name` and `settings` of the preset that holds a mode's own values; no name when none does. Raises
+        JobError.
+        """
+        name = self._presets().of_mode(mode)
+        if not name:
+            return {"name": "", "settings": {}}
+        found = load(self._presets().read(name), self._catalogue, complete=False).job.to_dict(full=True)
+        return {"name": name, "settings": {**found, "mode": mode}}
+
     def save_preset(self, name: str, raw: Mapping[str, object]) -> dict[str, list[str]]:
         """Keep settings as the user's preset `name`; they may leave open what a run needs. The names come back. Raises
         JobError.
