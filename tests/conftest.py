@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import settings
 
 # The same examples in every run, and no time limit per example: a busy machine is not a wrong answer.
@@ -29,8 +30,13 @@ EVERYWHERE = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of these files, so that a second set of versions can leave them out."""
+    """Mark the tests of these files, so that a second set of versions can leave them out; skip those for a card where
+    there is none.
+    """
+    without = pytest.mark.skip(reason="no CUDA device")
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(without)
         if item.path.stem in EVERYWHERE:
             item.add_marker("everywhere")
 
