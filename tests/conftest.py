@@ -18,6 +18,7 @@ EVERYWHERE = {
     "test_data_dataset", "test_data_plan", "test_data_scan", "test_demo_effect", "test_demo_evaluate",
     "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_flags", "test_engine_losses",
     "test_engine_resume", "test_engine_scaler", "test_engine_trackers",
+    "test_gpu_memory", "test_gpu_numbers", "test_gpu_runs",
     "test_jobs_live", "test_jobs_many", "test_jobs_queue", "test_jobs_store", "test_launch", "test_maths",
     "test_modes_addift",
     "test_modes_concept", "test_modes_difference", "test_modes_table", "test_modes_traintrain", "test_no_float64",
