@@ -165,6 +165,7 @@
 
     // ------------------------------------------------------------ before and after
 
+    const OF_THE_MODEL = ["model", "vae", "te", "model_v_pred", "model_zero_terminal_snr", "train_clip_skip"];
     const TRY = ["prompt", "negative", "seed", "steps", "cfg", "width", "height", "lora", "strengths"];
 
     function promptOf(kind) {
@@ -188,7 +189,11 @@
         for (const [index, wish] of wishes.entries()) {
             say($("draw_note"), "Drawing {n} of {all} …", { n: index + 1, all: wishes.length });
             const { strengths, ...body } = { ...values, prompt: wish.prompt, lora: wish.lora || "" };
-            [body.strength, body.model] = [String(wish.strength), Atelier.form.value("model")];
+            body.strength = String(wish.strength);
+            for (const key of OF_THE_MODEL) {
+                const value = Atelier.form.value(key);
+                if (value !== "") body[key] = value;
+            }
             try {
                 const picture = await Atelier.ask("POST", "picture", body);
                 const drawn = figure(picture.data, wish.label);

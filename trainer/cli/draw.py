@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ..adapters.file import read_lora
 from ..adapters.foreign import read_any
 from ..adapters.metadata import JOB_KEY
 from ..adapters.network import Network
@@ -24,6 +26,7 @@ from ..models.base import Model
 from ..models.load import load_model
 from ..models.room import give_back, let_go
 from ..params.codec import load
+from ..params.core import Task, Train
 from ..params.job import Job
 from ..ui.wish import Wish
 
@@ -41,17 +44,15 @@ class Easel:
         self._held = None
         give_back()
 
-    def draw(
-        self, wish: Wish, lora: Path | None, model: Path, vae: Path | None, device: torch.device
-    ) -> Image.Image:
-        """The picture of a wish with these files. Raises AtelierError for those that cannot be used, and
-        MemoryShortageError.
+    def draw(self, wish: Wish, lora: Path | None, task: Task, device: torch.device) -> Image.Image:
+        """The picture of a wish with the files of a task (paths). Raises AtelierError for those that cannot be used,
+        and MemoryShortageError.
         """
         try:
             with shortage.phase(shortage.PICTURE, device):
-                loaded = self._model(model, vae, device)
+                loaded = self._model(wish, task, device)
                 with _worn(loaded, lora, wish.strength):
-                    settings = SampleSettings(size=wish.size, steps=wish.steps, cfg=wish.cfg, seed=wish.seed)
+                    settings = SampleSettings(wish.size, wish.steps, wish.cfg, wish.seed, clip_skip=wish.clip_skip)
                     return _picture(loaded, wish, settings)
         except BaseException as error:
             let_go(error)
@@ -61,19 +62,26 @@ class Easel:
                 settle(self._held[1])
             give_back()
 
-    def _model(self, path: Path, vae: Path | None, device: torch.device) -> Model:
-        key = (path, path.stat().st_mtime_ns, vae, device)
+    def _model(self, wish: Wish, task: Task, device: torch.device) -> Model:
+        path, vae = Path(task.model), Path(task.vae) if task.vae else None
+        texts = tuple(Path(name) for name in task.te.split(";") if name)
+        key = (path, path.stat().st_mtime_ns, vae, texts, wish.v_pred, wish.zero_snr, device)
         if self._held is None or self._held[0] != key:
             self._held = None
             storage = torch.float16 if device.type == "cuda" else None
-            self._held = (key, load_model(path, vae_path=vae, storage=storage, device=device))
+            model = load_model(
+                path, vae_path=vae, text_paths=texts, v_pred=wish.v_pred, storage=storage, device=device
+            )
+            if wish.zero_snr:
+                model.schedule = model.schedule.ending_in_noise()
+            self._held = (key, model)
         return self._held[1]
 
 
 @torch.no_grad()
 def _picture(model: Model, wish: Wish, settings: SampleSettings) -> Image.Image:
     with using(model, *model.text_encoders):
-        rows = model.encode_prompts([wish.prompt, wish.negative])
+        rows = model.encode_prompts([wish.prompt, wish.negative], settings.clip_skip)
     height, width = (edge // model.latent_factor for edge in wish.size)
     noise = rng.normal((model.latent_channels, height, width), "sample", wish.seed, 0, [0]).to(model.device)
     with using(model, model.unet):
@@ -116,6 +124,24 @@ def network_of(path: Path, model: Model) -> Network:
         except AtelierError as fault:
             faults.append(fault)
     raise AdapterError(f"{path.name} cannot be drawn with: {faults[0]}") from faults[0]
+
+
+def as_trained(wish: Wish, lora: Path) -> Wish:
+    """The wish with the prediction type, schedule and clip skip of the job of a LoRA of ours, and with the names of its
+    text encoder and VAE where the wish has none.
+    """
+    job = _own_job(read_lora(lora)[1])
+    if job is None:
+        return wish
+    task, train = job[Task], job[Train]
+    return replace(
+        wish,
+        v_pred=train.model_v_pred,
+        zero_snr=train.model_zero_terminal_snr,
+        clip_skip=train.train_clip_skip,
+        te=wish.te or task.te,
+        vae=wish.vae or task.vae,
+    )
 
 
 def _own_job(metadata: Mapping[str, str]) -> Job | None:

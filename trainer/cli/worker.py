@@ -37,7 +37,7 @@ from ..params.job import Job
 from ..paths import is_file
 from ..places import Places
 from ..ui.wish import Wish
-from .draw import Easel
+from .draw import Easel, as_trained
 
 MEGABYTE = 2**20
 _NAMED = re.compile(r"^lora_data_directory = (['\"]).*?\1:? +")
@@ -200,13 +200,14 @@ class Bench:
         drawn = self.host.txt2img(wish.prompt + worn, wish.negative, wish.seed, wish.size, wish.steps, wish.cfg)
         if drawn is not None:
             return drawn
-        job = load({"format": 1, "mode": "LoRA", "model": wish.model}, catalogue(), complete=False).job
-        task, lora = self.host.resolve(job)[core.Task], self._lora(wish.lora) if wish.lora else None
+        lora = self._lora(wish.lora) if wish.lora else None
+        wish = wish if lora is None else as_trained(wish, lora)
+        raw = {"format": 1, "mode": "LoRA", "model": wish.model, "vae": wish.vae, "te": wish.te}
+        task = self.host.resolve(load(raw, catalogue(), complete=False).job)[core.Task]
         if not self._turn.acquire(blocking=False):
             raise QueueError("A training is running or a picture is being drawn. Draw when it has ended.")
         try:
-            vae = Path(task.vae) if task.vae else None
-            return self._easel.draw(wish, lora, Path(task.model), vae, self._device())
+            return self._easel.draw(wish, lora, task, self._device())
         finally:
             self._turn.release()
 

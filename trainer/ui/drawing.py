@@ -39,7 +39,10 @@ MOST_PREVIEWS = 12
 PREVIEW_EDGE = 256
 AUGMENT = ("source", "output", "copies", "angle", "scale", "side", "seed", "captions")
 RESIZE = ("source", "output", "resolutions", "divisible", "interpolation", "png", "associated")
-PICTURE = ("prompt", "negative", "seed", "steps", "cfg", "width", "height", "model", "lora", "strength")
+PICTURE = (
+    *("prompt", "negative", "seed", "steps", "cfg", "width", "height", "model", "lora", "strength"),
+    *("vae", "te", "model_v_pred", "model_zero_terminal_snr", "train_clip_skip"),
+)
 PLOT = ("logs", "dropped", "smoothing", "logarithmic", "rates")
 
 
@@ -215,12 +218,15 @@ def picture(service: Service, call: Call) -> dict[str, object]:
         if values.get(name, 8) % 8:
             nearest = max(round(values[name] / 8) * 8, 16)
             found.append(Problem(name, values[name], f"must be a multiple of 8; the nearest is {nearest}."))
+    if _typed(call, "train_clip_skip"):
+        found.append(_number(call, "train_clip_skip", 1, 12, values))
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise JobError(problems)
-    model = _typed(call, "model")
-    if model:
-        service.readable(model, "model", "model")
+    model, vae, te = (_typed(call, name) for name in ("model", "vae", "te"))
+    for name, kind in ((model, "model"), (vae, "vae"), *((one, "te") for one in re.split(r"[;\n]", te))):
+        if name.strip():
+            service.readable(name.strip(), kind, kind)
     wish = Wish(
         prompt=_typed(call, "prompt"),
         negative=_typed(call, "negative"),
@@ -231,6 +237,11 @@ def picture(service: Service, call: Call) -> dict[str, object]:
         lora=_typed(call, "lora"),
         strength=values["strength"],
         model=model,
+        vae=vae,
+        te=te,
+        v_pred=_flag(call, "model_v_pred"),
+        zero_snr=_flag(call, "model_zero_terminal_snr"),
+        clip_skip=int(values.get("train_clip_skip", 1)),
     )
     return {"data": _data(service.picture(wish))}
 
