@@ -7,9 +7,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Wish:
     """One picture of a prompt: `size` is (height, width) in pixels, `lora` a name of the LoRA folder ("" for none) with
-    its `strength`. The others say what it is drawn with where no WebUI draws: `model` ("" for the loaded one), its `vae`
-    and `te` where they are not its own, and as in a job its prediction type, its schedule and the layer of the text
-    encoder. What the job of the LoRA says of these three comes first.
+    its `strength`. The others say what it is drawn with where no WebUI draws.
+
+    `model` ("" for the loaded one), its `vae` and `te` where they are not its own, and as in a job its prediction type,
+    its schedule and the layer of the text encoder; what the job of the LoRA says of these three comes first.
     """
 
     prompt: str
