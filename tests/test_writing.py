@@ -106,7 +106,7 @@ def test_reasons_are_words() -> None:
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert writing.why(full) == "the disk is full"
     assert writing.why(OSError(errno.EROFS, "Read-only file system")) == "the file system is read-only"
-    assert writing.why(OSError(errno.ENOTDIR, "Not a directory")) == "Not a directory"
+    assert writing.why(OSError(errno.EIO, "Input/output error")) == "Input/output error"
 
 
 def test_a_lock_is_for_one_and_ends_with_its_process(tmp_path: Path) -> None:

@@ -53,15 +53,25 @@ class Draft:
 
     def __init__(self, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        stem = target.name.encode()[:100].decode(errors="ignore")
-        while True:
-            self.path = target.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-            self.file: IO[bytes] = open(self.path, "x+b")  # noqa: SIM115 (held open, and with it the lock)
-            lock.hold(self.file, lock.BEHIND)
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
-                    return
-            self.file.close()  # taken for a leftover before it was locked
+        self._target = target
+        self.path, self.file = self._open()
+        for _ in range(_RETRIES):
+            if os.name == "nt" or os.path.exists(self.path):  # an open file cannot be removed there
+                return
+            self.file.close()  # somebody took it for a leftover before it was locked
+            self.path, self.file = self._open()
+
+    def _open(self) -> tuple[Path, IO[bytes]]:
+        stem = self._target.name.encode()[:100].decode(errors="ignore")
+        path = self._target.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        file = open(path, "x+b")  # noqa: SIM115 (held open, and with it the lock)
+        try:
+            lock.hold(file, lock.BEHIND)
+        except OSError:
+            file.close()
+            path.unlink()
+            raise
+        return path, file
 
     def finish(self) -> None:
         """Everything is written: bring it to the disk."""
