@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from trainer.engine.catalogue import catalogue
+from trainer.errors import DataError, Problem
 from trainer.events import EventLog, Note, Preflight, Saved, Stage, Step
 from trainer.jobs.entry import Entry
 from trainer.jobs.queue import Outcome, Queue
@@ -70,11 +71,22 @@ class PageBackend:
     """Answers in place of the engine."""
 
     def problems(self, job: Job) -> tuple[Any, ...]:
-        return ()
+        given = job[core.Images].lora_data_directory
+        absent = given and not Path(given).is_dir()
+        return (Problem("lora_data_directory", given, "does not exist. Check the folder."),) if absent else ()
+
+    def amend(self, folder: Path, values: Mapping[str, object]) -> Mapping[str, object]:
+        steps = int(str(values["train_iterations"]))
+        return {"format": 1, "mode": "LoRA", "save_lora_name": folder.name.split("-", 1)[1], "train_iterations": steps}
 
     def look(self, job: Job) -> Mapping[str, object]:
-        pictures = len(list(Path(job[core.Images].lora_data_directory).glob("*.png")))
-        return {"pictures": pictures, "captions found": pictures, "captions missing": 0, "steps per epoch": 2}
+        folder = Path(job[core.Images].lora_data_directory)
+        if not folder.is_dir():
+            raise DataError("there is no such folder")
+        pictures = len(list(folder.glob("*.png")))
+        steps = int(str(job.value("train_iterations")))
+        found = {"pictures": pictures, "captions found": pictures, "captions missing": 0, "steps per epoch": 2}
+        return {**found, "steps": steps}
 
     def unserved(self) -> Mapping[str, Mapping[str, str]]:
         why = "needs the package {}, which is not installed. Install it with: python -m pip install {}"
@@ -115,7 +127,7 @@ class PageWorker:
         return PageControl()
 
     def can_resume(self, folder: Path) -> bool:
-        return False
+        return (folder / "state").is_file()
 
     def run(self, entry: Entry, log: EventLog, control: PageControl) -> Outcome:
         total = int(str(entry.job["train_iterations"]))
@@ -126,6 +138,8 @@ class PageWorker:
         log.tell(Preflight({"model": "demo", "iterations": total}))
         folder = self._places.logs / "2026-01-01" / f"120000-{entry.name}"
         folder.mkdir(parents=True, exist_ok=True)
+        if entry.name.startswith("resumable"):
+            (folder / "state").touch()
         with (folder / f"{entry.name}.csv").open("w", encoding="utf-8") as csv:
             csv.write("network_rank,16\nStep,Loss,Learning Rate 1\n")
             for step in range(1, total + 1):
