@@ -14,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.cli.worker import Bench
-from trainer.engine import build, keeping, run, shortage
+from trainer.engine import build, keeping, preview, run, shortage
 from trainer.engine.control import Control
+from trainer.engine.state import STATE_FILE
 from trainer.errors import MemoryShortageError, ModelError
 from trainer.events import EventLog, Finished, Note, Sampled
 from trainer.hosts import webui
@@ -61,7 +62,7 @@ def nothing_left_while(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if name == shortage.LOADING:  # safetensors makes its tensors outside of torch's operations
             patch.setattr(run, "load_model", unread)
-        for module in (run, build, keeping):
+        for module in (run, build, keeping, preview):
             patch.setattr(module, "phase", watched)
         yield
 
@@ -97,6 +98,10 @@ def test_a_phase_that_runs_out_says_so_and_the_next_run_succeeds(case, name) -> 
     assert f"ran out while {name} (about " in text and "GiB are needed, " in text and "GiB are free" in text
     assert LINES[name] in text and "Traceback" not in text
     assert [(event.reason, event.error) for event in told] == [("failed", text)]
+    if name == shortage.TRAINING:  # what was learned until then is kept
+        assert text.endswith("The state after step 0 is kept: resume the run.")
+        (state,) = case.places.logs.rglob(STATE_FILE)
+        assert case.run(**settings, resume=state.parent).reason == "done"
     assert case.run(**settings).reason == "done"
 
 
@@ -111,7 +116,7 @@ def test_a_preview_that_does_not_fit_is_left_out_with_a_warning(case) -> None:
     with nothing_left_while(shortage.PREVIEW):
         result = case.run(listen, **settings, save_lora_name="pictureless")
     assert result.reason == "done" and result.path.is_file() and not pictures
-    assert [f"at step {n}" in note.text for n, note in enumerate(notes, 1)] == [True, True]
+    assert "at step 1. The training goes on. " in notes[0].text and notes[1].text.endswith("2. Memory ran out again.")
     assert "train_VAE_precision" in notes[0].text and "sample_every 0 (now 1)" in notes[0].text
 
 

@@ -33,6 +33,11 @@ def phase_bytes(session: Session, cache: Path) -> dict[str, int]:
     return _Phases(session, cache).all()
 
 
+def needed(session: Session, cache: Path, name: str) -> int:
+    """The bytes of one of these phases. Raises KeyError for one that this session has not."""
+    return phase_bytes(session, cache)[name]
+
+
 class _Phases:
     def __init__(self, session: Session, cache: Path) -> None:
         self._session, self._model, self._cache = session, session.model, cache

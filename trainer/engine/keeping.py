@@ -49,6 +49,11 @@ class Keeper:
         self._told: set[str] = set()
         self._written = -1
 
+    @property
+    def cache(self) -> Path:
+        """The folder of what can be worked out anew."""
+        return self._places.cache
+
     def state(self, ring: LossRing) -> str:
         """Write the resume state; returns why that failed, "" when it did not. A warning tells it, once a reason."""
         if self._folder is None or self._written == self._session.step:

@@ -82,6 +82,7 @@ def optimizer_step(session: Session, plateau: float | None) -> Tensor:
     if scaled:
         scaler.unscale_(session.optimizer)
     finite = flat.guard(loss, session.limits.max_grad_norm)
+    session.between = False
     if scaled:
         scaler.step(session.optimizer)
         scaler.update()
@@ -97,6 +98,7 @@ def optimizer_step(session: Session, plateau: float | None) -> Tensor:
     if not session.skips.hold():
         session.scheduler.step(plateau)
     session.step += 1
+    session.between = True
     if scaled:  # an overflow of the scaled gradients is the scaler's own business, a broken loss is not
         session.scaling = (~finite, scaler.scale(torch.ones_like(loss)))
         return loss

@@ -53,18 +53,20 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Step(nn.Module):
-    """One forward of the loss as a module, so that `functional_call` can put fake tensors in the place of its
-    weights.
+    """Some work, and the backward pass of its result, as a module: `functional_call` can put fake tensors in the place
+    of its weights. Both in one, for what is recomputed in the backward pass needs the weights again.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], loss: Callable[[], Tensor]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], work: Callable[[], Tensor]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(modules)
-        self._loss = loss
+        self._work = work
 
-    def forward(self) -> Tensor:
-        """The loss with whatever weights the parts have at the moment."""
-        return self._loss().sum()
+    def forward(self) -> None:
+        """Work with whatever weights the parts have at the moment."""
+        value = self._work().sum()
+        if value.requires_grad:
+            value.backward()
 
 
 def step_bytes(
@@ -83,10 +85,7 @@ def step_bytes(
         gradients = [tensor.grad for tensor in empty.values() if tensor.grad is not None]
         with LiveBytes(device, [*empty.values(), *gradients]) as counter:
             # A module that several others hold would be swapped once for each, and get a fake tensor back at the end.
-            value = torch.func.functional_call(step, empty, tie_weights=False)
-            if value.requires_grad:
-                value.backward()
-            del value
+            torch.func.functional_call(step, empty, tie_weights=False)
     return counter.peak
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..data.cache import TensorCache
 from ..errors import AtelierError, DataError, MemoryShortageError, TrainingError
-from ..events import EventLog, Finished, Opened, Preflight, Sampled
+from ..events import EventLog, Finished, Opened, Preflight
 from ..models.base import Model
 from ..models.load import load_model
 from ..models.room import let_go
@@ -29,6 +28,7 @@ from . import arguments
 from .build import PassPlan, draw_seed
 from .control import Control
 from .disk import check_room
+from .estimate import needed
 from .flags import bf16_warning, training_flags
 from .folder import RunFolder, new_folder, open_folder
 from .keeping import Keeper
@@ -43,11 +43,11 @@ from .preflight import (
     resolve_texts,
     with_lora_files,
 )  # fmt: skip
+from .preview import Previewer
 from .process import Process, this_process
 from .resume import Weights, check_state_job, check_weights, weights_of
-from .samples import Drawing, draw, write_samples
 from .session import Session
-from .shortage import LOADING, PREVIEW, TRAINING, WHOLE, phase
+from .shortage import LOADING, TRAINING, WHOLE, phase
 from .site import Site
 from .state import State, comparable, read_state, restore_state
 
@@ -278,10 +278,17 @@ def _train(
     def keep(ring: LossRing) -> None:
         keeper.state(ring)
 
-    hooks = Hooks(keep=keep, save=save, sample=lambda: _sample(session, log))
+    hooks = Hooks(keep=keep, save=save, sample=Previewer(session, log, keeper.cache))
     try:
-        with phase(TRAINING, session.model.device, session.job):
+        with phase(TRAINING, session.model.device, session.job, partial(needed, session, keeper.cache, TRAINING)):
             run_steps(session, control, log, ring, hooks)
+    except MemoryShortageError as error:
+        if not session.between or session.process.count > 1:
+            raise
+        tell(session, ring, log)
+        if keeper.state(ring):
+            raise
+        raise MemoryShortageError(f"{error} The state after step {session.step} is kept: resume the run.") from None
     except DataError:  # between two steps: an entry of the cache is gone
         tell(session, ring, log)
         keeper.state(ring)
@@ -297,29 +304,3 @@ def _train(
     if not session.limits.state_every:
         keeper.drop_state()
     return "done", path
-
-
-def _sample(session: Session, log: EventLog) -> None:
-    wanted = arguments.previews(session.job)
-    if not wanted or not session.process.leads:
-        return
-    try:
-        with phase(PREVIEW, session.model.device, session.job):
-            pictures = _draw(session, wanted)
-    except MemoryShortageError as error:
-        log.warn(f"No preview was drawn at step {session.step}, the training goes on. {error}")
-        return
-    try:
-        paths = write_samples(pictures, session.folder / f"samples{session.suffix}", f"{session.step:06d}")
-    except OSError as error:
-        log.warn(f"The sample images of step {session.step} cannot be written: {why(error)}. The run goes on.")
-        return
-    log.tell(Sampled(session.step, tuple(map(str, paths))))
-
-
-def _draw(session: Session, wanted: Sequence[Drawing]) -> list[Tensor]:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(session.evaluating())
-        for network in session.beneath:  # whoever uses the file will not have them
-            stack.enter_context(network.at_strength(0.0))
-        return draw(session.model, wanted, text=session.kit.text)

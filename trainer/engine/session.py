@@ -82,7 +82,7 @@ class Session:
     `job` has the settings of this pass of the mode, `asked` is the job as it was given. `number` counts passes from 0,
     `suffix` is what the names of its file and log have more than the job's; `beneath` are the frozen adapters of
     earlier passes. `scaling`: whether the scaler skipped the last step, and its scale after it (0-d each); None without
-    a scaler.
+    a scaler. `between`: no step is half done, so that what there is now is the state after `step`.
     """
 
     job: Job
@@ -106,6 +106,7 @@ class Session:
     suffix: str = ""
     beneath: tuple[Network, ...] = ()
     step: int = 0
+    between: bool = True
     skips: Skips = field(default_factory=Skips)
     scaling: tuple[Tensor, Tensor] | None = None
 

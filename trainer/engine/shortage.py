@@ -55,13 +55,11 @@ def phase(
 
 
 def _tried(needed: Callable[[], int]) -> int | None:
-    """The figure, unless there is no room even to work it out."""
+    """The figure, unless it cannot be worked out now."""
     try:
         return needed()
-    except Exception as error:
-        if isinstance(error, AtelierError) or is_shortage(error):
-            return None
-        raise
+    except Exception:  # what ran out is told in any case, and nothing of this may hide it
+        return None
 
 
 def _in_main_memory(error: BaseException, device: torch.device) -> bool:
