@@ -9,12 +9,16 @@ import engine_case
 import pytest
 import torch
 
+from trainer.cli.draw import Easel
 from trainer.engine import flags, loop
 from trainer.engine.flags import bf16_warning, is_gtx_16, native_bf16, training_flags
 from trainer.engine.process import Process, this_process
 from trainer.engine.run import Request, run
 from trainer.errors import JobError
 from trainer.events import EventLog
+from trainer.params.core import Task
+from trainer.tools import curvature
+from trainer.ui.wish import Wish
 
 CARDS = {  # name, compute capability
     "NVIDIA GeForce GTX 1080": (6, 1), "NVIDIA GeForce GTX 1650": (7, 5), "NVIDIA GeForce GTX 1660 SUPER": (7, 5),
@@ -182,3 +186,19 @@ def test_every_run_goes_through_the_switches(tmp_path, monkeypatch):
         run(Request(case.job(model="nowhere"), case.places, device=torch.device("cpu")), EventLog())
     assert seen == [torch.device("cpu"), "restored"]
     assert flags.training_flags is not watched
+
+
+def test_our_own_pictures_and_curvature_are_computed_with_the_same_switches(tmp_path, monkeypatch):
+    case, seen = engine_case.make(tmp_path), []
+
+    @contextlib.contextmanager
+    def watched(device):
+        seen.append(device)
+        yield
+
+    monkeypatch.setattr("trainer.cli.draw.training_flags", watched)
+    monkeypatch.setattr("trainer.tools.curvature.training_flags", watched)
+    wish = Wish(prompt="a circle", model=str(case.model), size=(64, 64), steps=1)
+    Easel().draw(wish, None, case.job()[Task], torch.device("cpu"))
+    curvature.make_curvature(case.job(data_cache="memory"), case.places, tmp_path / "curvature.safetensors", count=1)
+    assert seen == [torch.device("cpu")] * 2

@@ -17,6 +17,7 @@ from ..engine import shortage
 from ..engine.build import make_network
 from ..engine.catalogue import catalogue
 from ..engine.devices import decode, settle, using
+from ..engine.flags import training_flags
 from ..engine.samples import SampleSettings, sample_latents, to_pil
 from ..errors import AdapterError, AtelierError, JobError
 from ..events import EventLog
@@ -49,7 +50,7 @@ class Easel:
         and MemoryShortageError.
         """
         try:
-            with shortage.phase(shortage.PICTURE, device):
+            with training_flags(device), shortage.phase(shortage.PICTURE, device):
                 loaded = self._model(wish, task, device)
                 with _worn(loaded, lora, wish.strength):
                     settings = SampleSettings(wish.size, wish.steps, wish.cfg, wish.seed, clip_skip=wish.clip_skip)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..events import Event, EventLog, Step
+from ..maths.precise import has_float64
 from ..models.base import Model
 from ..models.room import empty_caches, is_shortage, let_go
 
@@ -137,7 +138,8 @@ def fingerprint(*modules: nn.Module | None) -> str:
         if module is None:
             continue
         for name, tensor in module.state_dict().items():
-            flat = tensor.detach().contiguous().reshape(-1)
+            here = tensor.detach() if has_float64(tensor.device) else tensor.detach().cpu()  # nor may it add up int64
+            flat = here.contiguous().reshape(-1)
             picked = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous().view(torch.uint8)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_sum(flat.view(torch.uint8))}".encode())
             digest.update(picked.numpy().tobytes())

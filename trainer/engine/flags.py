@@ -29,8 +29,8 @@ _FUNCTIONS: tuple[tuple[str, str, bool], ...] = (
 
 @contextmanager
 def training_flags(device: torch.device) -> Iterator[None]:
-    """Inside the block the switches are right for training on `device`, which is the current one of this thread; after
-    it they are as before, whatever happened.
+    """Inside the block the switches are right for training on `device` (and for our own sampling), which is the current
+    one of this thread; after it they are as before, whatever happened.
 
     TF32 for float32 products (as cuDNN has it by default), sums of fp16 products in float32, fused attention;
     convolutions are tried out first (cudnn.benchmark) on a GTX 16xx alone, whose fp16 ones give NaN without. Nothing is

@@ -11,6 +11,7 @@ from ..adapters.file import checked_name, name_note, write_lora
 from ..data.cache import TensorCache
 from ..engine.build import Site, build
 from ..engine.catalogue import catalogue
+from ..engine.flags import training_flags
 from ..engine.passes import plan_passes
 from ..engine.preflight import check_before_loading
 from ..engine.process import this_process
@@ -79,7 +80,8 @@ def make_curvature(
         loss = partial(session.mode.loss, session.kit)
         at = Preparation(session.network, session.model, session.kit, session.source.batch, tell, session.seed, loss)
         states = _pictures(session, count) if pictured else _drawings(at, session, count)
-        found = measure(at, states, {adapter.key: adapter.module for adapter in session.network}, by_data)
+        with training_flags(session.model.device):
+            found = measure(at, states, {adapter.key: adapter.module for adapter in session.network}, by_data)
     finally:
         session.network.eject()
     if not found:
