@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
+from trainer.engine.idle import idle_here
 from trainer.errors import JobError
+from trainer.events import EventLog
 from trainer.optim.schedulers import SCHEDULERS, make_scheduler
 from trainer.optim.settings import parse_settings
 from trainer.params import kohya
@@ -88,6 +92,18 @@ CASES = [  # settings, field that is told of, what mends it
      "ileco_anchors", {"ileco_anchor_weight": 2}),
     ({"mode": "iLECO", "original prompt": "a", "target prompt": "b", "ileco_anchor_weight": 2,
       "train_traintrain_compatible": True}, "ileco_anchor_weight", {"train_traintrain_compatible": False}),
+    ({"train_lr_scheduler": "piecewise_constant", "train_lr_step_rules": "1:10,0.1:90,0.01", "train_iterations": 50},
+     "train_lr_step_rules", {"train_iterations": 91}),
+    ({"mode": "Instant", "original prompt": "a", "sample_every": 5, "sample_prompts": "a"}, "sample_every",
+     {"mode": "iLECO", "target prompt": "b"}),
+    ({"mode": "Instant", "original prompt": "a", "train_state_every": 5}, "train_state_every",
+     {"mode": "iLECO", "target prompt": "b"}),
+    ({"mode": "iLECO", "original prompt": "a", "target prompt": "b", "vae": "v"}, "vae",
+     {"sample_every": 5, "sample_prompts": "a"}),
+    ({"mode": "iLECO", "original prompt": "a", "target prompt": "b", "train_VAE_precision": "fp16"},
+     "train_VAE_precision", {"sample_every": 5, "sample_prompts": "a"}),
+    ({"mode": "iLECO", "original prompt": "a", "target prompt": "b", "train_traintrain_compatible": True,
+      "train_fixed_timsteps_in_batch": True}, "train_fixed_timsteps_in_batch", {"train_traintrain_compatible": False}),
     ({"export_format": "lora", "export_max_error": 0.1}, "export_max_error", {"export_format": "auto",
                                                                             "use_dora": True}),
 ]  # fmt: skip
@@ -165,6 +181,27 @@ def other_value(parameter, table):
     low, high = parameter.spec.low or 0, parameter.spec.high
     near = [low + step, low, high]
     return next(one for one in near if one is not None and one != parameter.default and one <= (high or one))
+
+
+def test_a_second_pass_tells_of_what_it_takes_from_the_first():
+    second = {"network_rank": 4, "train_epochs": 3, "lora_trigger_word": "x", "save_lora_name": "y", "sample_every": 5}
+    raw = {**GOOD, **DIFFERENCE, "use_2nd_pass_settings": True, "2nd pass": second}
+    found = [line for line in load(raw, catalogue()).warnings if line.startswith("2nd pass.")]
+    assert {line.split(" ")[1].partition(".")[2] for line in found} == {*second} - {"network_rank"}
+    assert all("has no effect" in line for line in found)
+
+
+def test_what_only_the_model_tells(tmp_path):
+    """velocity with v-prediction, patterns and blocks that meet no layer."""
+    model = tiny.model("sd2", v_pred=True)
+    raw = {**GOOD, "train_loss_weighting": "velocity", "network_name_filter": "*attn2*;*nowhere*;!*to_out*;!*absent*",
+           "network_block_ranks": "OUT*=2;IN00=8;M00=4"}  # fmt: skip
+    job = load(raw, catalogue()).job
+    lines = list(idle_here(job, model, make_network(job, model, 1, EventLog())))
+    assert "velocity has no effect" in lines[0]
+    assert ["*nowhere*" in lines[1], "!*absent*" in lines[2], "IN00=8" in lines[3]] == [True] * 3 and len(lines) == 4
+    plain = load(GOOD, catalogue()).job
+    assert not list(idle_here(plain, model, make_network(plain, model, 1, EventLog())))
 
 
 def test_schedules_that_restart_are_those_of_the_registry():

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, object] = {  # of its form, for every parameter that its fil
 ADDIFT = {
     "mode": "ADDifT", "network_rank": 4, "network_alpha": 1, "train_batch_size": 1, "train_optimizer": "CAME",
     "train_lr_scheduler": "cosine_annealing", "train_lr_scheduler_settings": "eta_min=0.00001", "save_as_json": True,
+    "logging_save_csv": False,
 }  # fmt: skip
 UNET_ALONE = {"network_blocks(BASE = TextEncoder)": list(BLOCKS[1:])}
 EXPECTED: dict[str, dict[str, object]] = {

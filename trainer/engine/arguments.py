@@ -144,9 +144,15 @@ def loss_settings(job: Job) -> LossSettings:
         snr_gamma=train.train_snr_gamma,
         low=train.train_min_timesteps,
         high=train.train_max_timesteps,
-        fixed_timesteps=train.train_fixed_timsteps_in_batch,
+        fixed_timesteps=train.train_fixed_timsteps_in_batch and not _without_fixed(job),
         traintrain=train.train_traintrain_compatible,
     )
+
+
+def _without_fixed(job: Job) -> bool:
+    """Whether each sample of a batch has its own timestep in any case: TrainTrain's iLECO does not ask."""
+    kind = MODES.get(job[core.Task].mode)
+    return job[core.Train].train_traintrain_compatible and kind.source == "prompts"
 
 
 def adapter_spec(job: Job, restored: bool = False) -> AdapterSpec:

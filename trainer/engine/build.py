@@ -35,6 +35,7 @@ from . import arguments
 from .descent import Descent
 from .devices import Visit, fingerprint, picture_encoder, settle
 from .flat import FlatParameters
+from .idle import idle_here
 from .kit import Kit, Text
 from .pairs import original_source, pair_source, target_source
 from .session import Session, Source
@@ -212,6 +213,8 @@ def _build(
         text = make_text(job, model, network, beneath, (*asked, *arguments.previewed(job)), site)
     settle(model, model.unet, *(model.text_encoders if text.trained else ()))
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
+    for line in idle_here(job, model, network):
+        site.log.warn(line)
     if job[core.Log].logging_verbose:
         site.log.note("Trained modules: " + ", ".join(adapter.key for adapter in network) + ".")
     flat = FlatParameters(network)

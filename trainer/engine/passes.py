@@ -34,7 +34,6 @@ from .preflight import Found, lora_path, report
 from .session import Session
 from .site import Site
 
-_OF_THE_RUN = (core.Task, core.Images, core.Pair, core.Log, core.Sample)
 _NOT_LEARNED = ("train_state_every", "network_strength", "network_resume")
 
 
@@ -72,7 +71,7 @@ def later_settings(job: Job, number: int) -> Job:
 
 def _of_second_pass(second: Job, table: Catalogue) -> list[Parameter]:
     tags = table.tags(table.modes[second[core.Task].mode], second[core.Network].network_type, second=True)
-    return [one for one in table.parameters if one.section not in _OF_THE_RUN and one.shown_in(tags)]
+    return [one for one in table.parameters if one.section not in core.OF_THE_RUN and one.shown_in(tags)]
 
 
 class Passes:
@@ -204,7 +203,7 @@ class Passes:
         """Identifies model, pictures, prompt and everything that is learned with; the seed only when it was chosen."""
         settings: dict[str, Any] = {}
         for section in session.job.sections:
-            if type(section) not in (*_OF_THE_RUN, core.Save):
+            if type(section) not in (*core.OF_THE_RUN, core.Save):
                 settings |= dataclasses.asdict(section)  # type: ignore[call-overload]
         left = {*_NOT_LEARNED, *(("train_seed",) if self._drawn else ())}
         return fingerprint(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ..errors import JobError, Problem
 from . import kohya
-from .core import FORMAT
+from .core import FORMAT, OF_THE_RUN
 from .field import ModeInfo
 from .files import read_json
 from .idle import IDLE_RULES
-from .job import NOTE, SECOND_PASS, TRAINTRAIN, Job
+from .job import ALWAYS, NOTE, SECOND_PASS, TRAINTRAIN, Job
 from .rules import CORE_RULES, Rule
 from .table import Catalogue, Parameter, parameters_of
 from .traintrain import DEFAULTS as TRAINTRAIN_DEFAULTS
@@ -97,7 +97,7 @@ class _Reading:
             unused_second=unused,
         )
         self._check(job, info, wrong, self.catalogue.tags(info, str(values.get("network_type", ""))))
-        if not traintrain and self.complete and info.name:
+        if not traintrain and info.name and (self.complete or self.prefix):
             self._tell_hidden(given, values, info)
         return job
 
@@ -227,11 +227,16 @@ class _Reading:
     def _tell_hidden(self, given: Mapping[str, object], values: Mapping[str, object], info: ModeInfo) -> None:
         """Warn of values that the mode does not use."""
         kind = str(values.get("network_type", ""))
-        tags = self.catalogue.tags(info, kind)
+        tags = self.catalogue.tags(info, kind, second=bool(self.prefix))
         owned = frozenset[str]().union(*self.catalogue.types.values())
         for parameter in self.catalogue.parameters:
             name = parameter.attribute
-            if name in given and values[name] != parameter.default and not parameter.shown_in(tags):
+            shown = parameter.shown_in(tags) and not (self.prefix and parameter.section in OF_THE_RUN)
+            if name in given and values[name] != parameter.default and name not in ALWAYS and not shown:
+                if self.prefix:
+                    told = f"{self.prefix}{parameter.key} has no effect: the first pass's counts for both."
+                    self.warnings.append(told)
+                    continue
                 by_type = parameter.spec.needs in owned and "steps" in info.needs
                 where = f"with network_type {kind}" if by_type else f"in mode {info.name}"
                 self.warnings.append(f"{parameter.key} has no effect {where}.")

@@ -306,5 +306,8 @@ class Sample:
     sample_seed: int = param(0, "Seed of the preview pictures.", OPTION, needs="run", low=0, high=2**63 - 1)
 
 
+OF_THE_RUN: tuple[type, ...] = (Task, Images, Pair, Log, Sample)
+"""Sections that concern a run as a whole: a second pass has none of its own."""
+
 SECTIONS: tuple[type, ...] = (Task, Network, Images, Train, Pair, Save, Export, Log, Sample)
 """The core sections, in the order of the files and of the reference page."""

@@ -1,6 +1,7 @@
 """Warnings of settings that have no effect beside others, or act twice with them: nothing is ignored silently."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from .core import Images, Network, Pair, Sample, Save, Train
@@ -179,7 +180,27 @@ def two_beginnings(job: Job, mode: ModeInfo) -> str:
 def _one_sample(job: Job, mode: ModeInfo) -> str:
     if job[Train].train_traintrain_compatible and "pair" in mode.needs:
         return "has no effect by TrainTrain's rules for pairs, whose timesteps are fixed anyway."
+    if job[Train].train_traintrain_compatible and not mode.needs & {"folder", "pictures"}:
+        return f"has no effect by TrainTrain's rules in mode {mode.name}, where each sample has its own."
     return "has no effect with train_batch_size 1." if job[Train].train_batch_size == 1 else ""
+
+
+def _no_steps(job: Job, mode: ModeInfo) -> str:
+    return "" if "steps" in mode.needs else f"has no effect: mode {mode.name} solves at once and takes no steps."
+
+
+def _no_pictures(job: Job, mode: ModeInfo) -> str:
+    if mode.needs & {"folder", "pictures"} or (job[Sample].sample_every and "steps" in mode.needs):
+        return ""
+    return f"has no effect: mode {mode.name} encodes no pictures, and no previews are drawn."
+
+
+def _rules_never_reached(job: Job, mode: ModeInfo) -> str:
+    steps = _steps(job, mode)
+    late = [int(found) for found in re.findall(r":\s*(\d{1,9})", job[Train].train_lr_step_rules) if int(found) >= steps]
+    if not steps or not late or job[Train].train_lr_scheduler != "piecewise_constant":
+        return ""
+    return f"reaches to step {late[0]}, but the run has {steps}: what follows it has no effect."
 
 
 IDLE_RULES: tuple[Rule, ...] = (
@@ -188,7 +209,10 @@ IDLE_RULES: tuple[Rule, ...] = (
     idle("train_lr_scheduler_power", "train_lr_scheduler", why=_only_with("polynomial")),
     idle("train_lr_step_rules", "train_lr_scheduler", why=_only_with("piecewise_constant")),
     Rule(("train_lr_step_rules", "train_lr_scheduler"), step_rules_missing, complete=True),
+    Rule(("train_lr_step_rules", "train_iterations", "train_epochs"), _rules_never_reached, warning=True),
     Rule(("train_lr_scheduler", "train_lr_warmup_steps"), no_warmup, warning=True),
+    *(idle(name, "mode", why=_no_steps) for name in ("sample_every", "train_state_every", "logging_trackers")),
+    *(idle(name, "mode", "sample_every", why=_no_pictures) for name in ("vae", "train_VAE_precision")),
     Rule(("train_lr_scheduler_num_cycles", "train_lr_scheduler", "train_iterations", "train_epochs",
           "train_lr_warmup_steps"), too_many_restarts),
     idle("save_per_steps", "train_iterations", "train_epochs", why=_never_due("save_per_steps")),

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -101,6 +101,17 @@ def name_chosen(patterns: str, names: tuple[str, ...]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in these for name in names)
 
     return (not wanted or fits(wanted)) and not fits(refused)
+
+
+def unused_patterns(patterns: str, names: Collection[str]) -> list[str]:
+    """The entries of a name filter that no name fits."""
+    plain = [(entry, entry.removeprefix("!").strip()) for entry in _entries(patterns)]
+    return [entry for entry, pattern in plain if not any(fnmatchcase(name, pattern) for name in names)]
+
+
+def idle_entries(text: str, blocks: Collection[str]) -> list[str]:
+    """The entries of a `block=number` text that speak of none of these blocks. Raises ValueError as `parse_blocks`."""
+    return [entry for entry in _entries(text) if not set(parse_blocks(entry)) & set(blocks)]
 
 
 def _entries(text: str) -> list[str]:
