@@ -254,6 +254,12 @@
         keepDraft();
     };
 
+    /** The same settings may have other problems now: files came or went. */
+    form.checkAnew = () => {
+        onDisk.key = "";
+        form.checkSoon();
+    };
+
     function keepDraft() {
         Atelier.remember("draft", { settings: form.settings(), all: everything() }, true);
     }

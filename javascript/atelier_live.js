@@ -111,7 +111,8 @@
     /** What the run does at the moment, as a key of STATES. */
     function stateOf(status, now) {
         if (status.state === "idle") return now.id ? now.state : "idle";
-        return status.state === "running" && !now.step ? "preparing" : status.state;
+        const trains = now.step || ((now.report || []).length && !now.stage); // the report comes right before the first step
+        return status.state === "running" && !trains ? "preparing" : status.state;
     }
 
     function showState(status, now) {
@@ -126,7 +127,7 @@
         Atelier.say(Atelier.$("live_stage"), ...words);
         const bar = Atelier.$("progress");
         const share = stage ? stage.done / Math.max(stage.total, 1) : now.progress || 0;
-        if (what === "preparing" && !stage) bar.removeAttribute("value");
+        if (busy() && !stage && !now.step) bar.removeAttribute("value");
         else bar.value = Math.round(share * 1000);
     }
 
@@ -248,7 +249,7 @@
         for (const name of ["open_loras", "compare_now"]) Atelier.$(name).hidden = !now.lora;
         Atelier.$("use_in_prompt").hidden = !now.lora || !promptBox();
         Atelier.form.refreshLists(false).catch(() => null);
-        Atelier.form.checkSoon(); // what the next one will take is known now
+        Atelier.form.checkAnew(); // what the next one will take is known now, and that this one's file is there
         announce(now);
     }
 
