@@ -56,4 +56,8 @@ def write_json(path: Path, data: object) -> None:
 
 def json_bytes(data: object) -> bytes:
     """JSON as it is written to a file."""
-    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a symbol, as names of files on Linux can hold: written as JSON's own escape
+        return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode("ascii")
