@@ -12,17 +12,20 @@ from pathlib import Path
 
 import engine_case
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trainer import writing
-from trainer.engine import csvlog, disk, state
+from trainer.engine import csvlog, disk, memory, state
+from trainer.engine.costs import CostWatch
 from trainer.engine.csvlog import CsvLog, read_losses
 from trainer.engine.passes import plan_passes
 from trainer.engine.resume import read_job
 from trainer.engine.run import Request, run
+from trainer.engine.trackers import TRACKERS
 from trainer.errors import JobError, TrainingError
-from trainer.events import Event, EventLog, Note, Step
+from trainer.events import Event, EventLog, Finished, Note, Preflight, Step
 from trainer.models.load import load_model
 
 pytestmark = pytest.mark.usefixtures("no_estimate")
@@ -240,6 +243,38 @@ def test_the_estimate_of_the_room_is_near_what_is_written(case):
     written = result.path.stat().st_size, 2 * (result.folder / "state.safetensors").stat().st_size
     assert written[0] <= lora.size < 1.5 * written[0] + 65_536
     assert written[1] <= states.size < 1.5 * written[1] + 2 * 65_536 and previews.size == 0
+
+
+def test_a_tracker_that_fails_hears_nothing_more(case, monkeypatch):
+    heard: list[str] = []
+
+    class Failing:
+        def __init__(self, *given: object) -> None:
+            heard.append("made")
+
+        def __call__(self, event: Event) -> None:
+            if isinstance(event, Step):
+                heard.append("step")
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            heard.append("closed")
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", Failing)
+    told = Told()
+    result = case.run(told, save_lora_name="tracked", train_iterations=2, logging_trackers=["tensorboard"])
+    assert result.reason == "done" and heard == ["made", "step"]
+    assert told.has("logging_trackers = tensorboard", "the disk is full") and len(told.warnings) == 1
+
+
+def test_notes_about_memory_and_costs_that_cannot_be_kept_do_no_harm(case, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    folder, told = tmp_path / "file" / "cache", []
+    assert memory.remembered(folder, {"layout": "a"}, lambda: 5) == 5
+    watch = CostWatch(case.job(), torch.device("cpu"), folder, 0.0, told.append)
+    for event in (Preflight({}), Finished("done", "lora.safetensors", 3)):
+        watch(event)
+    assert len(told) == 1 and "a file is where a folder should be" in told[0]
 
 
 # ---------------------------------------------------------------- the log
