@@ -42,6 +42,16 @@ def test_a_run_is_remembered_by_its_kind(tmp_path: Path) -> None:
     assert known(job(), CPU, tmp_path) == Cost(7.5, 0.2, 1234), "the last run counts"
 
 
+def test_a_device_that_counts_is_believed_more_than_the_estimate(tmp_path: Path, monkeypatch) -> None:
+    card, asked = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(("from now", device)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(("peak", device)) or 7 * 2**30)
+    told(CostWatch(job(), card, tmp_path, 100.0), (50, 50, 127.5))
+    assert known(job(), card, tmp_path) == Cost(7.5, 0.4, 7 * 1024)
+    assert asked == [("from now", card), ("peak", card)]
+
+
 def test_a_switch_decides_and_its_strength_does_not(tmp_path: Path) -> None:
     pair = {"mode": "ADDifT", "prior_loss_weight": 1.0}
     told(CostWatch(job(**pair), CPU, tmp_path, 100.0), (10, 50, 110.0), (50, 50, 127.5))

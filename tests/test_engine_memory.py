@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from trainer.engine import memory
+from trainer.optim.optimizers import OPTIMIZERS, make_optimizer, state_bytes
 
 MEASURE = """
     import json, threading, time
@@ -96,3 +98,21 @@ def test_a_number_is_worked_out_once(tmp_path):
     assert memory.remembered(tmp_path, {"a": 1}, work) == memory.remembered(tmp_path, {"a": 1}, work) == 42
     assert len(asked) == 1
     assert memory.remembered(tmp_path, {"a": 2}, work) == 42 and len(asked) == 2
+
+
+@pytest.mark.parametrize("name", [name for name, traits in OPTIMIZERS.items() if not traits.needs_cuda])
+def test_what_an_optimizer_keeps_is_what_the_report_counts(name):
+    traits = OPTIMIZERS.get(name)
+    if importlib.util.find_spec(traits.package) is None:
+        pytest.skip(f"{traits.package} is not installed")
+    weights = [nn.Parameter(torch.randn(*shape)) for shape in ((256, 16), (16, 256)) * 2]
+    optimizer = make_optimizer(name, [{"params": weights, "lr": 1.0, "name": "unet"}], {})
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    values += [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
+    kept = {value.untyped_storage().data_ptr(): value.nbytes for value in values if isinstance(value, torch.Tensor)}
+    numbers = sum(weight.numel() for weight in weights)
+    assert sum(kept.values()) / numbers == pytest.approx(state_bytes(name, numbers) / numbers, abs=0.7)

@@ -17,6 +17,7 @@ from ..engine.preflight import check_before_loading
 from ..engine.process import this_process
 from ..engine.run import load_base
 from ..engine.session import Session
+from ..engine.shortage import PREPARING, phase
 from ..errors import AdapterError
 from ..events import EventLog, Note
 from ..models.base import Model
@@ -80,7 +81,7 @@ def make_curvature(
         loss = partial(session.mode.loss, session.kit)
         at = Preparation(session.network, session.model, session.kit, session.source.batch, tell, session.seed, loss)
         states = _pictures(session, count) if pictured else _drawings(at, session, count)
-        with training_flags(session.model.device):
+        with training_flags(session.model.device), phase(PREPARING, session.model.device, session.job):
             found = measure(at, states, {adapter.key: adapter.module for adapter in session.network}, by_data)
     finally:
         session.network.eject()
