@@ -250,6 +250,21 @@ def test_the_scaler_does_what_torch_does(monkeypatch):
         assert again.get_scale() == sides[1][-1][0]
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fused_optimizers_decide_only_where_they_look_at_the_flag(device):
+    """On other devices than the CPU and CUDA the fused kernels take found_inf and step all the same."""
+    weight = torch.nn.Parameter(torch.ones(3, device=device))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    optimizer._step_supports_amp_scaling = True
+    assert scaling.takes_mask(optimizer) is (device == "cpu")
+    steps, gradient = [], torch.tensor([torch.inf])
+    optimizer.step = lambda: steps.append(getattr(optimizer, "found_inf", None))
+    scaler = LossScaler([gradient], True)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert [bool(flag) for flag in steps] == ([True] if device == "cpu" else [])
+
+
 @pytest.mark.parametrize("large", [2.0**12, 2.0**40])
 def test_a_start_from_gradients_is_scaled_down_until_fp16_holds_them(case, monkeypatch, large):
     """LoRA-GA finds the same gradients whatever scale it begins with, and no inf enters the adapter."""

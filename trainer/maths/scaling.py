@@ -20,8 +20,12 @@ GROWTH_INTERVAL = 2000
 
 
 def takes_mask(optimizer: Optimizer) -> bool:
-    """Whether an optimizer can decide on the device that a step is left out."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    """Whether an optimizer can decide on the device that a step is left out.
+
+    Fused ones can on a CPU and on CUDA; torch's for Apple's devices and Intel's take the flag and do not look at it.
+    """
+    known = all(p.device.type in ("cpu", "cuda") for group in optimizer.param_groups for p in group["params"][:1])
+    return known and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def masked_step(optimizer: Optimizer, finite: Tensor) -> None:
