@@ -144,12 +144,18 @@ def test_an_empty_target_removes_and_noise_is_fresh(session):
 
 
 def test_the_seeds_rule_is_reproduced(case, model, session):
-    """TrainTrain's loop written down again: one noise for the whole run, uniform timesteps, no anchor, AdamW."""
-    changes = {"train_traintrain_compatible": True, "train_lr_scheduler": "constant", "train_max_grad_norm": 0}
+    """TrainTrain's loop written down again: one noise for the whole run, a timestep for each sample also when one for
+    the batch is asked for, no anchor, AdamW, cosine, no clipping.
+    """
+    from diffusers.optimization import get_scheduler
+
+    changes = {"train_traintrain_compatible": True, "train_fixed_timsteps_in_batch": True}
     made = session(**changes)
+    assert made.limits.max_grad_norm == 0
     for adapter in made.network:
         adapter.get_parameter("up").data.zero_()
     optimizer = torch.optim.AdamW([p for p in made.network.parameters()], lr=1e-3)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=4)
     noise, _ = drawn(made, 0)
     losses = []
     for step in range(4):
@@ -160,6 +166,7 @@ def test_the_seeds_rule_is_reproduced(case, model, session):
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
+        schedule.step()
         losses.append(float(loss.detach().mean()))
     made.network.eject()
     try:
