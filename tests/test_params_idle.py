@@ -6,14 +6,19 @@ import ast
 import re
 from pathlib import Path
 
+import engine_case
 import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.data.dataset import arrange
+from trainer.data.scan import scan
+from trainer.engine.arguments import image_settings
 from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
 from trainer.engine.idle import idle_here
+from trainer.engine.preflight import too_few_copies
 from trainer.errors import JobError
 from trainer.events import EventLog
 from trainer.optim.schedulers import SCHEDULERS, make_scheduler
@@ -248,3 +253,14 @@ def test_toml_is_told_to_be_kohyas(tmp_path):
     path.write_text('[model_arguments]\npretrained_model_name_or_path = "x"\n', encoding="utf-8")
     with pytest.raises(JobError, match=re.escape("in TOML are not read; write them as JSON")):
         read_json(path)
+
+
+def test_smaller_copies_without_a_bucket_are_told(tmp_path):
+    case = engine_case.make(tmp_path)
+    job = case.job(sub_image_num=3, image_num_multiply=2)
+    lines = list(too_few_copies(job, scan(image_settings(job))))
+    assert len(lines) == 1 and "sub_image_num is 3, but there are 0 smaller buckets" in lines[0]
+    report = arrange(scan(image_settings(job)).pictures, image_settings(job)).summary()
+    assert report["smaller copies"].startswith("0 of 3") and report["repeats times image_num_multiply"] == 2
+    wider = case.job(sub_image_num=3, image_min_length=32, image_buckets_step=8)
+    assert not list(too_few_copies(wider, scan(image_settings(wider))))

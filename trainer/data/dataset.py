@@ -59,10 +59,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What a scan gives with the settings, before anything is encoded. `too_small` names pictures left out."""
+    """What a scan gives with the settings, before anything is encoded. `too_small` names pictures left out; `multiply`
+    is what the repeats of all are multiplied with; `copies` are the smaller copies asked for, and how many there are.
+    """
 
     items: tuple[Item, ...]
     too_small: tuple[str, ...]
+    multiply: int = 1
+    copies: tuple[int, int] = (0, 0)
 
     def bucket_report(self) -> dict[str, int]:
         """Samples per epoch by bucket, `{"512x768": 20}` (width x height)."""
@@ -78,6 +82,11 @@ class Arrangement:
             "buckets": self.bucket_report(),
             "enlarged pictures": len({item.picture.name for item in self.items if _enlarged(item.placement)}),
         }
+        if self.multiply > 1:
+            report["repeats times image_num_multiply"] = self.multiply
+        wanted, there = self.copies
+        if wanted > there:
+            report["smaller copies"] = f"{there} of {wanted}: there are no more smaller buckets"
         if self.too_small:
             report["left out as too small"] = list(self.too_small)
         return report
@@ -99,7 +108,8 @@ def arrange(pictures: Sequence[Picture], settings: ImageSettings) -> Arrangement
             f"All {len(pictures)} pictures are smaller than their buckets and image_disable_upscale is on: "
             f"{listed(too_small)}. Lower image_size(height, width) or switch image_disable_upscale off."
         )
-    return Arrangement(tuple(items), tuple(too_small))
+    copies = (settings.sub_images, min(settings.sub_images, len(shrink)))
+    return Arrangement(tuple(items), tuple(too_small), settings.multiply, copies)
 
 
 class Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from ..data.buckets import shrink_buckets
 from ..data.pairs import PairScan
 from ..data.scan import Scan, scan
 from ..errors import AdapterError, JobError, Problem
@@ -115,6 +116,19 @@ def check_before_loading(
     if source == "prompts":
         return None
     return scan(arguments.image_settings(job)) if source == "pictures" else arguments.find_pair_data(job)
+
+
+def too_few_copies(job: Job, found: Found) -> Iterator[str]:
+    """A line to warn with: smaller copies of the images that there are no buckets for."""
+    wanted = job[core.Images].sub_image_num if arguments.has_epochs(job) else 0
+    if found is None or not wanted:
+        return
+    there = len(shrink_buckets(arguments.image_settings(job)))
+    if there < wanted:
+        yield (
+            f"sub_image_num is {wanted}, but there are {there} smaller buckets: lower image_min_length or"
+            " image_buckets_step for more."
+        )
 
 
 def left_out(found: Found) -> Iterator[str]:

@@ -41,6 +41,7 @@ from .preflight import (
     long_prompts,
     resolve_model,
     resolve_texts,
+    too_few_copies,
     with_lora_files,
 )  # fmt: skip
 from .preview import Previewer
@@ -129,7 +130,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         hint = "If the data were moved, resume with lora_data_directory = the new place (--set on the command line)."
         raise DataError(f"{error} {hint}") from error
     job = with_lora_files(job, places.loras)
-    for line in (*left_out(found), *long_prompts(job, places, request.model)):
+    for line in (*left_out(found), *too_few_copies(job, found), *long_prompts(job, places, request.model)):
         log.warn(line)
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
     name = job[core.Save].save_lora_name or "untitled"
