@@ -42,7 +42,7 @@ def test_search_shows_what_is_wanted_and_nothing_else(page: Page) -> None:
         return sorted(fields.evaluate_all("all => all.map(one => one.dataset.field)"))
 
     before = seen()
-    page.id("search").fill("min timesteps")
+    page.id("search").fill("train_min_timesteps")
     assert seen() == ["train_min_timesteps"]
     page.id("search").fill("no such thing")
     assert seen() == []
