@@ -273,6 +273,27 @@ def test_who_sends_half_a_request_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_all_that_files_tell_is_told_at_once_each_at_its_field(tmp_path: Path) -> None:
+    places = Places.standalone(tmp_path / "models").under(tmp_path / "out")
+    service = make_service(Standalone(places))
+    places.loras.mkdir(parents=True)
+    (places.loras / "cat.safetensors").touch()
+    wrong = {
+        "format": 1, "mode": "LoRA", "save_lora_name": "cat", "lora_data_directory": "/nowhere", "model": "none",
+        "train_iterations": "abc",
+    }  # fmt: skip
+    found = service.check(wrong).problems
+    fields = sorted(problem.field for problem in found)
+    assert fields == ["lora_data_directory", "model", "save_lora_name", "train_iterations"]
+    told = next(str(problem) for problem in found if problem.field == "lora_data_directory")
+    assert told.count("lora_data_directory") == 1 and told.count("nowhere") == 1
+    pictures = sorted(BASE_PICTURES.glob("*.png"))[:1]
+    same = {"mode": "ADDifT", "original image": str(pictures[0]), "target image": str(pictures[0])}
+    (one,) = service.check({"format": 1, "save_lora_name": "dog", **same}).problems
+    assert one.field == "target image"
+    service.queue.close(60)
+
+
 def test_a_client_that_leaves_within_a_body_is_no_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     app = FastAPI()
     service = make_service(Standalone(Places.standalone(tmp_path / "models").under(tmp_path / "out")))

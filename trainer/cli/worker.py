@@ -20,7 +20,7 @@ from ..engine.control import Control
 from ..engine.costs import CostWatch
 from ..engine.folder import JOB_FILE
 from ..engine.packages import unserved
-from ..engine.preflight import check_before_loading
+from ..engine.preflight import check_before_loading, find_data
 from ..engine.process import this_process
 from ..engine.resume import amend, read_job
 from ..engine.run import Request, run
@@ -42,6 +42,17 @@ from .draw import Easel, as_trained
 MEGABYTE = 2**20
 _NAMED = re.compile(r"^lora_data_directory = (['\"]).*?\1:? +")
 """The setting at the beginning of an error of its folder, which stands beside its field anyway."""
+
+
+_DATA = ("lora_data_directory", "original image", "target image")
+
+
+def _of_images(job: Job, error: DataError) -> Problem:
+    """An error of a job's images at the field that names them."""
+    pair = "pictures" in MODES.get(job[core.Task].mode).needs
+    field = "target image" if pair else "lora_data_directory"
+    given = job[core.Task].target_image if pair else job[core.Images].lora_data_directory
+    return Problem(field, given, _NAMED.sub("", str(error)))
 
 
 class Lender(Protocol):
@@ -159,10 +170,21 @@ class Bench:
             check_before_loading(self._with_loras(job), self.host.places())
         except JobError as error:
             found += error.problems
+            if not {problem.field for problem in found} & set(_DATA):
+                found += self._of_data(job)
         except DataError as error:
-            message = _NAMED.sub("", str(error))
-            found.append(Problem("lora_data_directory", job[core.Images].lora_data_directory, message))
+            found.append(_of_images(job, error))
         return tuple(found)
+
+    def _of_data(self, job: Job) -> tuple[Problem, ...]:
+        """What is wrong with the images of a job that has other problems."""
+        try:
+            find_data(job)
+        except JobError as error:
+            return error.problems
+        except DataError as error:
+            return (_of_images(job, error),)
+        return ()
 
     def look(self, job: Job) -> Mapping[str, object]:
         """Pictures, captions, buckets and steps of the job's data folder. Raises DataError, JobError."""

@@ -112,6 +112,11 @@ def check_before_loading(
         problems += folder_problems(job, places)
     if problems:
         raise JobError(problems)
+    return find_data(job)
+
+
+def find_data(job: Job) -> Found:
+    """The images of a job, for modes that use them. Raises DataError, JobError."""
     source = MODES.get(job[core.Task].mode).passes()[0].source
     if source == "prompts":
         return None
