@@ -157,8 +157,26 @@ def test_each_way_of_saying_it_is_understood(error, asked) -> None:
         raise error
     reader = ModelError("the file cannot be read")
     reader.__cause__ = error
-    with pytest.raises(MemoryShortageError), shortage.phase(shortage.LOADING, torch.device("cpu")):
+    with (
+        pytest.raises(MemoryShortageError) as caught,
+        shortage.phase(shortage.LOADING, torch.device("cuda"), None, lambda: 7 * 2**30),
+    ):
         raise reader
+    if isinstance(error, (MemoryError, OSError)) or "CPU" in str(error):
+        assert "Main memory ran out while loading the model (about 7.0 GiB are needed, " in str(caught.value)
+    else:
+        assert "The memory of cuda ran out" in str(caught.value)
+
+
+def test_a_figure_that_cannot_be_worked_out_hides_nothing() -> None:
+    def needed() -> int:
+        raise KeyError("training")
+
+    with (
+        pytest.raises(MemoryShortageError, match=r"The memory of cuda ran out while training \(about 2.5 GiB"),
+        shortage.phase(shortage.TRAINING, torch.device("cuda"), None, needed),
+    ):
+        raise torch.cuda.OutOfMemoryError(TOLD)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(28, "No space left on device"), ModelError()])

@@ -34,20 +34,22 @@ def phase(
 ) -> Iterator[None]:
     """One phase. Raises MemoryShortageError when memory runs out in it; everything is let go before.
 
-    `needed` works out the bytes that the phase takes; it is only asked then. None: what was in use and asked for.
+    `needed` works out the bytes that the phase takes, of main memory when the model is loaded and else of the device;
+    it is only asked then. None: what was in use and asked for.
     """
     try:
         yield
     except MemoryShortageError:
         raise
     except Exception as error:
-        # An error of ours can be how a reader put it.
-        if not is_shortage(error.__cause__ if isinstance(error, AtelierError) else error):
+        cause = error.__cause__ if isinstance(error, AtelierError) else error  # a reader puts it in words of its own
+        if cause is None or not is_shortage(cause):
             raise
-        used, asked, main = used_bytes(device), asked_bytes(error), _in_main_memory(error, device)
+        used, asked, main = used_bytes(device), asked_bytes(cause), _in_main_memory(cause, device)
         let_go(error)
         give_back()
-        wanted = None if main or needed is None else _tried(needed)
+        about_it = main == (device.type == "cpu" or name == LOADING)
+        wanted = _tried(needed) if needed is not None and about_it else None
         if wanted is None and asked is not None:
             wanted = asked + (0 if main or used is None else used)
         where = torch.device("cpu") if main else device
