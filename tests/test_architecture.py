@@ -135,6 +135,29 @@ def test_no_bare_except_and_no_assert() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+PARSERS = {"jsontext.py", "adapters/file.py", "engine/state.py"}
+"""Where JSON may be parsed directly: the guarded place itself, and headers that we have just written."""
+
+
+def test_strangers_meet_one_guarded_place_of_each_kind() -> None:
+    """JSON, home folders and pickles are read in one place each, with limits; the demo's files are our own."""
+    wrong = []
+    for path in FILES:
+        place = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            called = f"{getattr(node.func.value, 'id', '')}.{node.func.attr}"
+            if called in ("json.loads", "json.load") and place not in PARSERS and not place.startswith("demo/"):
+                wrong.append(f"{place}:{node.lineno} parses JSON: use jsontext")
+            if node.func.attr == "expanduser" and place != "paths.py":
+                wrong.append(f"{place}:{node.lineno} expands a path: use paths.expanded")
+            loads = ("torch.load", "serialization.load", "pickle.loads", "pickle.load")
+            if called in loads and not place.startswith("demo/"):
+                wrong.append(f"{place}:{node.lineno} unpickles: use models.checkpoints")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_hosts_find_one_script_and_no_modules_among_the_data() -> None:
     scripts = list((ROOT / "scripts").glob("*.py"))
     assert len(scripts) == (1 if (ROOT / "scripts").exists() else 0), "hosts execute every file there"

@@ -152,6 +152,6 @@ class Paths:
             lambda: self.shelf.preset(text),
             lambda: lora_path(load({**base(rng), "save_lora_name": text}, catalogue()).job, self.places).exists(),
             lambda: self.places.run_folder(load({**base(rng), "save_lora_name": text}, catalogue()).job
-                                           .to_dict()["save_lora_name"], datetime.now()).exists(),
+                                           .to_dict(full=True)["save_lora_name"], datetime.now()).exists(),
         ]  # fmt: skip
         rng.choice(ways)()
