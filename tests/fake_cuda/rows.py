@@ -1,0 +1,163 @@
+"""Which runs are made on the fake card: the rows of the table, in groups that run in one process each.
+
+The lists of adapter types, modes, stages, starts and optimizers are the registries' own. Of all their combinations with
+the precisions and checkpointing each pair occurs: every name is run with three of the nine pairs of precisions, in
+turn, so that it meets each precision of the model and of the LoRA, and both ways of keeping activations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+PRECISIONS = ("fp16", "bf16", "fp32")
+FEW = {"network_blocks(BASE = TextEncoder)": ["M00", "OUT01"]}
+"""Few layers, where only the kinds of operators matter."""
+PREVIEW = {"sample_prompts": "a red circle", "sample_every": 2, "sample_steps": 2}
+TEXTS = {"network_targets": "both"}
+UNET = {"network_targets": "unet"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: its name in the table, `base` (demo, sd1 or sdxl), `size` of its images in pixels, settings beside the
+    usual ones. The run has two steps; the second counts.
+    """
+
+    name: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+    base: str = "demo"
+    size: int = 64
+
+
+def precisions(number: int) -> Iterator[tuple[str, dict[str, object]]]:
+    """Three pairs of precisions for the thing of this number, with checkpointing in turn: (name, settings)."""
+    for shift, model in enumerate(PRECISIONS):
+        lora = PRECISIONS[(number + shift) % 3]
+        saves = bool((number + shift) % 2)
+        name = f"{model}, LoRA {lora}{', checkpointing' if saves else ''}"
+        yield name, {
+            "train_model_precision": model, "train_lora_precision": lora, "use_gradient_checkpointing": saves,
+        }  # fmt: skip
+
+
+def _each(kind: str, names: Mapping[str, Mapping[str, object]]) -> list[Row]:
+    return [
+        Row(f"{kind} {name}: {text}", {**chosen, **settings})
+        for number, (name, settings) in enumerate(names.items())
+        for text, chosen in precisions(number)
+    ]
+
+
+def sizes(base: str, size: int) -> list[Row]:
+    """The rows of one full-size base whose bytes and kernels matter."""
+    cached = {**UNET, "train_lora_precision": "fp32"}
+    saving = {"use_gradient_checkpointing": True}
+    if base == "sdxl":
+        return [Row(f"SDXL {size}: fp16, checkpointing", {**cached, **saving, **PREVIEW}, base, size)]
+    return [
+        Row(f"SD1.5 {size}: fp16", {**cached, **PREVIEW}, base, size),
+        Row(f"SD1.5 {size}: fp16, checkpointing", {**cached, **saving}, base, size),
+        Row(f"SD1.5 {size}: fp16, batch 4", {**cached, "train_batch_size": 4}, base, size),
+        Row(f"SD1.5 {size}: bf16, LoRA bf16", {**cached, **_both("bf16")}, base, size),
+        Row(f"SD1.5 {size}: fp32", {**cached, "train_model_precision": "fp32"}, base, size),
+        Row(f"SD1.5 {size}: fp16 with text encoder", {**TEXTS, **saving}, base, size),
+    ]
+
+
+def _both(precision: str) -> dict[str, object]:
+    return {"train_model_precision": precision, "train_lora_precision": precision}
+
+
+def pairs() -> list[Row]:
+    """Every pair of precisions, with and without checkpointing, on the demo model with its text encoder."""
+    return [
+        Row(
+            f"demo: {model}, LoRA {lora}{', checkpointing' if saves else ''}",
+            {
+                "train_model_precision": model, "train_lora_precision": lora, "use_gradient_checkpointing": saves,
+                **TEXTS,
+            },
+        )
+        for model, lora, saves in itertools.product(PRECISIONS, PRECISIONS, (False, True))
+    ]
+
+
+def types() -> list[Row]:
+    """Every adapter type."""
+    from trainer.adapters.base import ADAPTERS
+
+    return _each("type", {name: {"network_type": name, **FEW, **UNET} for name in ADAPTERS.names()})
+
+
+def optimizers() -> list[Row]:
+    """Every optimizer whose package is installed."""
+    import importlib.util
+
+    from trainer.optim.optimizers import OPTIMIZERS
+
+    names = [name for name in OPTIMIZERS.names() if importlib.util.find_spec(OPTIMIZERS.get(name).package)]
+    return _each("optimizer", {name: {"train_optimizer": name, **FEW, **UNET} for name in names})
+
+
+def modes() -> list[Row]:
+    """Every mode."""
+    from trainer.modes.base import MODES
+
+    return _each("mode", {name: {"mode": name, **FEW, **UNET} for name in MODES.names()})
+
+
+STAGES: dict[str, dict[str, object]] = {
+    "abm": {"abm_enabled": True, "abm_steps": 2},
+    "instant": {"mode": "iLECO", "network_init": "instant"},
+    "lalora": {"lalora_lambda": 1.0, "lalora_prompts": "a red circle\na blue square"},
+    "null space": {"network_type": "null", "network_null_space": "activations", "network_null_prompts": "a circle"},
+    "prior": {"prior_loss_weight": 1.0, "prior_prompts": "a red circle", "prior_states": 4},
+    "routing": {"network_type": "experts", "network_routing": "input"},
+}
+"""The settings that ask for each stage; those of `start` are the initialisations of `network_init`."""
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "DoRA": {"network_dora": True},
+    "dropouts": {"network_dropout": 0.1, "network_rank_dropout": 0.1, "network_module_dropout": 0.1},
+    "max norm": {"network_max_norm": 1.0},
+    "convolutions": {"network_conv_rank": 4},
+    "accumulation": {"train_gradient_accumulation": 2},
+    "min-SNR, v-prediction": {"train_min_snr_gamma": 5, "model_v_pred": True},
+    "guided iLECO with anchors and a bank": {
+        "mode": "iLECO", "ileco_guidance": 2.0, "ileco_anchors": "a tree", "ileco_bank": 4,
+    },
+    "projected ADDifT": {"mode": "ADDifT", "diff_project": True},
+    "previews": PREVIEW,
+    "resume state": {"train_state_every": 1},
+}  # fmt: skip
+
+
+def stages() -> list[Row]:
+    """Every stage and every start."""
+    from trainer.stages.start import DIFFERENCE_INITS
+
+    starts = {name: {"network_init": name} for name in DIFFERENCE_INITS}
+    return _each("stage", {name: {**FEW, **UNET, **settings} for name, settings in {**STAGES, **starts}.items()})
+
+
+def options() -> list[Row]:
+    """Settings that change what a step does."""
+    return [
+        Row(f"option {name}: {text}", {**FEW, **UNET, **settings, **chosen})
+        for number, (name, settings) in enumerate(OPTIONS.items())
+        for text, chosen in [list(precisions(number))[number % 3]]
+    ]
+
+
+GROUPS: dict[str, Callable[[], list[Row]]] = {
+    "SDXL": lambda: sizes("sdxl", 1024),
+    "SD1.5": lambda: sizes("sd1", 512),
+    "precisions": pairs,
+    "types": types,
+    "optimizers": optimizers,
+    "modes": modes,
+    "stages": stages,
+    "options": options,
+}
