@@ -16,6 +16,7 @@ FEW = {"network_blocks(BASE = TextEncoder)": ["M00", "OUT01"]}
 """Few layers, where only the kinds of operators matter."""
 PREVIEW = {"sample_prompts": "a red circle", "sample_every": 2, "sample_steps": 2}
 TEXTS = {"network_targets": "both"}
+FEW_WITH_TEXTS = {"network_blocks(BASE = TextEncoder)": ["BASE", "M00", "OUT01"], **TEXTS}
 UNET = {"network_targets": "unet"}
 
 
@@ -77,7 +78,7 @@ def pairs() -> list[Row]:
             f"demo: {model}, LoRA {lora}{', checkpointing' if saves else ''}",
             {
                 "train_model_precision": model, "train_lora_precision": lora, "use_gradient_checkpointing": saves,
-                **TEXTS,
+                **FEW_WITH_TEXTS,
             },
         )
         for model, lora, saves in itertools.product(PRECISIONS, PRECISIONS, (False, True))
@@ -154,10 +155,7 @@ def options() -> list[Row]:
 GROUPS: dict[str, Callable[[], list[Row]]] = {
     "SDXL": lambda: sizes("sdxl", 1024),
     "SD1.5": lambda: sizes("sd1", 512),
-    "precisions": pairs,
     "types": types,
     "optimizers": optimizers,
     "modes": modes,
-    "stages": stages,
-    "options": options,
 }
