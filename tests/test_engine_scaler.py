@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer.adapters.base import ADAPTERS
 from trainer.engine import loop
 from trainer.engine.control import Control
 from trainer.engine.run import Request, run
@@ -248,6 +249,30 @@ def test_the_scaler_does_what_torch_does(monkeypatch):
         again = LossScaler([torch.zeros(4)], True)
         again.load_state_dict(state)
         assert again.get_scale() == sides[1][-1][0]
+
+
+def test_every_adapter_type_has_masters_in_half_precision(case):
+    """Two steps of each in fp16, text encoder included; what is exported is what the masters hold."""
+    loaded = load_model(case.model)
+    loaded.set_precision(storage=torch.float16, compute=torch.float16)
+    words = {"mode": "iLECO", "original prompt": "red", "target prompt": "blue", "lora_data_directory": ""}
+    blocks = {"network_blocks(BASE = TextEncoder)": ["BASE", "M00"], "network_train_text_encoder": True}
+    others = ({"use_dora": True}, {"network_type": "c3lier", "network_tucker": True}, {"network_init": "pissa"})
+    for name in (*({"network_type": name} for name in ADAPTERS.names()), *others):
+        job = case.job(**{**FEW, **words, **blocks, **name}, train_lora_precision="fp16")
+        session = engine_case.session(case, job, loaded)
+        try:
+            before = [master.clone() for master in session.flat.masters]
+            assert all(math.isfinite(float(loop.optimizer_step(session, None))) for _ in range(2)), name
+            trained = [p for p in session.network.parameters() if p.requires_grad]
+            assert {p.dtype for p in trained} == {torch.float16} and len(trained) == len(session.flat.trained), name
+            assert not all(torch.equal(*pair) for pair in zip(before, session.flat.masters, strict=True)), name
+            with session.evaluating():
+                exact = [p for p in session.network.parameters() if p.requires_grad]
+                assert [id(p) for p in exact] == [id(p) for p in session.flat.trained], name
+                assert all(bool(value.isfinite().all()) for value in session.network.export().values()), name
+        finally:
+            session.network.eject()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -98,7 +98,8 @@ class Universal(Factored):
         return {layer.key: _filled(given.get(layer.key), own.get(layer.key), ranks[layer.key]) for layer in layers}
 
     def product(self) -> tuple[Tensor, Tensor]:
-        return self.frozen_down, self.frozen_up @ self._parameters["core"]
+        core: Any = self._parameters["core"]  # a float32 master has the bases in half precision around it
+        return self.frozen_down, self.frozen_up.to(core.dtype) @ core
 
     def fit(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:
         """The same ΔW in the present bases, or, where the user gave none, the bases that the file itself spans."""

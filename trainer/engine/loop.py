@@ -23,9 +23,7 @@ _NOT_FINITE = (
     "The loss became {loss} at step {step}. The update was discarded and the last good file is kept. "
     "Lower train_learning_rate (now {rate:g}), set train_max_grad_norm to 1, or {advice}."
 )
-_SKIPPED = (
-    "{count} of the last {read} steps were skipped, because fp16 gradients overflowed; the loss scale is now {scale:g}."
-)
+_SKIPPED = "fp16 gradients overflowed: {count} step(s) up to step {step} skipped, the loss scale is now {scale:g}."
 _NOTHING_LEARNED = (
     "fp16 gradients overflowed in {row} steps in a row, up to step {step} (loss scale {scale:g}), so that nothing is "
     "learned. The last good file is kept. Lower train_learning_rate (now {rate:g}), or {advice}."
@@ -162,8 +160,8 @@ def tell(session: Session, ring: LossRing, log: EventLog, finite: bool = False) 
             )
         )
     if session.skips.total > before:
-        count, scale = session.skips.total - before, readings[-1].scale
-        log.note(_SKIPPED.format(count=count, read=len(readings), scale=scale))
+        last = readings[-1]
+        log.note(_SKIPPED.format(count=session.skips.total - before, step=last.step, scale=last.scale))
 
 
 def wider_precision(session: Session) -> str:
