@@ -52,7 +52,6 @@ class Draft:
     """A file that is being written beside its place: `file` is open for writing, `path` its temporary name."""
 
     def __init__(self, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         self._target = target
         self.path, self.file = self._open()
         for _ in range(_RETRIES):
@@ -64,7 +63,14 @@ class Draft:
     def _open(self) -> tuple[Path, IO[bytes]]:
         stem = self._target.name.encode()[:100].decode(errors="ignore")
         path = self._target.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        file = open(path, "x+b")  # noqa: SIM115 (held open, and with it the lock)
+        for last in (False, False, True):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(path, "x+b")  # noqa: SIM115 (held open, and with it the lock)
+                break
+            except FileNotFoundError:  # somebody who had made the folder to try it removes it again
+                if last:
+                    raise
         try:
             lock.hold(file, lock.BEHIND)
         except OSError:

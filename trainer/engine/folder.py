@@ -61,7 +61,6 @@ def new_folder(places: Places, name: str) -> RunFolder:
     """A run folder that nobody has: two runs of one name in one second get two. Raises TrainingError."""
     wanted = places.run_folder(name, datetime.now())
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
         path, number = wanted, 1
         while not _made(path):
             number += 1
@@ -87,10 +86,17 @@ def open_folder(path: Path) -> RunFolder:
 
 
 def _made(path: Path) -> bool:
-    try:
-        path.mkdir()
-    except FileExistsError:
-        return False
+    for last in (False, False, True):
+        try:
+            path.mkdir(parents=True)
+            return True
+        except FileExistsError:
+            if not path.is_dir():
+                raise  # a file is where a folder of it should be
+            return False
+        except FileNotFoundError:  # somebody tried the folder above and removed it again
+            if last:
+                raise
     return True
 
 

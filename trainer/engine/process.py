@@ -70,7 +70,8 @@ class ManyProcesses(Process):
             yield
 
     def device(self) -> torch.device:
-        return torch.device(self._accelerator.device)
+        device = torch.device(self._accelerator.device)
+        return torch.device("cpu") if device.type == "cpu" else device  # "cpu:0" counts as another device in torch
 
 
 def this_process(device: torch.device | None = None) -> Process:

@@ -121,7 +121,7 @@ def _files() -> Iterator[None]:
 
 def _run(request: Request, process: Process, log: EventLog, control: Control, step: list[int]) -> Result:
     job, places = request.job, request.places
-    written = [plan.kind.suffix for plan in plan_passes(job) if plan.written]
+    written = [plan.kind.suffix for plan in plan_passes(job) if plan.written and process.leads]
     try:
         found = check_before_loading(job, places, written, resumed=request.resume is not None)
     except DataError as error:
