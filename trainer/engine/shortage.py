@@ -45,15 +45,16 @@ def phase(
         cause = error.__cause__ if isinstance(error, AtelierError) else error  # a reader puts it in words of its own
         if cause is None or not is_shortage(cause):
             raise
-        used, asked, main = used_bytes(device), asked_bytes(cause), _in_main_memory(cause, device)
+        main = _in_main_memory(cause, device)
+        where = torch.device("cpu") if main else device
+        asked, used = asked_bytes(cause), _used(where)
         let_go(error)
         give_back()
         about_it = main == (device.type == "cpu" or name == LOADING)
-        wanted = _tried(needed) if needed is not None and about_it else None
-        if wanted is None and asked is not None:
-            wanted = asked + (0 if main or used is None else used)
-        where = torch.device("cpu") if main else device
-        raise MemoryShortageError(_text(name, where, wanted, _free(where), helps(name, job, where))) from None
+        figures = [_tried(needed) if needed is not None and about_it else None]
+        figures.append(None if asked is None else asked + (used or 0))
+        wanted = max((figure for figure in figures if figure is not None), default=None)
+        raise MemoryShortageError(_text(name, where, wanted, _for_us(where), helps(name, job, where))) from None
 
 
 def _tried(needed: Callable[[], int]) -> int | None:
@@ -82,12 +83,23 @@ def asked_bytes(error: BaseException) -> int | None:
     return int(float(found[1].rstrip(".")) * 2 ** _UNITS[(found[2] or "b")[0].lower()])
 
 
-def _free(device: torch.device) -> int | None:
+def _used(device: torch.device) -> int | None:
+    """Bytes of a device's memory that this program has."""
     if device.type != "cpu":
-        return free_bytes(device)
+        return used_bytes(device)
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _for_us(device: torch.device) -> int | None:
+    """Bytes of a device's memory that no other program has."""
+    if device.type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available) + (_used(device) or 0)
+    free, used = free_bytes(device), used_bytes(device)
+    return None if free is None or used is None else free + used
 
 
 def _text(name: str, device: torch.device, needed: int | None, free: int | None, hints: list[str]) -> str:
