@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -144,7 +145,7 @@ def _watching(watch: Watch) -> Iterator[None]:
 @contextlib.contextmanager
 def _clock() -> Iterator[None]:
     """Raise Hang in the middle of what takes too long, where the system can."""
-    if not hasattr(signal, "setitimer"):
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
