@@ -17,7 +17,7 @@ EVERYWHERE = {
     "test_adapters_types", "test_adapters_universal", "test_architecture", "test_data_buckets", "test_data_cache",
     "test_data_dataset", "test_data_plan", "test_data_scan", "test_demo_effect", "test_demo_evaluate",
     "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_flags", "test_engine_losses",
-    "test_engine_resume", "test_engine_scaler", "test_engine_trackers",
+    "test_engine_again", "test_engine_faults", "test_engine_resume", "test_engine_scaler", "test_engine_trackers",
     "test_gpu_memory", "test_gpu_numbers", "test_gpu_runs",
     "test_jobs_live", "test_jobs_many", "test_jobs_queue", "test_jobs_store", "test_launch", "test_maths",
     "test_modes_addift",
@@ -26,7 +26,7 @@ EVERYWHERE = {
     "test_params_rules",
     "test_params_traintrain",
     "test_params_views", "test_readme", "test_recipes", "test_schedulers", "test_stages_abm", "test_stages_lalora",
-    "test_stages_prior", "test_tools_bench", "test_tools_pairs", "test_types",
+    "test_stages_prior", "test_tools_bench", "test_tools_pairs", "test_types", "test_writing",
 }  # fmt: skip
 
 
