@@ -178,6 +178,10 @@ class Fake:
     def cmd_opts(self) -> Any:
         return self.modules["modules.shared"].cmd_opts
 
+    def set_device(self, device: str) -> None:
+        """The WebUI draws on this device from now on."""
+        self.device = self.modules["modules.devices"].device = torch.device(device)
+
     def load(self) -> None:
         raise NotImplementedError
 
@@ -315,6 +319,8 @@ class FakeForge(Fake):
     """Forge: inference tensors, a merged LoRA in new parameters with the old ones kept aside."""
 
     comfy = False
+    inference = True
+    """Whether its parameters are inference tensors."""
     memory_module = "backend.memory_management"
 
     def _modules(self) -> dict[str, Any]:
@@ -343,16 +349,13 @@ class FakeForge(Fake):
         return found
 
     def load(self) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(self.inference):
             tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
             unet, clip, vae = Stand(), Stand(), Tree(below(tensors, VAE))
             unet.diffusion_model = Tree(below(tensors, UNET))
             unet.predictor = types.SimpleNamespace(prediction_type="epsilon")
             for name, text in self._texts(tensors).items():
-                encoder = nn.Module()
-                encoder.transformer = Tree(text)
-                encoder.logit_scale = nn.Parameter(torch.tensor(4.6))
-                setattr(clip, name, encoder)
+                setattr(clip, name, Tree(text))
         objects = types.SimpleNamespace(
             unet=Patcher(unet, self),
             clip=types.SimpleNamespace(cond_stage_model=clip, patcher=Patcher(clip, self)),
@@ -367,15 +370,22 @@ class FakeForge(Fake):
         self.objects = objects
 
     def _texts(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Text encoders in transformers' spelling; OpenCLIP's were converted when they were loaded."""
+        """The text encoders by name: `transformer` in transformers' spelling (OpenCLIP's were converted when they were
+        loaded) with the token embedding under two names, and what stands beside it.
+        """
         if self.family == "sd1":
-            return {"clip_l": wrap_embedding(below(tensors, "cond_stage_model.transformer."))}
+            return {"clip_l": self._encoder(below(tensors, "cond_stage_model.transformer."))}
         (_, _, width, layers) = tiny.SHAPES["sdxl"].texts[1]
         second = tiny.converted_text(dict(tensors), "open_clip", "conditioner.embedders.1.model.", width, layers)
         return {
-            "clip_l": wrap_embedding(below(tensors, "conditioner.embedders.0.transformer.")),
-            "clip_g": {name: tensor for name, tensor in second.items() if tensor.is_floating_point()},
+            "clip_l": self._encoder(below(tensors, "conditioner.embedders.0.transformer.")),
+            "clip_g": self._encoder({name: t for name, t in second.items() if t.is_floating_point()}),
         }
+
+    def _encoder(self, transformer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weights = {name: tensor for name, tensor in transformer.items() if not name.endswith("position_ids")}
+        both = {**weights, **wrap_embedding(weights)}
+        return {**{f"transformer.{name}": tensor for name, tensor in both.items()}, "logit_scale": torch.tensor(4.6)}
 
     def draw_with_lora(self) -> None:
         with torch.inference_mode():
@@ -420,9 +430,12 @@ class FakeNeo(FakeForge):
 
 
 class FakeReForge(FakeForge):
-    """reForge: no `backend`; ComfyUI's classes in `ldm_patched`."""
+    """reForge: no `backend`; ComfyUI's classes in `ldm_patched`. Its tensors are normal ones, and text is projected
+    from the other side, x @ P, by a matrix beside the transformer; an encoder without one in its file gets ones.
+    """
 
     comfy = True
+    inference = False
     memory_module = "ldm_patched.modules.model_management"
 
     def _modules(self) -> dict[str, Any]:
@@ -431,7 +444,26 @@ class FakeReForge(FakeForge):
         inner.model_management = found[self.memory_module]
         found["ldm_patched"].modules = inner
         tiny.vocabulary(self.folder / "ldm_patched" / "modules" / "sd1_tokenizer")
+        record = module("modules.sd_text_encoder", current_text_encoder=None, text_encoder_options=[])
+        found["modules.sd_text_encoder"] = found["modules"].sd_text_encoder = record
         return found
+
+    def load(self) -> None:
+        super().load()
+        self.lend_texts(self.checkpoint)  # by default it reads the checkpoint's own a second time, as a file of its own
+
+    def lend_texts(self, path: Path) -> None:
+        """The text encoders in use are from this file."""
+        info = types.SimpleNamespace(filename=str(path))
+        chosen = types.SimpleNamespace(te_info=info, clip_model=self.objects.clip)
+        self.modules["modules.sd_text_encoder"].current_text_encoder = chosen
+        self.data.sd_model._separate_te_loaded = True
+
+    def _encoder(self, transformer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        made = super()._encoder(transformer)
+        width = transformer["text_model.final_layer_norm.weight"].shape[0]
+        theirs = made.pop("transformer.text_projection.weight", torch.eye(width))
+        return {**made, "text_projection": theirs.T.contiguous()}
 
 
 FAKES: dict[str, type[Fake]] = {"a1111": FakeA1111, "forge": FakeForge, "neo": FakeNeo, "reforge": FakeReForge}
