@@ -120,12 +120,12 @@ STAGES: dict[str, dict[str, object]] = {
 """The settings that ask for each stage; those of `start` are the initialisations of `network_init`."""
 
 OPTIONS: dict[str, dict[str, object]] = {
-    "DoRA": {"network_dora": True},
+    "DoRA": {"use_dora": True},
     "dropouts": {"network_dropout": 0.1, "network_rank_dropout": 0.1, "network_module_dropout": 0.1},
     "max norm": {"network_max_norm": 1.0},
     "convolutions": {"network_conv_rank": 4},
     "accumulation": {"train_gradient_accumulation": 2},
-    "min-SNR, v-prediction": {"train_min_snr_gamma": 5, "model_v_pred": True},
+    "min-SNR, v-prediction": {"train_snr_gamma": 5, "model_v_pred": True},
     "guided iLECO with anchors and a bank": {
         "mode": "iLECO", "ileco_guidance": 2.0, "ileco_anchors": "a tree", "ileco_bank": 4,
     },
@@ -139,15 +139,21 @@ def stages() -> list[Row]:
     """Every stage and every start."""
     from trainer.stages.start import DIFFERENCE_INITS
 
-    starts = {name: {"network_init": name} for name in DIFFERENCE_INITS}
-    return _each("stage", {name: {**FEW, **UNET, **settings} for name, settings in {**STAGES, **starts}.items()})
+    ordered = sorted(DIFFERENCE_INITS, key=lambda name: ("_" in name, name))  # a set has no order of its own
+    starts = {name: {"network_init": name} for name in ordered}
+    return _once("stage", {**STAGES, **starts})
 
 
 def options() -> list[Row]:
     """Settings that change what a step does."""
+    return _once("option", OPTIONS)
+
+
+def _once(kind: str, names: Mapping[str, Mapping[str, object]]) -> list[Row]:
+    """A row for each name, the pairs of precisions in turn."""
     return [
-        Row(f"option {name}: {text}", {**FEW, **UNET, **settings, **chosen})
-        for number, (name, settings) in enumerate(OPTIONS.items())
+        Row(f"{kind} {name}: {text}", {**FEW, **UNET, **settings, **chosen})
+        for number, (name, settings) in enumerate(names.items())
         for text, chosen in [list(precisions(number))[number % 3]]
     ]
 
@@ -158,4 +164,7 @@ GROUPS: dict[str, Callable[[], list[Row]]] = {
     "types": types,
     "optimizers": optimizers,
     "modes": modes,
+    "precisions": pairs,
+    "stages": stages,
+    "options": options,
 }
