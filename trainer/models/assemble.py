@@ -39,7 +39,7 @@ def assemble(
     vocabularies: Sequence[Path] = (),
     resting: bool = False,
 ) -> Model:
-    """The model of a source, to be computed with on `device`; every part rests where its tensors are until it is needed.
+    """The model of a source, to be computed with on `device`; each part rests where its tensors are until it is needed.
 
     On the CPU that is where they are computed with, laid out for it (see `Placement`). `resting`: the tensors are a
     host's; those already in `storage` (None: any) are adopted: same storage, no copy.
@@ -83,8 +83,8 @@ def _other_scale(scale: float, family: Family) -> list[str]:
     if math.isclose(scale, family.latent_scale, rel_tol=0.01):
         return []
     return [
-        f"The VAE scales its latents by {scale:g}, models of {family.label} expect {family.latent_scale:g}: it is likely"
-        " one of another family. Choose a VAE made for this one, or leave vae empty."
+        f"The VAE scales its latents by {scale:g}, models of {family.label} expect {family.latent_scale:g}: it is"
+        " likely one of another family. Choose a VAE made for this one, or leave vae empty."
     ]
 
 
@@ -227,8 +227,8 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], what: str, where: Plac
     strange = next(surplus_of_layers(expected, tensors), None)
     if strange is not None:
         raise ModelError(
-            f"{what}: {strange} belongs to a layer in use, and this architecture has no place for it; without it the layer"
-            " would be another one. Use the plain fp16, bf16 or fp32 file of this model."
+            f"{what}: {strange} belongs to a layer in use, and this architecture has no place for it; without it the"
+            " layer would be another one. Use the plain fp16, bf16 or fp32 file of this model."
         )
     tensors.clear()
     module.load_state_dict(placed, strict=False, assign=True)

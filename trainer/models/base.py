@@ -285,7 +285,7 @@ class Model:
         return self._hash
 
     def short_hash(self) -> str:
-        """The short hash that WebUIs had before: of 64 KiB at 1 MiB of the model file, 8 hex digits; "" for a folder."""
+        """The short hash that WebUIs had before: of 64 KiB at 1 MiB of the model file, 8 digits; "" for a folder."""
         if self.path is None or not self.path.is_file():
             return ""
         with self.path.open("rb") as file:

@@ -1,5 +1,5 @@
-"""Comparing a loaded model with the file it came from: every tensor that is computed with is there, and begins as in the
-file.
+"""Comparing a loaded model with the file it came from: every tensor that is computed with is there, and begins as in
+the file.
 
 Both are brought to one spelling first, so that a program may keep a text encoder in another one than the file.
 """
@@ -54,8 +54,8 @@ def compare(
 ) -> tuple[frozenset[str], dict[str, str]]:
     """(tensor names, metadata) of a model's file, after what is loaded was compared with it.
 
-    `foreign`: the name prefixes of parts that did not come from this file. Raises NotAdoptable when a tensor of the file
-    is not loaded, or when the first rows of one differ: something has changed it that we do not know how to undo.
+    `foreign`: the name prefixes of parts that did not come from this file. Raises NotAdoptable when a tensor of the
+    file is not loaded, or when the first rows of one differ: something has changed it that we do not know how to undo.
     """
     try:
         with stored(path) as file:

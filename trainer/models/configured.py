@@ -1,5 +1,5 @@
-"""Modules of diffusers and transformers from configurations that a folder brings: the one place where their constructors
-meet a stranger's values, and where what they raise becomes an error of ours."""
+"""Modules of diffusers and transformers from configurations that a folder brings: the one place where their
+constructors meet a stranger's values, and where what they raise becomes an error of ours."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ PAD_EOS, PAD_ZERO = "eos", "zero"
 class TextRow:
     """One text encoder of a family.
 
-    `part`: te1 or te2. `kohya`: prefix of its LoRA keys. `clip`: what ComfyUI and Forge call it. `prefixes`: where single files keep it, transformers' and
-    OpenCLIP's spelling. `folder`: its folder in a diffusers model. `activation`: of its feed-forward layers. `pad`:
-    what fills a short prompt, eos or zero. `least_skip`: the layer the UNet was trained on, counted from the end (1
-    last, 2 penultimate). `final_norm`: the final LayerNorm is applied to that layer. `pooled`: its projected
-    end-of-text vector goes to the UNet. `drop_last`: the last layer of an OpenCLIP tower is never used and is left out,
-    as diffusers does.
+    `part`: te1 or te2. `kohya`: prefix of its LoRA keys. `clip`: what ComfyUI and Forge call it. `prefixes`: where
+    single files keep it, transformers' and OpenCLIP's spelling. `folder`: its folder in a diffusers model.
+    `activation`: of its feed-forward layers. `pad`: what fills a short prompt, eos or zero. `least_skip`: the layer the
+    UNet was trained on, counted from the end (1 last, 2 penultimate). `final_norm`: the final LayerNorm is applied to
+    that layer. `pooled`: its projected end-of-text vector goes to the UNet. `drop_last`: the last layer of an OpenCLIP
+    tower is never used and is left out, as diffusers does.
     """
 
     part: str

@@ -18,7 +18,7 @@ from . import noise
 from .assemble import assemble
 from .base import Model
 from .compare import NotAdoptable, compare
-from .detect import TEXT_PREFIXES, UNET, VAE
+from .detect import UNET, VAE
 from .load import replace_vae
 from .quantised import is_scale
 from .room import best_device
@@ -57,9 +57,9 @@ def adopt(
 ) -> Model:
     """Our own modules around the tensors of a loaded model.
 
-    They are computed with on `device` (None: the best there is) and rest where they are until they are needed, and again
-    afterwards. Where neither device nor precision changes, nothing is copied. Raises NotAdoptable when the tensors are
-    quantised, spread over devices, or are not all of those in the file; ModelError as for a file.
+    They are computed with on `device` (None: the best there is) and rest where they are until they are needed, and
+    again afterwards. Where neither device nor precision changes, nothing is copied. Raises NotAdoptable when the
+    tensors are quantised, spread over devices, or are not all of those in the file; ModelError as for a file.
     """
     check_plain(live.tensors)
     tensors = {name: normal(tensor) for name, tensor in live.tensors.items()}

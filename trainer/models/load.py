@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ..paths import exists
 from ..errors import ModelError
+from ..paths import exists
 from .assemble import assemble
 from .base import Model
 from .folder import read_folder, read_vae_folder
 from .single import read_single, read_vae
 from .source import Source
 from .texts import replace_texts
-
 
 RELATED = 0.3
 """Least cosine between weights of which one was made from the other; between strangers it is near 0."""
@@ -34,9 +33,10 @@ def load_model(
 ) -> Model:
     """The base model at `path`: a `.safetensors` or `.ckpt` file, or a diffusers folder.
 
-    `vae_path` replaces its VAE (a file or a folder), `text_paths` its text encoders (files). `v_pred` forces v-prediction. `storage` and `vae_storage` None
-    keep the file's precision. `vocabularies` are places to look for CLIP's vocabulary before the installed packages.
-    Raises ModelError that says what was recognised when the model cannot be used.
+    `vae_path` replaces its VAE (a file or a folder), `text_paths` its text encoders (files). `v_pred` forces
+    v-prediction. `storage` and `vae_storage` None keep the file's precision. `vocabularies` are places to look for
+    CLIP's vocabulary before the installed packages. Raises ModelError that says what was recognised when the model
+    cannot be used.
     """
     path = Path(path)
     if not exists(path):
@@ -65,8 +65,9 @@ def replace_vae(source: Source, path: Path) -> None:
     source.configs = configs
     if own is not None and _unrelated(own, source.parts["vae"]):
         source.warnings.append(
-            f"The VAE {path.name} has nothing in common with the one in {source.name}. SD 1 and SDXL have VAEs of the same"
-            " shapes whose latents mean different things: make sure that it is made for this model, or leave vae empty."
+            f"The VAE {path.name} has nothing in common with the one in {source.name}. SD 1 and SDXL have VAEs of the"
+            " same shapes whose latents mean different things: make sure that it is made for this model, or leave vae"
+            " empty."
         )
 
 

@@ -79,7 +79,7 @@ def _alphas(config: Mapping[str, Any]) -> Tensor:
         betas = torch.linspace(first, last, steps, dtype=torch.float64)
     else:
         raise ModelError(
-            f"scheduler_config.json: beta_schedule {brief(kind)}; scaled_linear, linear and trained_betas are supported."
+            f"scheduler_config.json: beta_schedule {brief(kind)}; scaled_linear, linear, trained_betas are supported."
         )
     return torch.cumprod(1 - betas, 0).float()
 

@@ -1,8 +1,8 @@
 """Pickles read without running anything: an interpreter that knows dictionaries, lists, numbers, texts and tensors.
 
-`pickle` imports what a file names and calls it. Here the standard library's parser (`pickletools`) takes the text of the
-pickle apart, and what it names becomes an inert `Named`. Names beyond a list of harmless ones are refused, so that a file
-with a program inside is told and not half read. Time and memory are bounded by the size of the pickle.
+`pickle` imports what a file names and calls it. Here the standard library's parser (`pickletools`) takes the text of
+the pickle apart, and what it names becomes an inert `Named`. Names beyond a list of harmless ones are refused, so that
+a file with a program inside is reported and not half read. Time and memory are bounded by the size of the pickle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _EXACT = {
     "argparse": r"Namespace",
     "typing": r"Any|Dict|List|Union|Optional|Tuple",
 }
-"""Modules and the names in them that checkpoints hold: tensors, and the plain data of the programs that trained them."""
+"""Modules and the names in them in checkpoints: tensors, and the plain data of the programs that trained them."""
 for _module in ("builtins", "__builtin__"):
     _EXACT[_module] = r"set|frozenset|list|dict|tuple|int|float|bool|str|unicode|long|bytes|object|complex|slice"
 _FRAMEWORKS = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)(\.\w+)*")

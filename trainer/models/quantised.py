@@ -1,9 +1,9 @@
 """Weights that are stored in 8 bits: scaled ones are multiplied out, every other quantised storage is refused by name.
 
-Scaled fp8, as ComfyUI writes and reads it: beside `X.weight` (float8) lies `X.scale_weight`, newer `X.weight_scale`: one
-number, or one for each row, and the weight is their product. A marker `scaled_fp8` below the model's prefix, hints for
-activations (`X.scale_input`, `X.input_scale`) and the layer's format as JSON text (`X.comfy_quant`, or all of them in the
-metadata key `_quantization_metadata`) may be there too.
+Scaled fp8, as ComfyUI writes and reads it: beside `X.weight` (float8) lies `X.scale_weight`, newer `X.weight_scale`:
+one number, or one for each row, and the weight is their product. A marker `scaled_fp8` below the model's prefix, hints
+for activations (`X.scale_input`, `X.input_scale`) and the layer's format as JSON text (`X.comfy_quant`, or all of them
+in the metadata key `_quantization_metadata`) may be there too.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def _product(name: str, tensors: Mapping[str, Tensor], scale_name: str, where: s
         raise refuse_packed(scale_name, f"scales {str(weight.dtype).removeprefix('torch.')}", where)
     by_row = scale.ndim > 0 and weight.ndim > 0 and scale.numel() == scale.shape[0] == weight.shape[0]
     if not (scale.numel() == 1 or by_row) or not bool((scale.isfinite() & (scale > 0)).all()):
-        raise refuse_packed(scale_name, f"has shape {list(scale.shape)} for {list(weight.shape)}, or is no scale", where)
+        fault = f"has shape {list(scale.shape)} for {list(weight.shape)}, or is no scale"
+        raise refuse_packed(scale_name, fault, where)
     product = (weight.float() * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(torch.float16)
     if not bool(product.isfinite().all()):
         raise refuse_packed(scale_name, "makes numbers beyond the range of fp16", where)

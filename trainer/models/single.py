@@ -29,7 +29,8 @@ _VAE_PREFIXES = (VAE, "vae.", "")
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file, on the CPU, in the file's precision, memory-mapped where the format allows.
 
-    Of pickled files the tensors alone are read, and nothing in them is run. Raises ModelError when the file cannot be read.
+    Of pickled files the tensors alone are read, and nothing in them is run. Raises ModelError when the file cannot be
+    read.
     """
     try:
         path.open("rb").close()
@@ -56,8 +57,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         return read_checkpoint(path)
     except ForeignNameError as error:
         raise ModelError(
-            f"{path.name}: {error}; loading such a file elsewhere could run code, and here it is not read. Convert it to"
-            " .safetensors with a tool you trust (the WebUI's checkpoint merger can) and choose that file."
+            f"{path.name}: {error}; loading such a file elsewhere could run code, and here it is not read. Convert it"
+            " to .safetensors with a tool you trust (the WebUI's checkpoint merger can) and choose that file."
         ) from error
     except (PickleError, OSError) as error:
         raise ModelError(f"{path.name}: not a readable checkpoint ({why(error)}). Is the download complete?") from error

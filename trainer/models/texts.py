@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..paths import is_file
 from ..errors import ModelError
+from ..paths import is_file
 from .family import FAMILIES, Family, TextRow
 from .infer import context_width, side, unet_facts
 from .keys_text import PROJECTION, is_open_clip, layer_count, text_to_one_spelling

@@ -71,7 +71,7 @@ class Tokenizer:
 
 
 def cut(ids: Sequence[int], room: int, comma: int) -> list[list[int]]:
-    """Token ids in parts of at most `room`, at least one. Where a part would end within BACKTRACK tokens behind a comma,
+    """Token ids in parts of at most `room`, at least one. Where a part would end within BACKTRACK tokens after a comma,
     it ends with that comma and what follows moves on, unless the next token is a comma itself.
     """
     parts, at = [], 0
@@ -99,7 +99,7 @@ def _byte_pair_encoder(vocabulary: Vocabulary) -> Any:
             fuse_unk=False,
         )
     except Exception as error:  # the library raises plain exceptions
-        raise ModelError(f"vocabulary: it cannot be used ({brief(str(error))}). Get the tokenizer files again.") from error
+        raise ModelError(f"vocabulary: it cannot be used ({brief(str(error))}). Get its files again.") from error
     encoder = Tokenizer(model)
     encoder.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
