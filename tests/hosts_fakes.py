@@ -424,9 +424,13 @@ class FakeForge(Fake):
 
 
 class FakeNeo(FakeForge):
-    """Neo: as Forge, with ComfyUI's memory manager and without `modules.lowvram`."""
+    """Neo: as Forge, with ComfyUI's memory manager, without `modules.lowvram`; every text encoder has a projection."""
 
     comfy = True
+
+    def _encoder(self, transformer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        width = transformer["text_model.final_layer_norm.weight"].shape[0]
+        return {"transformer.text_projection.weight": torch.eye(width), **super()._encoder(transformer)}
 
 
 class FakeReForge(FakeForge):

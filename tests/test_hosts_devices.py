@@ -17,7 +17,8 @@ from trainer.hosts import a1111
 
 KEYS = json.loads(Path(__file__).with_name("hosts_keys.json").read_text(encoding="utf-8"))
 """WebUI → family → part → names of the tensors in the real one, numbers as N, with precision, dimensions and count; and
-whether they are inference tensors. Dumped on a CPU from reForge 3b56b268, Forge dfdcbab6 and AUTOMATIC1111 1.10.1.
+whether they are inference tensors. Dumped on a CPU from reForge 3b56b268, Forge dfdcbab6, Neo 2.26 and AUTOMATIC1111
+1.10.1.
 """
 CASES = [(kind, family) for kind, found in KEYS.items() if kind in FAKES for family in found]
 
