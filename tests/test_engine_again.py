@@ -33,6 +33,7 @@ from trainer.events import Event, EventLog, Note, Step
 pytestmark = pytest.mark.usefixtures("no_estimate")
 
 ROOT = Path(__file__).resolve().parent.parent
+PAIR = {"mode": "Difference", "original image": "a.png", "target image": "b.png"}
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +332,27 @@ def test_the_end_of_the_terminal_and_of_the_pipe_lose_nothing(tmp_path):
     assert facts["step"] == len(read_losses(folder / "piped.csv")) > 20
 
 
+
+
+def test_a_state_that_was_read_no_longer_needs_its_file(case):
+    """Windows replaces no file that is mapped, and the run that goes on writes its next state in this one's place."""
+    folder = stopped(case, "let-go", train_iterations=3, at=2).folder
+    tensors, _ = read_state(folder)
+    before = {key: value.clone() for key, value in tensors.items()}
+    with open(folder / "state.safetensors", "r+b") as file:  # written over in place: what is mapped changes too
+        file.write(bytes(os.fstat(file.fileno()).st_size))
+    assert all(torch.equal(tensors[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(("older", "rate"), [(True, None), (False, 0.0)])
+def test_a_run_of_an_older_version_trains_the_text_encoder_as_it_did(case, older, rate):
+    """There 0 stood for empty; its job had no model_zero_terminal_snr yet."""
+    folder = case.root / f"older-{older}"
+    folder.mkdir()
+    whole = {**case.job(**PAIR).to_dict(full=True), "train_textencoder_learning_rate": 0.0}
+    whole["2nd pass"] = {"train_textencoder_learning_rate": 0.0, "train_iterations": 5}
+    if older:
+        del whole["model_zero_terminal_snr"]
+    (folder / "job.json").write_text(json.dumps(whole), encoding="utf-8")
+    job = read_job(folder)
+    assert [one.value("train_textencoder_learning_rate") for one in (job, job.second)] == [rate, rate]

@@ -26,6 +26,8 @@ _MOVED = frozenset({
 })
 """Settings that say where something is. What is there is compared by its contents, or lies in the state already."""
 
+_SINCE, _TEXT_RATE = "model_zero_terminal_snr", "train_textencoder_learning_rate"
+
 Weights = dict[str, list[str]]
 """Part of the base model → how it is stored, fingerprint of its weights."""
 
@@ -37,7 +39,21 @@ def read_job(folder: Path) -> Job:
     path = folder / JOB_FILE
     if not is_file(path):
         raise TrainingError(f"{folder} is not a run folder: it has no {JOB_FILE}. Run folders are below logs/<date>/.")
-    return load(read_json(path), catalogue(), complete=False).job
+    return load(_as_meant(read_json(path)), catalogue(), complete=False).job
+
+
+def _as_meant(raw: Any) -> Any:
+    """The settings of a run folder as the version meant them that wrote it: one without _SINCE, which it would have
+    written with all the others, took a learning rate of 0 for the text encoder as empty.
+    """
+    return raw if not isinstance(raw, dict) or _SINCE in raw else _rate_emptied(raw)
+
+
+def _rate_emptied(raw: Any) -> Any:
+    if not isinstance(raw, dict):
+        return raw
+    kept = {key: value for key, value in raw.items() if key != _TEXT_RATE or value != 0}
+    return {**kept, SECOND_PASS: _rate_emptied(kept[SECOND_PASS])} if SECOND_PASS in kept else kept
 
 
 def may_change(attribute: str, section: type) -> bool:

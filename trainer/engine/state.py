@@ -115,7 +115,8 @@ def read_state(folder: Path) -> State:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             facts = json.loads(metadata["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: the file's own are mapped, and Windows replaces no file that is, by the run's next state.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
             given = facts["format"]
         whole = metadata.get("digest") == _digest(tensors, metadata["state"])
     except (SafetensorError, LookupError, TypeError, ValueError, OSError, RuntimeError, RecursionError) as error:
