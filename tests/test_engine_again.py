@@ -349,8 +349,9 @@ def test_a_run_of_an_older_version_trains_the_text_encoder_as_it_did(case, older
     """There 0 stood for empty; its job had no model_zero_terminal_snr yet."""
     folder = case.root / f"older-{older}"
     folder.mkdir()
-    whole = {**case.job(**PAIR).to_dict(full=True), "train_textencoder_learning_rate": 0.0}
-    whole["2nd pass"] = {"train_textencoder_learning_rate": 0.0, "train_iterations": 5}
+    rates = {"train_textencoder_learning_rate": 0.0}
+    second = {"use_2nd_pass_settings": True, "2nd pass": {**rates, "train_iterations": 5}}
+    whole = {**case.job(**PAIR).to_dict(full=True), **rates, **second}
     if older:
         del whole["model_zero_terminal_snr"]
     (folder / "job.json").write_text(json.dumps(whole), encoding="utf-8")
