@@ -48,6 +48,7 @@
         const list = Atelier.$("preset");
         const chosen = list.value;
         list.value = name;
+        Atelier.settings.invite(); // what was read before is no longer what the form holds
         say("Filled with the values of preset {name}.", name, "Back to the values before", () => {
             giveBack(before);
             list.value = chosen;

@@ -13,6 +13,9 @@
         Atelier.$("drop").title = Atelier.$("drop").textContent; // it has room for two lines
     }
 
+    /** What the line says while nothing has been read. */
+    settings.invite = () => tell("Drop a settings JSON or a LoRA, or click");
+
     /** Fill the form from a route's answer; `shipped` values are nobody's own. */
     function use(answer, name, shipped) {
         const { "2nd pass": second, traintrain, ...first } = answer.settings;

@@ -102,7 +102,9 @@ def _pair_fault(pair: str, name: str, catalogue: Catalogue) -> str:
     if name in catalogue.by_name:
         return ""
     known = {known.lower(): parameter.key for known, parameter in catalogue.by_name.items()}
-    return f"names no setting.{kohya.hint(name) or did_you_mean(name, known)} Correct its spelling."
+    if there := kohya.hint(name):
+        return f"names no setting.{there} {kohya.advice(name)}"
+    return f"names no setting.{did_you_mean(name, known)} Correct its spelling."
 
 
 def _split(key: str) -> tuple[bool, str]:

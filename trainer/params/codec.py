@@ -199,7 +199,7 @@ class _Reading:
         for key, value in rest.items():
             known_there = kohya.hint(key) if isinstance(key, str) else ""
             near = known_there or (did_you_mean(key, known) if isinstance(key, str) else "")
-            todo = "Rename or remove it." if known_there else "Correct its spelling or remove it."
+            todo = kohya.advice(key) if known_there else "Correct its spelling or remove it."
             self._problem(str(key)[:80], value, f"is not a setting.{near} {todo}")
 
     def _section(self, section: type, values: Mapping[str, object]) -> object:

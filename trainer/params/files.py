@@ -43,7 +43,7 @@ def read_json(path: Path | str) -> object:
             "Settings of kohya's scripts in TOML are not read; write them as JSON under the names used here, as"
             ' {"network_rank": 16} for network_dim.'
             if toml
-            else "Choose or correct a settings file."
+            else "Correct it (JSON in UTF-8), or choose another settings file."
         )
         # The queue tells a file that cannot be opened from a damaged one by what is behind the error.
         raise JobError([Problem("file", str(path), message)]) from (fault.__cause__ or fault)

@@ -61,9 +61,18 @@ NEEDLESS = frozenset({
 """What need not be said here."""
 
 
+def _plain(name: str) -> str:
+    return name.strip().lstrip("-").replace("-", "_").lower()
+
+
+def advice(name: str) -> str:
+    """What to do with a setting of kohya's scripts."""
+    return "Use that name." if _plain(name) in NAMES else "Remove it."
+
+
 def hint(name: str) -> str:
     """` That is …` for a setting of kohya's scripts, "" for any other text."""
-    plain = name.strip().lstrip("-").replace("-", "_").lower()
+    plain = _plain(name)
     if plain in NAMES:
         return f" kohya's {plain} is {NAMES[plain]} here."
     if plain in WITHOUT:

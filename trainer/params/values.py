@@ -167,9 +167,7 @@ def _in_range(parameter: Parameter, value: float) -> float:
     low = -math.inf if spec.low is None else spec.low
     high = math.inf if spec.high is None else spec.high
     if not low <= value <= high:
-        limit = f"at least {shown(low)}" if value < low else f"at most {shown(high)}"
-        unit = f" {spec.unit}" if spec.unit else ""
-        raise BadValueError(f"is out of range; write {limit}{unit}. It must be {expectation(parameter)}.")
+        raise BadValueError(f"is out of range: it must be {expectation(parameter)}.")
     if spec.multiple and value % spec.multiple:
         raise BadValueError(f"must be a multiple of {spec.multiple}; the nearest is {_nearest(parameter, value)}.")
     return value
