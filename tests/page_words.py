@@ -69,3 +69,9 @@ def _arguments(text: str, start: int) -> str:
 
 def _literals(code: str) -> list[str]:
     return [literal.replace('\\"', '"') for literal in re.findall(r'"((?:[^"\\\n]|\\.)*)"', code)]
+
+
+def of_stages() -> set[str]:
+    """What the engine calls the work before and between steps: the page translates it with the progress it shows."""
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "trainer").rglob("*.py"))
+    return {name for text in texts for name in re.findall(r"\bprogress\(\s*\"([^\"]+)\"", text)}
