@@ -203,11 +203,18 @@ def test_a_damaged_state_is_refused_whatever_is_wrong_with_it(case):
     path.write_bytes(bytes(flipped))
     with pytest.raises(TrainingError, match="damaged"):
         resumed(case, folder)
-    unfit = (changed_tensors[1], facts), (changed_tensors[-2], facts), (tensors, {**facts, "optimizer": {}})
+    unfit = (
+        (changed_tensors[1], facts), (changed_tensors[-2], facts), (tensors, {**facts, "optimizer": {}}),
+        (changed_tensors[4], facts),  # a fused step would read beyond the end of this one
+    )  # fmt: skip
     for held, told in unfit:
         save_file(held, path, {"state": json.dumps({**told, "format": 1})})  # an older state that does not fit
         with pytest.raises(TrainingError, match="does not fit this run"):
             resumed(case, folder)
+    for odd_fact in ({"skips": {"owed": "1"}}, {"total": "4"}, {"weights": {"unet": 1}}, {"job": 1}, {"model": None}):
+        save_file(tensors, path, {"state": json.dumps({**facts, "format": 1, **odd_fact})})
+        with pytest.raises(TrainingError, match=f"damaged: {next(iter(odd_fact))}"):
+            read_state(folder)
     assert tried > 80
     path.write_bytes(whole)
     assert resumed(case, folder).reason == "done"

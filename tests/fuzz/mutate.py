@@ -62,10 +62,24 @@ def changed(rng: Random, value: object, rate: float = 0.1) -> object:
         return made
     if isinstance(value, list):
         made_list = [changed(rng, part, rate) for part in value if rng.random() > rate / 2]
-        return made_list * rng.choice([1, 1, 1, 2, 20]) if len(made_list) < 200 else made_list
+        return made_list * rng.choice([1, 1, 1, 2, 20]) if _small(made_list) else made_list
     if rng.random() < rate:
         return near(rng, value)
     return value
+
+
+def _small(value: object, most: int = 200) -> bool:
+    """Whether a value has fewer parts than that, at all depths: lists in lists that are repeated again and again would
+    make texts of gigabytes.
+    """
+    left = [value]
+    for _ in range(most):
+        if not left:
+            return True
+        part = left.pop()
+        if isinstance(part, (list, dict)):
+            left.extend(part.values() if isinstance(part, dict) else part)
+    return not left
 
 
 def near(rng: Random, value: object) -> object:

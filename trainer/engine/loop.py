@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from .control import Control
 from .flags import native_bf16
 from .losses import LossRing
 from .session import Session
+from .state import fitting
 
 _NOT_FINITE = (
     "The loss became {loss} at step {step}. The update was discarded and the last good file is kept. "
@@ -81,26 +83,33 @@ def optimizer_step(session: Session, plateau: float | None) -> Tensor:
         scaler.unscale_(session.optimizer)
     finite = flat.guard(loss, session.limits.max_grad_norm)
     session.between = False
-    if scaled:
-        scaler.step(session.optimizer)
-        scaler.update()
-    elif takes_mask(session.optimizer):
-        masked_step(session.optimizer, finite)
-    else:  # without reading the device there is no other way than to undo it
-        flat.remember()
-        session.optimizer.step()
-        flat.undo_unless(finite)
+    with fitting() if session.restored else contextlib.nullcontext():
+        _step(session, finite)
+        if not session.skips.hold():
+            session.scheduler.step(plateau)
+    session.restored = False
     with flat.exact():
         session.network.limit_norms()
     flat.publish()
-    if not session.skips.hold():
-        session.scheduler.step(plateau)
     session.step += 1
     session.between = True
     if scaled:  # an overflow of the scaled gradients is the scaler's own business, a broken loss is not
         session.scaling = (~finite, scaler.scale(torch.ones_like(loss)))
         return loss
     return torch.where(finite, loss, torch.full_like(loss, math.nan))
+
+
+def _step(session: Session, finite: Tensor) -> None:
+    """Let the optimizer step; where the gradients are not `finite` (0-d bool) the parameters stay as they were."""
+    if session.scaler.is_enabled():
+        session.scaler.step(session.optimizer)
+        session.scaler.update()
+    elif takes_mask(session.optimizer):
+        masked_step(session.optimizer, finite)
+    else:  # without reading the device there is no other way than to undo it
+        session.flat.remember()
+        session.optimizer.step()
+        session.flat.undo_unless(finite)
 
 
 def run_steps(session: Session, control: Control, log: EventLog, ring: LossRing, hooks: Hooks) -> None:

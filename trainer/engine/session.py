@@ -83,6 +83,7 @@ class Session:
     `suffix` is what the names of its file and log have more than the job's; `beneath` are the frozen adapters of
     earlier passes. `scaling`: whether the scaler skipped the last step, and its scale after it (0-d each); None without
     a scaler. `between`: no step is half done, so that what there is now is the state after `step`.
+    `restored`: from a resume state, with which no step was done yet.
     """
 
     job: Job
@@ -109,6 +110,7 @@ class Session:
     between: bool = True
     skips: Skips = field(default_factory=Skips)
     scaling: tuple[Tensor, Tensor] | None = None
+    restored: bool = False
 
     @property
     def name(self) -> str:

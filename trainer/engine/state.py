@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import TrainingError, brief
+from ..models.room import is_shortage
 from ..optim.state import flatten, restore, unflatten
 from ..writing import replace, why
 from .flat import HALF
@@ -40,6 +42,23 @@ _FACTS: dict[str, tuple[type, ...]] = {
     "step": (int,), "pass": (int,), "processes": (int,), "data": (str,), "loss_average": (float, int, NoneType),
     "loss_plateau": (float, int, NoneType), "optimizer": (dict,), "scheduler": (dict,), "scaler": (dict,),
 }  # fmt: skip
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(count) is int for count in value.values())
+
+
+def _weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(told, list) and [type(one) for one in told] == [str, str] for told in value.values()
+    )
+
+
+_LATER: dict[str, Callable[[Any], bool]] = {
+    "total": lambda value: type(value) is int, "skips": _counts, "weights": _weights,
+    "job": lambda value: isinstance(value, dict), "model": lambda value: isinstance(value, str),
+}  # fmt: skip
+"""What states of the older format do not have, and whether a value of it is right."""
 
 
 def write_state(session: Session, ring: LossRing, weights: Weights) -> Path:
@@ -133,6 +152,7 @@ def read_state(folder: Path) -> State:
             f"{STATE_FILE} back from a copy, or start the job anew."
         )
     wrong = [key for key, kinds in _FACTS.items() if type(facts.get(key)) not in kinds]
+    wrong += [key for key, fits in _LATER.items() if key in facts and not fits(facts[key])]
     if wrong:
         raise TrainingError(f"The resume state in {folder.name} is damaged: {', '.join(wrong)}. Start the job anew.")
     return tensors, facts
@@ -141,6 +161,23 @@ def read_state(folder: Path) -> State:
 def comparable(facts: dict[str, Any]) -> bool:
     """Whether the fingerprints in a state were made as they are now."""
     return bool(facts["format"] != OLD_FORMAT)
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Raise TrainingError for what fails in the block because a resume state is not what this run needs.
+
+    The shapes that an optimizer keeps are its library's own affair: some misfits show in the first step alone.
+    """
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if is_shortage(error):
+            raise
+        raise TrainingError(
+            f"The resume state does not fit this run ({type(error).__name__}: {error}). It is of other settings, of "
+            "other versions of the optimizers, or damaged. Start the job anew."
+        ) from error
 
 
 def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -160,13 +197,9 @@ def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], 
             f"The run has done {facts['step']} steps already, and {session.limits.total_steps} are asked for. Ask for "
             "more (train_iterations, or train_epochs)."
         )
-    try:
+    with fitting():
         _restore(session, tensors, facts)
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise TrainingError(
-            f"The resume state does not fit this run ({type(error).__name__}: {error}). It is of other settings, of "
-            "other versions of the optimizers, or damaged. Start the job anew."
-        ) from error
+    session.restored = True
     ring.average, ring.plateau = facts["loss_average"], facts["loss_plateau"]
     session.step = facts["step"]
 

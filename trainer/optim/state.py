@@ -68,6 +68,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 def restore(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Load a `state_dict()` of the same optimizer exactly: dtypes, memory layout and tensors kept in groups included.
+    Raises what a state that is not of this optimizer leads to, ValueError for shapes that a fused step would not find.
 
     `Optimizer.load_state_dict` casts floating state to the dtype of its parameter and leaves group tensors on the CPU.
     """
@@ -77,11 +78,22 @@ def restore(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     for i, p in zip(numbers, parameters, strict=True):
         if i in state["state"]:
             optimizer.state[p] = _exact(optimizer.state[p], state["state"][i], p)
+    _check_fused(optimizer)
     for group in optimizer.param_groups:
         device = group["params"][0].device
         for key, value in group.items():
             if isinstance(value, Tensor):
                 group[key] = value.to(device)
+
+
+def _check_fused(optimizer: Optimizer) -> None:
+    """Raise ValueError when a fused kernel, which does not look at sizes, would go beyond the end of its state."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            for key, value in optimizer.state.get(p, {}).items():
+                wanted = p.shape if key != "step" else torch.Size([])
+                if isinstance(value, Tensor) and value.shape != wanted:
+                    raise ValueError(f"{key} has the shape {tuple(value.shape)}, not {tuple(wanted)}")
 
 
 def _exact(loaded: Any, saved: Any, like: Tensor) -> Any:
