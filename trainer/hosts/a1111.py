@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.live import VAE, Live, NotAdoptable
+from ..models.detect import VAE
+from ..models.live import Live, NotAdoptable
 from .webui import WebUI
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}

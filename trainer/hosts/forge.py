@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.live import TEXT_PREFIXES, UNET, VAE, Live, NotAdoptable, is_clip, is_vae
+from ..models.detect import TEXT_PREFIXES, UNET, VAE
+from ..models.live import Live, NotAdoptable, is_clip, is_vae
 from .names import same_file
 from .webui import WebUI
 
