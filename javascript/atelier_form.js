@@ -201,7 +201,7 @@
 
     const EMPTY = {
         model: () => (lists.loaded ? ["Loaded now: {name}", { name: lists.loaded }] : ["None is loaded: choose one"]),
-        vae: () => [lists.loaded ? "The one in use" : "The model's own"],
+        vae: () => [lists.prompt_box ? "The one in use" : "The model's own"],
         te: () => ["The model's own"],
         lora: () => ["None"],
     };
