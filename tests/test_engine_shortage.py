@@ -145,6 +145,7 @@ def test_only_settings_that_this_job_can_change_are_named(case) -> None:
         (MemoryError(), None),
         (RuntimeError("MPS backend out of memory (MPS allocated: 5.57 GB, max allowed: 9.07 GB). Tried to allocate "
                       "256.00 MB on private pool."), 256 * 2**20),
+        (RuntimeError("Invalid buffer size: 24.00 GiB"), 24 * 2**30),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you "
                       "tried to allocate 1073741824 bytes. Error code 12"), 2**30),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import IO
 
 import children
 import pytest
@@ -100,6 +101,35 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
     child.stdout.close()
     writing.sweep(tmp_path)
     assert os.listdir(tmp_path) == [download.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no open file is removed there")
+def test_a_draft_that_is_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody sweeps the folder between the making of the file and its lock."""
+    hold, looked = lock.hold, []
+
+    def first_of_another(file: IO[bytes], at: int = 0) -> bool | None:
+        looked.append(Path(file.name))
+        return hold(file, at) if len(looked) > 1 else None
+
+    monkeypatch.setattr(lock, "hold", first_of_another)
+    with writing.draft(tmp_path / "a") as made:
+        assert made.path == looked[1] != looked[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no open file is removed there")
+def test_a_leftover_is_removed_while_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink, held = Path.unlink, []
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        with open(path, "r+b") as file:
+            held.append(lock.hold(file, lock.BEHIND))
+        unlink(path, missing_ok)
+
+    (tmp_path / ".dog.safetensors.4242.tmp").write_bytes(b"x")
+    monkeypatch.setattr(Path, "unlink", watched)
+    writing.sweep(tmp_path)
+    assert held == [None] and not os.listdir(tmp_path)
 
 
 def test_reasons_are_words() -> None:

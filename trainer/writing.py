@@ -53,14 +53,15 @@ class Draft:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self.path, self.file = self._open()
+        self.path, self.file, ours = self._open()
         for _ in range(_RETRIES):
-            if os.name == "nt" or os.path.exists(self.path):  # an open file cannot be removed there
+            if ours:
                 return
             self.file.close()  # somebody took it for a leftover before it was locked
-            self.path, self.file = self._open()
+            self.path, self.file, ours = self._open()
 
-    def _open(self) -> tuple[Path, IO[bytes]]:
+    def _open(self) -> tuple[Path, IO[bytes], bool]:
+        """(temporary name, its open file, whether nobody removes it any more)."""
         stem = self._target.name.encode()[:100].decode(errors="ignore")
         path = self._target.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         for last in (False, False, True):
@@ -72,12 +73,12 @@ class Draft:
                 if last:
                     raise
         try:
-            lock.hold(file, lock.BEHIND)
+            held = lock.hold(file, lock.BEHIND)
         except OSError:
             file.close()
             path.unlink()
             raise
-        return path, file
+        return path, file, os.name == "nt" or (held is not None and path.exists())  # there no open file is removed
 
     def finish(self) -> None:
         """Everything is written: bring it to the disk."""
@@ -203,15 +204,19 @@ def sweep(folder: Path, *, all_ours: bool = False) -> None:
     for path in sorted(found):
         if all_ours or _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):
-                if path.is_file() and _left(path):
-                    path.unlink()
+                if path.is_file():
+                    _remove_left(path)
 
 
-def _left(path: Path) -> bool:
-    """Whether nobody writes this file any more. Where that cannot be asked, its age decides."""
+def _remove_left(path: Path) -> None:
+    """Remove a file that nobody writes any more; where that cannot be asked, its age decides. Raises OSError."""
     age = time.time() - path.stat().st_mtime
     with open(path, "r+b") as file:
         held = lock.hold(file, lock.BEHIND)
-    if held is None or (os.name == "nt" and age < _MINUTE):  # there a file is closed before it gets its name
-        return False
-    return held or age > _DAY
+        if held is None or not (held or age > _DAY):
+            return
+        if os.name != "nt":
+            path.unlink()  # while it is locked: its writer, if it has just made it, sees that it is gone
+            return
+    if age > _MINUTE:  # there a file is closed before it gets its name, and removed
+        path.unlink()

@@ -16,6 +16,7 @@ _SHORTAGES = (
     "insufficient memory",
     "cannot allocate memory",
     "out_of_device_memory",
+    "invalid buffer size",  # MPS, for a single tensor that is larger than it takes
     "paging file is too small",  # Windows, when a file is mapped
 )
 """What the messages of RuntimeError and OSError say then, in lower case."""
