@@ -24,7 +24,9 @@ PICTURE = "drawing a picture"
 """Without a run."""
 
 _GIB = 2**30
-_ASKED = re.compile(r"(?:tried to allocate|to allocate|allocating|buffer size:)\s+([\d.]+)\s*(bytes|[KMGT]i?B)?", re.IGNORECASE)
+_ASKED = re.compile(
+    r"(?:tried to allocate|to allocate|allocating|buffer size:)\s+([\d.]+)\s*(bytes|[KMGT]i?B)?", re.IGNORECASE
+)
 _UNITS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
