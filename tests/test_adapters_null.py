@@ -163,6 +163,20 @@ def test_activations_are_left_alone_in_the_directions_they_use() -> None:
         assert adapter.delta().norm() > 0.1 and down.shape[0] == 4
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_activations_with_factors_in_half_precision_are_saved_within_its_rounding(precision) -> None:
+    spec = AdapterSpec("null", rank=4, alpha=4.0, options={NullParams: NullParams(network_null_space="activations")})
+    net = network(layers(), spec)
+    for adapter in net:
+        assert adapter.calibrate(torch.randn(200, adapter.fan_in, generator=torch.Generator().manual_seed(5)))
+    shake(net)
+    exact = [adapter.delta() for adapter in net]
+    for adapter, wanted in zip(net.to(precision), exact, strict=True):
+        assert adapter.as_lora() is not None
+        found = adapter.delta().float()
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_the_bases_stay_float32_in_a_network_of_half_precision() -> None:
     net = network(layers(), SPEC).to(torch.bfloat16)
     adapter = next(iter(net))

@@ -24,16 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import refusals
+
 ATEN: Any = torch.ops.aten
 DEVICE, META = torch.device("cuda", 0), torch.device("meta")
 FEW = 2**20
 """Tensors of up to so many numbers arrive in main memory as ones."""
 _READS = {ATEN._local_scalar_dense.default, ATEN.is_nonzero.default, ATEN.equal.default}
 _COPY, _TO = ATEN.copy_.default, ATEN._to_copy.default
-_INDEXES = {
-    ATEN.index.Tensor, ATEN._unsafe_index.Tensor, ATEN.index_put_.default, ATEN.index_put.default,
-    ATEN._index_put_impl_.default,
-}  # fmt: skip
 _NO_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_", "alias", "lift",
     "lift_fresh", "_reshape_alias", "_unsafe_view", "set_", "resize_", "is_same_size", "_efficientzerotensor",
@@ -147,18 +145,20 @@ class Card(TorchDispatchMode):
                 return self._back(args[0], kwargs.get("dtype") or args[0].dtype)
             if not on_card:
                 self.counts.writes[_place()] += 1
-        elif len(on_card) < len(tensors):
-            self._check_places(func, tensors)
+        else:
+            self._check(func, args, kwargs, tensors)
         return self._on_card(func, args, kwargs, wanted)
 
-    def _check_places(self, func: Any, tensors: list[Tensor]) -> None:
-        """Raise RuntimeError when an operator mixes devices as CUDA does not bear it."""
-        aside = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.dim()]
-        if aside and func in _INDEXES:
-            self.counts.writes[_place()] += len(aside)
-        elif aside:
-            shapes = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
-            raise RuntimeError(f"{func.name()} at {_place()}: expected all tensors on one device, found {shapes}")
+    def _check(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+        """Raise RuntimeError when a CUDA device refuses an operator; indices from main memory are copied to it."""
+        wrong = refusals.places(func, args, kwargs, tensors) or (
+            refusals.precisions(func, args, tensors, silent=_is_silent(func))
+        )
+        if wrong:
+            raise RuntimeError(f"{func.name()} at {_place()}: {wrong}")
+        aside = sum(tensor.device.type == "cpu" and tensor.dim() > 0 for tensor in tensors)
+        if aside:
+            self.counts.writes[_place()] += aside
 
     def _on_card(self, func: Any, args: Any, kwargs: Any, wanted: Any) -> Any:
         known: dict[int, Tensor] = {}
@@ -172,7 +172,7 @@ class Card(TorchDispatchMode):
             self.counts.reads[_place()] += 1
             raise RuntimeError(f"{func.name()} at {_place()} must read the device to know its result") from error
         if not _is_silent(func):
-            self.counts.kernels[func._schema.name.rpartition("::")[2]] += 1
+            self.counts.kernels[refusals.name_of(func)] += 1
         return self._as_ours(out, known)
 
     def _rules(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -263,7 +263,7 @@ _AS_NUMPY = {torch.bfloat16: np.int16, torch.float8_e4m3fn: np.int8, torch.float
 def _is_silent(func: Any) -> bool:
     """Whether an operator launches no kernel: it gives another view, or memory as it is."""
     views = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
-    return views or func._schema.name.rpartition("::")[2] in _NO_KERNEL
+    return views or refusals.name_of(func) in _NO_KERNEL
 
 
 def _facts_of(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Makes the runs of one group on the fake card and prints what happened: `python -m fake_cuda.run GROUP`.
+"""Makes the runs of groups on the fake card and prints what happened: `python -m fake_cuda.run GROUP …`.
 
     python -m fake_cuda.run SDXL                what each phase of each run did on the card, as a table
     python -m fake_cuda.run modes --only iLECO  only the rows whose name has this in it
-    python -m fake_cuda.run SD1.5 --json        the same as JSON, for the test
+    python -m fake_cuda.run SD1.5 SDXL --json   the same as JSON, for the test: group → row → what `make` gives
     python -m fake_cuda.run sdxl:1024 --set network_rank=32 --set use_gradient_checkpointing=true
                                                 one run of your own: base (demo, sd1, sdxl) and size of images
 
@@ -18,6 +18,7 @@ library.load()  # before torch
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
@@ -164,28 +165,34 @@ def _sparse_file(kind: str, path: Path) -> None:
 
 
 def make(row: rows.Row, bench: Bench, number: int, room: int | None = None) -> dict[str, Any]:
-    """Carry out a row: {"phases": {phase: {figure: number}}, "reads": {place: number} of a step, "error": text}."""
+    """Carry out a row: {"phases": {phase: figures}, "reads" and "writes": {place: number} of a step, "stages": those
+    that its job asks for, "error": text}.
+    """
     from trainer.engine.run import Request, run
     from trainer.errors import AtelierError
     from trainer.events import EventLog
     from trainer.models.base import Model
     from trainer.places import Places
+    from trainer.stages.base import STAGES
 
     places = Places.standalone(bench.root / "models").under(bench.root / f"out {number}")
     places = dataclasses.replace(places, vocabularies=(*places.vocabularies, bench.vocabulary))
-    error = ""
+    error, stages = "", list[str]()
     with cards.inserted(room) as card:
         watch = Watch(card)
         # Reading 7 GB of zeros for the file's metadata takes long and touches no card.
         with watched(watch), cards.mock.patch.object(Model, "hash", lambda self: "0" * 64):
             try:
-                run(Request(bench.job(row), places, estimates=False), EventLog())
+                job = bench.job(row)
+                stages += (name for name, stage in STAGES.items() if stage.wanted(job))
+                run(Request(job, places, estimates=False), EventLog())
             except AtelierError as refused:
                 error = str(refused)
             except Exception:
                 error = traceback.format_exc()
     step = watch.phases.get(STEP)
     return {
+        "stages": stages,
         "phases": {name: figures(counts) for name, counts in watch.phases.items() if name not in SPREAD},
         "reads": dict(step.reads) if step else {},
         "writes": dict(step.writes) if step else {},
@@ -214,20 +221,23 @@ def _own(text: str, settings: list[str]) -> list[rows.Row]:
 def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="a group, or BASE:SIZE")
+    parser.add_argument("what", nargs="+", help="groups, or one BASE:SIZE")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of a run of your own")
     parser.add_argument("--room", type=float, help="GiB of tensors that the card takes; the rest is out of memory")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    chosen = rows.GROUPS[given.what]() if given.what in rows.GROUPS else _own(given.what, given.set)
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
+    numbers = itertools.count()
     with tempfile.TemporaryDirectory() as root:
         bench = Bench(Path(root))
-        for number, row in enumerate(row for row in chosen if given.only in row.name):
-            found[row.name] = make(row, bench, number, given.room and int(given.room * 2**30))
-            if not given.json:
-                show(row.name, found[row.name])
+        for group in given.what:
+            chosen = rows.GROUPS[group]() if group in rows.GROUPS else _own(group, given.set)
+            of_group = found.setdefault(group, {})
+            for row in (row for row in chosen if given.only in row.name):
+                of_group[row.name] = make(row, bench, next(numbers), given.room and int(given.room * 2**30))
+                if not given.json:
+                    show(row.name, of_group[row.name])
     if given.json:
         print(json.dumps(found))
     sys.stdout.flush()

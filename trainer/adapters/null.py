@@ -58,8 +58,9 @@ class Null(Factored):
     def product(self) -> tuple[Tensor, Tensor]:
         down = self._parameters["down"]
         if len(self.held):
-            flat = down.flatten(1)
-            down = (flat - (flat @ self.held.T) @ self.held).view(down.shape)
+            flat = down.flatten(1).to(torch.promote_types(down.dtype, self.held.dtype))
+            held = self.held.to(flat.dtype)
+            down = (flat - (flat @ held.T) @ held).view(down.shape)
         return torch.cat([self.frozen_down, down]), torch.cat([self._parameters["up"], self.frozen_up], dim=1)
 
     @torch.no_grad()
