@@ -94,7 +94,7 @@ def test_an_entry_of_allowed_that_no_step_needs_is_found():
 
 
 def test_every_registered_thing_has_a_row():
-    """Also those that need settings or a package, so that a new one fails until it has."""
+    """So that a new one fails until it has. bitsandbytes has kernels of its own, which no fake card can follow."""
     from trainer.adapters.base import ADAPTERS
     from trainer.modes.base import MODES
     from trainer.optim.optimizers import OPTIMIZERS
@@ -106,7 +106,7 @@ def test_every_registered_thing_has_a_row():
     for kind, group, names in (
         ("type", "types", ADAPTERS.names()),
         ("mode", "modes", MODES.names()),
-        ("optimizer", "optimizers", OPTIMIZERS.names()),
+        ("optimizer", "optimizers", [name for name, one in OPTIMIZERS.items() if one.package != "bitsandbytes"]),
         ("stage", "stages", [*(name for name in STAGES.names() if name != "start"), *set(INITS) - {"default"}]),
     ):
         there = {row.removeprefix(f"{kind} ").partition(": ")[0] for row in known[group]}
