@@ -66,6 +66,7 @@ def refused(tmp_path: Path, net: Network, tensors: dict[str, torch.Tensor]) -> s
     return str(caught.value)
 
 
+@pytest.mark.newest  # older versions of safetensors cannot write all of these
 def test_tensors_of_a_lora_that_cannot_be(tmp_path: Path) -> None:
     net = network(layers(), AdapterSpec("lierla", rank=4, alpha=2.0))
     shake(net)
@@ -74,12 +75,10 @@ def test_tensors_of_a_lora_that_cannot_be(tmp_path: Path) -> None:
     alpha = name.replace("lora_down.weight", "alpha")
     for what, why in (
         ({name: torch.full_like(good[name], float("nan"))}, "a.safetensors.*not finite"),
-        ({name: good[name][0, 0]}, "axes"),
+        ({name: good[name][0, 0]}, "axes"), ({name: good[name][:0]}, "axes"),
         ({alpha: torch.ones(3)}, "one number is right"),
         ({name: good[name].to(torch.complex64)}, "stored as complex64"), ({alpha: torch.tensor(1e30)}, "one number"),
     ):  # fmt: skip
         text = refused(tmp_path, net, {**good, **what})
         assert re.search(why, text) and (name in text or alpha in text), text
-    empty = refused(tmp_path, net, {**good, name: good[name][:0]})  # older readers of safetensors refuse it themselves
-    assert re.search("axes|not a complete safetensors file", empty)
     assert torch.equal(net.export()[name], good[name])
