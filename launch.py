@@ -11,6 +11,7 @@
 The first start installs pinned packages into .venv and needs the network; later starts do not.
 TORCH_COMMAND, as WebUI users know it, replaces the installation of torch: TORCH_COMMAND="pip install torch==2.13.0".
 """
+
 # This file runs before anything is installed and must at least be understood by every Python that a user may have:
 # standard library only, and no syntax newer than Python 2.7.
 from __future__ import print_function
@@ -37,7 +38,7 @@ SETS = {
 }
 # A set that has only what is around the page takes torch and everything else from the set that stands behind it.
 BEHIND = {"a1111": "newest"}
-PAGE_TESTS = ["tests/test_ui_%s.py" % name for name in ("api", "browser", "buttons", "form", "plot")]
+PAGE_TESTS = ["tests/ui/test_%s.py" % name for name in ("api", "browser", "buttons", "form", "plot")]
 # The newest packages no longer support the Python that most WebUIs bring.
 FOR_PYTHON_310 = {"newest.txt": "python310.txt"}
 # Packages of which only a data file is read; their own requirements would be hundreds of megabytes for nothing.
@@ -224,13 +225,13 @@ def say(text):
 def warn_about_cpu_torch(environment):
     """A card that torch cannot use is the most common reason for training that takes days."""
     if environment.torch_has_gpu_support() is False and environment.machine.has_nvidia_card():
-        setting = 'set TORCH_COMMAND=%s' if environment.machine.windows else 'export TORCH_COMMAND="%s"'
+        setting = "set TORCH_COMMAND=%s" if environment.machine.windows else 'export TORCH_COMMAND="%s"'
         line = setting % (TORCH_COMMAND + " --index-url ADDRESS")
         say(
             "an NVIDIA card is here, but the installed torch can only use the CPU.\n"
             "  Mend it with this line, then start again:\n"
             "    %s\n"
-            "  ADDRESS is the index for your CUDA version that PyTorch's \"Get started\" page shows." % line
+            '  ADDRESS is the index for your CUDA version that PyTorch\'s "Get started" page shows.' % line
         )
 
 
@@ -247,7 +248,7 @@ def test(environment, lock, arguments):
     environment.prepare(tests=True)
     checks = []
     if lock == "newest" and not arguments:
-        checks += [["ruff", "check", "."], ["mypy"]]
+        checks += [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
     chosen = ["-m", "not newest and not everywhere"] if lock != "newest" else []
     # As many tests at once as there are cores, each with one thread: what they compute is too small for several.
     workers = [] if arguments else ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal"]
@@ -272,10 +273,10 @@ def options_of_test(arguments):
     rest, lock = list(arguments), "newest"
     for i, word in enumerate(rest):
         if word == "--lock" or word.startswith("--lock="):
-            value = word[len("--lock="):] if "=" in word else (rest[i + 1:i + 2] or [""])[0]
+            value = word[len("--lock=") :] if "=" in word else (rest[i + 1 : i + 2] or [""])[0]
             if value not in SETS:
                 raise Failure("--lock takes %s, not %r." % (" or ".join(sorted(SETS)), value))
-            del rest[i:i + (1 if "=" in word else 2)]
+            del rest[i : i + (1 if "=" in word else 2)]
             return value, rest
     return lock, rest
 

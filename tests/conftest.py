@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,24 +12,44 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
-# Files that test what no package version changes: once is enough for all sets of versions.
-EVERYWHERE = {
-    "test_adapters_contract", "test_adapters_experts", "test_adapters_export", "test_adapters_fast",
-    "test_adapters_lowrank", "test_adapters_null", "test_adapters_options", "test_adapters_presets",
-    "test_adapters_types", "test_adapters_universal", "test_architecture", "test_data_buckets", "test_data_cache",
-    "test_data_dataset", "test_data_plan", "test_data_scan", "test_demo_effect", "test_demo_evaluate",
-    "test_demo_measure", "test_demo_modes", "test_demo_world", "test_engine_flags", "test_engine_losses",
-    "test_engine_again", "test_engine_faults", "test_engine_resume", "test_engine_scaler", "test_engine_trackers",
-    "test_gpu_memory", "test_gpu_numbers", "test_gpu_runs",
-    "test_jobs_live", "test_jobs_many", "test_jobs_queue", "test_jobs_store", "test_launch", "test_maths",
-    "test_modes_addift",
-    "test_modes_concept", "test_modes_difference", "test_modes_table", "test_modes_traintrain", "test_no_float64",
-    "test_optim", "test_params_family", "test_params_fuzz", "test_params_load", "test_params_presets",
-    "test_params_rules",
-    "test_params_traintrain",
-    "test_params_views", "test_readme", "test_recipes", "test_schedulers", "test_stages_abm", "test_stages_lalora",
-    "test_stages_prior", "test_tools_bench", "test_tools_pairs", "test_types", "test_writing",
+# Folder: its files that test what no package version changes; once is enough for all sets of versions.
+ALL = None
+EVERYWHERE: dict[str, set[str] | None] = {
+    "": {"test_architecture", "test_launch", "test_writing"},
+    "adapters": {
+        "test_contract",
+        "test_experts",
+        "test_export",
+        "test_fast",
+        "test_null",
+        "test_options",
+        "test_presets",
+        "test_types",
+        "test_universal",
+    },
+    "data": {"test_buckets", "test_cache", "test_dataset", "test_plan", "test_scan"},
+    "demo": ALL,
+    "docs": ALL,
+    "engine": {
+        "test_again",
+        "test_faults",
+        "test_flags",
+        "test_losses",
+        "test_no_float64",
+        "test_resume",
+        "test_scaler",
+        "test_trackers",
+    },
+    "gpu": ALL,
+    "jobs": ALL,
+    "maths": {"test_lowrank", "test_schedule"},
+    "modes": {"test_addift", "test_concept", "test_difference", "test_table", "test_traintrain"},
+    "optim": ALL,
+    "params": {"test_family", "test_fuzz", "test_load", "test_presets", "test_rules", "test_traintrain", "test_views"},
+    "stages": ALL,
+    "tools": {"test_bench", "test_pairs"},
 }  # fmt: skip
+TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(without)
-        if item.path.stem in EVERYWHERE:
+        folder = item.path.parent.relative_to(TESTS).as_posix()
+        files = EVERYWHERE.get("" if folder == "." else folder, set())
+        if files is ALL or item.path.stem in files:
             item.add_marker("everywhere")
 
 

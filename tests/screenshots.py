@@ -2,6 +2,7 @@
 
 A whole training of the demo, in a browser, with a folder of its own for what it writes.
 """
+
 from __future__ import annotations
 
 import io
@@ -10,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from app_case import STATE, STEP, App, opened
 from browser import Page, browser
 from PIL import Image
-from test_ui_real import STATE, STEP, App, opened
 
 from trainer.places import ROOT
 

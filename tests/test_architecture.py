@@ -1,4 +1,5 @@
 """The house as code: who may import whom, and the few rules a reader would otherwise have to remember."""
+
 from __future__ import annotations
 
 import ast

@@ -1,4 +1,5 @@
 """The start without a WebUI: what launch.py installs, when it does not, and what it says. No network, no real pip."""
+
 from __future__ import annotations
 
 import ast
@@ -208,8 +209,9 @@ def test_test_runs_all_checks_and_reports_the_first_failure(root: Path) -> None:
     python = str(root / ".venv/bin/python")
     assert machine.said("-r", "test.txt")
     workers = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal"]
-    assert machine.commands[-3:] == [
-        [python, "-m", "ruff", "check", "."], [python, "-m", "mypy"], [python, "-m", "pytest", *workers]
+    assert machine.commands[-4:] == [
+        [python, "-m", "ruff", "check", "."], [python, "-m", "ruff", "format", "--check", "."], [python, "-m", "mypy"],
+        [python, "-m", "pytest", *workers],
     ]  # fmt: skip
     assert machine.options[-1]["cwd"] == str(root)
     again = FakeMachine()
@@ -238,8 +240,8 @@ def test_the_a1111_set_stands_in_front_of_the_newest(root: Path) -> None:
     assert [command[0] == python for command in installed] == [False] * (len(installed) - 1) + [True]
     assert installed[-1][-1].endswith("a1111.txt") and machine.said("newest.txt") and machine.said("test.txt")
     again = FakeMachine()
-    assert launch.main(["test", "--lock=a1111", "tests/test_ui_plot.py"], str(root), again) == 0
-    page_only = ["-m", "not newest and not everywhere", "tests/test_ui_plot.py"]
+    assert launch.main(["test", "--lock=a1111", "tests/ui/test_plot.py"], str(root), again) == 0
+    page_only = ["-m", "not newest and not everywhere", "tests/ui/test_plot.py"]
     assert again.commands == [[python, "-m", "pytest", *page_only]]
 
 

@@ -1,4 +1,5 @@
 """`python -m trainer …`."""
+
 import sys
 
 from .cli.main import main

@@ -3,6 +3,7 @@
 A message says what was given, where, what would be right and what to do next. Anything that is not an `AtelierError`
 is a defect of ours and keeps its traceback.
 """
+
 from __future__ import annotations
 
 import reprlib

@@ -14,7 +14,6 @@ LONGEST_NUMBER = 400
 """Characters of a number; more than this is no setting, and converting it takes long."""
 
 
-
 class JsonError(ValueError):
     """A text that is not JSON, or more than is read; the message says what is wrong and where, not in which file."""
 

@@ -1,4 +1,5 @@
 """Which process owns a file or a folder: a lock that the system releases however the process ends."""
+
 from __future__ import annotations
 
 import errno

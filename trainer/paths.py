@@ -41,8 +41,7 @@ def exists(path: Path) -> bool:
 
 
 def why_absent(path: Path) -> str:
-    """Why there is nothing usable at a path, as the end of a sentence that begins with it; "" when there is something.
-    """
+    """Why there is nothing usable at a path, as the end of a sentence that begins with it; "" when there is."""
     try:
         path.stat()
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 A file is written beside its place under a temporary name. While its writer lives, that file is locked, so that what
 a killed process left behind can be told from what another one is writing at the moment.
 """
+
 from __future__ import annotations
 
 import contextlib

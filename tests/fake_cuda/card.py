@@ -113,8 +113,7 @@ class Card(TorchDispatchMode):
 
     @contextlib.contextmanager
     def phase(self) -> Iterator[Counts]:
-        """What happens inside the block is counted in what is given and not in the phase around it; the peak in both.
-        """
+        """Count what happens inside the block in what is given, not in the phase around it; the peak in both."""
         around, self.counts = self.counts, Counts(peak=self.live)
         try:
             yield self.counts

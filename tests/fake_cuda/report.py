@@ -4,7 +4,7 @@
     python -m fake_cuda.report full       the same at the sizes that people train with; some minutes
     python -m fake_cuda.report quick --json
 
-PYTHONPATH must name the repository and its `tests` folder.
+PYTHONPATH must name the repository, its `tests` folder and `tests/support`.
 """
 
 from __future__ import annotations

@@ -94,7 +94,9 @@ def pairs() -> list[Row]:
         Row(
             f"demo: {model}, LoRA {lora}{', checkpointing' if saves else ''}",
             {
-                "train_model_precision": model, "train_lora_precision": lora, "use_gradient_checkpointing": saves,
+                "train_model_precision": model,
+                "train_lora_precision": lora,
+                "use_gradient_checkpointing": saves,
                 **FEW_WITH_TEXTS,
             },
         )

@@ -6,7 +6,7 @@
     python -m fake_cuda.run sdxl:1024 --set network_rank=32 --set use_gradient_checkpointing=true
                                                 one run of your own: base (demo, sd1, sdxl) and size of images
 
-PYTHONPATH must name the repository and its `tests` folder.
+PYTHONPATH must name the repository, its `tests` folder and `tests/support`.
 """
 
 from __future__ import annotations

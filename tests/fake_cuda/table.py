@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import children
+
 from . import rows
 from .allowed import allowed
 
@@ -24,8 +26,8 @@ FIGURES = ("kernels", "to card", "from card", "MiB at most")
 TOLERANCE = 0.02
 FILE = Path(__file__).with_name("table.json")
 ROOT = Path(__file__).parents[2]
-COMMAND = "PYTHONPATH=.:tests python -m fake_cuda.table"
-SEE = "PYTHONPATH=.:tests python -m fake_cuda.run"
+COMMAND = "PYTHONPATH=.:tests:tests/support python -m fake_cuda.table"
+SEE = "PYTHONPATH=.:tests:tests/support python -m fake_cuda.run"
 
 Phases = dict[str, dict[str, list[float]]]
 """Row → phase → figures."""
@@ -52,7 +54,7 @@ def measured(groups: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The runs of groups, in one process of their own: group → row → what `run.make` gives. Raises RuntimeError when
     it fails.
     """
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [*map(str, children.FOLDERS), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the helpers of the tests
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))  # the helpers of the tests
 
 import torch
 

@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 from adapter_layers import layers, network, shake
-from test_adapters_contract import SPECS
+from adapter_specs import SPECS
 
 from trainer.adapters.bases import _read as read_decompositions
 from trainer.adapters.basis_file import DOWN, MARK, MEAN, UP, VERSION, read_basis

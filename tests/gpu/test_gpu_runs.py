@@ -14,7 +14,7 @@ import pair_case
 import pytest
 import torch
 from gpu_case import CUDA, FEW, ILECO, MIB, session, settled, train
-from test_engine_flags import switches
+from torch_switches import switches
 
 from trainer.engine import loop
 from trainer.engine.control import Control

@@ -2,6 +2,7 @@
 
 A type is one file with one class: which layers it covers, its tensors, ΔW, and, where it pays, a faster forward.
 """
+
 from __future__ import annotations
 
 import math
@@ -205,8 +206,13 @@ class Adapter(nn.Module, ABC):
     def tags(cls) -> frozenset[str]:
         """The tags of the parameters that act on this type: its own, and those of the common options."""
         common = {
-            "rank": cls.ranked, "alpha": cls.ranked, "max_norm": bool(cls.factors), "loraplus": bool(cls.ups),
-            "freeze_down": bool(cls.downs), "dropout": cls.droppable, "init": bool(cls.inits),
+            "rank": cls.ranked,
+            "alpha": cls.ranked,
+            "max_norm": bool(cls.factors),
+            "loraplus": bool(cls.ups),
+            "freeze_down": bool(cls.downs),
+            "dropout": cls.droppable,
+            "init": bool(cls.inits),
         }
         return cls.needs | {tag for tag, has in common.items() if has}
 

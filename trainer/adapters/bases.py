@@ -1,4 +1,5 @@
 """Orthonormal bases made from the weights of a model, one pair per layer, kept in a file when the user wants that."""
+
 from __future__ import annotations
 
 import hashlib
@@ -26,8 +27,12 @@ class SvdParams:
     """Where decompositions of the weights are kept."""
 
     svd_cache_path: str = param(
-        "", "File that keeps the decompositions of the model's weights for the next run; empty computes them anew.",
-        "option", needs="svd", holds="file")
+        "",
+        "File that keeps the decompositions of the model's weights for the next run; empty computes them anew.",
+        "option",
+        needs="svd",
+        holds="file",
+    )
 
 
 def weight_bases(

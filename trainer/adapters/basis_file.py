@@ -4,6 +4,7 @@ Ours: `<layer>.basis_down` (k, in) and `<layer>.basis_up` (out, k), orthonormal,
 `<layer>.basis_mean` (k, k), the collection's mean ΔW in them; metadata `atelier_basis`. The fork's (its
 extract_universal_lora script): `<layer>.lora_down.weight.basis` (in, k) and `.mean` (in), the same of lora_up.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -68,7 +69,7 @@ def plain_name(name: str) -> str:
     flat = name.replace(".", "_").removeprefix("lora_")
     for before, after in (("text_encoder_2_", "te2_"), ("text_encoder_", "te1_"), ("te_", "te1_")):
         if flat.startswith(before):
-            return after + flat[len(before):]
+            return after + flat[len(before) :]
     return flat
 
 

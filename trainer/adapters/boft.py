@@ -1,4 +1,5 @@
 """BOFT: rotations of outputs as several stages of small ones, arranged like a butterfly (2311.06243)."""
+
 from __future__ import annotations
 
 import torch

@@ -59,8 +59,7 @@ def single(tensor: Tensor) -> float:
 
 
 def taken(tensors: Mapping[str, Tensor], name: str, axes: int, file: str) -> Tensor:
-    """A tensor of a file by name, float32, with that many axes. Raises AdapterError when it is not there or otherwise.
-    """
+    """A tensor of a file by name, float32. Raises AdapterError when it is absent or has not that many axes."""
     found = tensors.get(name)
     if found is None or found.ndim != axes or not found.numel():
         form = "is missing" if found is None else f"has the shape {list(found.shape)}"

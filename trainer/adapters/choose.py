@@ -1,4 +1,5 @@
 """Which layers of a model get an adapter: by type, part, block and kind of attention."""
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
@@ -72,5 +73,5 @@ def split_name(name: str, table: dict[str, str]) -> tuple[str, str] | None:
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
     place = name.find(".")
     while place >= 0:
-        yield name[:place], name[place + 1:]
+        yield name[:place], name[place + 1 :]
         place = name.find(".", place + 1)

@@ -1,4 +1,5 @@
 """Types whose parameters are their file's tensors: writing, reading and scaling, written once."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """DoRA: the length and the direction of each row or column of a weight are trained apart (2402.09353)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -25,12 +26,20 @@ class DoraOptions:
     """What lierla, c3lier, loha and lokr have for DoRA."""
 
     use_dora: bool = param(
-        False, "Train the length and the direction of each weight apart (DoRA): often better at low ranks, slower."
+        False,
+        "Train the length and the direction of each weight apart (DoRA): often better at low ranks, slower."
         " Types universal and experts scale the rows of what they learn instead and stay a plain LoRA.",
-        "option", needs="dora")
+        "option",
+        needs="dora",
+    )
     network_dora_axis: str = param(
-        "input", "Which lengths DoRA trains: one for each input, which A1111, Forge and ComfyUI read right, or one for"
-        " each output, as PEFT and newer LyCORIS files have it.", "option", needs="dora_axis", choices=AXES)
+        "input",
+        "Which lengths DoRA trains: one for each input, which A1111, Forge and ComfyUI read right, or one for"
+        " each output, as PEFT and newer LyCORIS files have it.",
+        "option",
+        needs="dora_axis",
+        choices=AXES,
+    )
 
 
 def axis_args(spec: AdapterSpec) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What adapters know of the moment: the random draws of a training step, a pure function of seed, micro batch, layer
 and sample, and the timesteps of a prediction."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """DyLoRA: a LoRA that works at every rank up to its own (2210.07558)."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,8 +22,13 @@ class DyloraOptions:
     """What DyLoRA adds to the table."""
 
     network_unit: int = param(
-        4, "Ranks are trained in steps of this many; it must divide network_rank.", "option", needs="dylora", low=1,
-        high=1024)
+        4,
+        "Ranks are trained in steps of this many; it must divide network_rank.",
+        "option",
+        needs="dylora",
+        low=1,
+        high=1024,
+    )
 
 
 def unit_divides(job: Job, mode: ModeInfo) -> str:

@@ -1,4 +1,5 @@
 """EH: one small block used for every group of channels, as in sd-trainer's network of 2023."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ class EhOptions:
     """What EH adds to the table."""
 
     network_groups: int = param(
-        4, "Groups of channels that share one block; more make a smaller file.", "option", needs="eh", low=1, high=64)
+        4, "Groups of channels that share one block; more make a smaller file.", "option", needs="eh", low=1, high=64
+    )
 
 
 @ADAPTERS.register("eh")

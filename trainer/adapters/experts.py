@@ -1,4 +1,5 @@
 """Experts after EffiLoRA (2512.00878): a down matrix for all layers of a width, several up matrices mixed by gates."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -146,7 +147,7 @@ class Experts(Factored):
         middle, gates = seen.middle.float(), seen.gates.float()
         inverse = torch.linalg.pinv(middle.T @ middle, hermitian=True)
         ups = self.experts.float()
-        up = sum(ups[e] @ ((middle * gates[:, e: e + 1]).T @ middle @ inverse) for e in range(len(ups)))
+        up = sum(ups[e] @ ((middle * gates[:, e : e + 1]).T @ middle @ inverse) for e in range(len(ups)))
         wanted = torch.einsum("ne,nr,eor->no", gates, middle, ups)
         size = wanted.norm()
         rest = (wanted - middle @ up.T).norm().detach()

@@ -1,4 +1,5 @@
 """What is written: the adapter's own file, or a plain LoRA of the same ΔW, which every WebUI reads."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Types whose ΔW is a product U·D made of fewer or other numbers than U and D: written and computed as plain LoRA."""
+
 from __future__ import annotations
 
 from abc import abstractmethod

@@ -1,4 +1,5 @@
 """LoRA files: safetensors written whole or not at all, with kohya's hashes, and read without keeping the file open."""
+
 from __future__ import annotations
 
 import hashlib
@@ -76,7 +77,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-        header = parse(content[8:8 + int.from_bytes(content[:8], "little")])
+        header = parse(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except FileNotFoundError as error:
         raise AdapterError(f"There is no LoRA file {path}. Check the name and the folder.") from error
     except OSError as error:
@@ -126,7 +127,7 @@ def _hashes(body: memoryview, entries: Mapping[str, object], metadata: Mapping[s
         return {}
     whole = hashlib.sha256(body).hexdigest()
     start = max(0, _LEGACY_START - len(_header(entries, training)))
-    legacy = hashlib.sha256(body[start:start + _LEGACY_LENGTH]).hexdigest()[:8]
+    legacy = hashlib.sha256(body[start : start + _LEGACY_LENGTH]).hexdigest()[:8]
     return {"sshs_model_hash": whole, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{whole}"}
 
 

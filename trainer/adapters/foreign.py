@@ -3,6 +3,7 @@
 Which layer a name means is `Layer.also`'s; here is what follows it. A file that is written as kohya and LyCORIS write
 comes through unchanged.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -31,14 +32,17 @@ _WRAPPED = re.compile(r"^(?:base_model\.model\.|diffusion_model\.base_model\.mod
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 _TEXT_ATTENTION = re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 
-_TAILS: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern + "$"), name) for pattern, name in (
-    (r"\.lora_A(?:\.[^.]+)?(?:\.weight)?", ".lora_down.weight"),
-    (r"\.lora_B(?:\.[^.]+)?(?:\.weight)?", ".lora_up.weight"),
-    (r"\.(?:lora|lora_linear_layer)\.down\.weight", ".lora_down.weight"),
-    (r"\.(?:lora|lora_linear_layer)\.up\.weight", ".lora_up.weight"),
-    (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", ".dora_scale"),
-    (r"\.lora_mid\.[^.]+\.weight", ".lora_mid.weight"),
-))
+_TAILS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern + "$"), name)
+    for pattern, name in (
+        (r"\.lora_A(?:\.[^.]+)?(?:\.weight)?", ".lora_down.weight"),
+        (r"\.lora_B(?:\.[^.]+)?(?:\.weight)?", ".lora_up.weight"),
+        (r"\.(?:lora|lora_linear_layer)\.down\.weight", ".lora_down.weight"),
+        (r"\.(?:lora|lora_linear_layer)\.up\.weight", ".lora_up.weight"),
+        (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", ".dora_scale"),
+        (r"\.lora_mid\.[^.]+\.weight", ".lora_mid.weight"),
+    )
+)
 
 
 def in_our_names(
@@ -87,7 +91,7 @@ def our_name(name: str) -> str:
             which, side = old.groups()
             if which == "out" and pattern is _PROCESSOR:
                 which = "out.0"
-            return f"{name[:old.start()]}{layer.format(which)}.lora_{side}.weight"
+            return f"{name[: old.start()]}{layer.format(which)}.lora_{side}.weight"
     for pattern, tail in _TAILS:
         if pattern.search(name):
             return pattern.sub(tail, name)

@@ -1,4 +1,5 @@
 """Full: every number of the layers' weights is trained, and saved as the difference."""
+
 from __future__ import annotations
 
 import torch

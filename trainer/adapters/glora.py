@@ -1,4 +1,5 @@
 """GLoRA: a low-rank change of the weight's input beside a low-rank change of the weight (2306.07967)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -50,8 +51,12 @@ class Glora(Direct):
         a1, a2 = tensors.get("a1.weight"), tensors.get("a2.weight")
         newer = a1 is not None and a2 is not None and a1.shape[0] == a2.shape[1] != self.rank
         if newer:  # W·a1·a2 + b1·b2
-            swap = {"a1.weight": "a2.weight", "a2.weight": "a1.weight", "b1.weight": "b2.weight",
-                    "b2.weight": "b1.weight"}
+            swap = {
+                "a1.weight": "a2.weight",
+                "a2.weight": "a1.weight",
+                "b1.weight": "b2.weight",
+                "b2.weight": "b1.weight",
+            }
             tensors = {swap.get(name, name): tensor for name, tensor in tensors.items()}
         return super().read(tensors, factor)
 

@@ -1,4 +1,5 @@
 """IA³: one number for each output (or input) of a few layers (2205.05638)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """LyCORIS's functional part, imported when a type needs it. Its modules, merges and reloads are not used."""
+
 from __future__ import annotations
 
 import importlib

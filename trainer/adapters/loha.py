@@ -1,4 +1,5 @@
 """LoHa: the elementwise product of two low-rank matrices, of rank up to r² (FedPara 2108.06098; LyCORIS 2309.14859)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

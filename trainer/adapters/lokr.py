@@ -1,4 +1,5 @@
 """LoKr: a Kronecker product of a small and a larger matrix, the larger one of low rank (LyCORIS, arXiv:2309.14859)."""
+
 from __future__ import annotations
 
 import math
@@ -32,12 +33,19 @@ class LokrOptions:
     """What LoKr adds to the table."""
 
     network_factor: int = param(
-        -1, "Size of the small matrix: the largest divisor up to it; -1 makes both matrices as equal as possible.",
-        OPTION, needs="lokr", low=-1, high=4096)
+        -1,
+        "Size of the small matrix: the largest divisor up to it; -1 makes both matrices as equal as possible.",
+        OPTION,
+        needs="lokr",
+        low=-1,
+        high=4096,
+    )
     network_decompose_both: bool = param(
-        False, "Make the small matrix low-rank too: a smaller file.", OPTION, needs="lokr")
+        False, "Make the small matrix low-rank too: a smaller file.", OPTION, needs="lokr"
+    )
     network_full_matrix: bool = param(
-        False, "Keep both matrices whole, whatever the rank; alpha then counts as the rank.", OPTION, needs="lokr")
+        False, "Keep both matrices whole, whatever the rank; alpha then counts as the rank.", OPTION, needs="lokr"
+    )
 
 
 def both_ways(job: Job, mode: ModeInfo) -> str:

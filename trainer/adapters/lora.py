@@ -1,4 +1,5 @@
 """LoRA on linear and 1×1 convolution layers (2106.09685), and LoCon: also the convolutions of the residual blocks."""
+
 from __future__ import annotations
 
 import math

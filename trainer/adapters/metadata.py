@@ -2,6 +2,7 @@
 
 No key carries a folder of the user's machine: `base_names` reduces whatever looks like a path to its last part.
 """
+
 from __future__ import annotations
 
 import json
@@ -170,10 +171,12 @@ def _network_args(facts: FileFacts) -> dict[str, str]:
 
 def _full(facts: FileFacts) -> dict[str, Any]:
     """kohya's further keys, as far as they have a meaning here."""
-    buckets = {"buckets": {
-        str(number): {"resolution": [int(side) for side in size.split("x")], "count": count}
-        for number, (size, count) in enumerate(facts.bucket_counts.items())
-    }}
+    buckets = {
+        "buckets": {
+            str(number): {"resolution": [int(side) for side in size.split("x")], "count": count}
+            for number, (size, count) in enumerate(facts.bucket_counts.items())
+        }
+    }
     return {
         "ss_session_id": facts.session_id,
         "ss_training_finished_at": facts.finished_at or None,

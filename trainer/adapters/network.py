@@ -1,4 +1,5 @@
 """All adapters of one training: made, attached, measured, loaded and exported together."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -192,8 +193,10 @@ class Network(nn.Module):
         """What the metadata says of the network: keyword arguments for `metadata.FileFacts`."""
         kind = ADAPTERS.get(self.spec.type)
         return {
-            "network_type": ADAPTERS.canonical(self.spec.type), "network_module": kind.network_module,
-            "network_rank": self.spec.rank, "network_alpha": self.spec.alpha,
+            "network_type": ADAPTERS.canonical(self.spec.type),
+            "network_module": kind.network_module,
+            "network_rank": self.spec.rank,
+            "network_alpha": self.spec.alpha,
             "network_args": {**kind.network_args(self.spec), **shown_options(self.spec[NetworkOptions])},
         }
 

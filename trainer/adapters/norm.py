@@ -1,4 +1,5 @@
 """Norm: the scales and shifts of the UNet's normalisation layers."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Null-LoRA (2512.15233), cross-frozen: each half of the rank trains one factor, and one is frozen in a null space."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

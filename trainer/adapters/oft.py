@@ -1,4 +1,5 @@
 """OFT: small rotations of a layer's outputs (2306.07280), one block of neighbouring outputs at a time."""
+
 from __future__ import annotations
 
 from abc import abstractmethod

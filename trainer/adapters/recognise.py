@@ -1,4 +1,5 @@
 """What settings a LoRA file was made with, as far as its tensors tell: for the error of someone who chose others."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +13,14 @@ Seen = tuple[str, str, Mapping[str, Tensor]]
 """Kind and block of a layer, and what a file has for it."""
 
 _TYPES = (
-    ("hada_w1_a", "loha"), ("lokr_w1", "lokr"), ("lokr_w1_a", "lokr"), ("a1.weight", "glora"), ("w_norm", "norm"),
-    ("on_input", "ia3"), ("diff", "full"), ("linear.weight", "eh"),
+    ("hada_w1_a", "loha"),
+    ("lokr_w1", "lokr"),
+    ("lokr_w1_a", "lokr"),
+    ("a1.weight", "glora"),
+    ("w_norm", "norm"),
+    ("on_input", "ia3"),
+    ("diff", "full"),
+    ("linear.weight", "eh"),
 )
 _CORES = ("lora_mid.weight", "hada_t1", "lokr_t2")
 

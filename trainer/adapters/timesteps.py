@@ -1,4 +1,5 @@
 """T-LoRA: the noisier the picture, the fewer ranks are trained (2507.05964)."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,8 +16,14 @@ class TimestepOptions:
     """What plain LoRA and LoCon add to the table for T-LoRA."""
 
     network_timestep_rank: int = param(
-        0, "Ranks that are trained at the noisiest timestep; more take part the less noise there is (T-LoRA). The file"
-        " has them all. 0 is off.", "option", needs="timestep_rank", low=0, high=1024)
+        0,
+        "Ranks that are trained at the noisiest timestep; more take part the less noise there is (T-LoRA). The file"
+        " has them all. 0 is off.",
+        "option",
+        needs="timestep_rank",
+        low=0,
+        high=1024,
+    )
 
 
 def below_the_rank(job: Job, mode: ModeInfo) -> str:

@@ -1,4 +1,5 @@
 """Universal LoRA (2512.05117): only a small core between two fixed bases is trained."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -27,11 +28,19 @@ class UniversalParams:
     """What Universal LoRA adds to the table."""
 
     basis_path: str = param(
-        "", "File of bases, made by the basis tool from a folder of LoRAs; empty uses the main directions of the"
-        " model's own weights.", "option", needs="universal", holds="file")
+        "",
+        "File of bases, made by the basis tool from a folder of LoRAs; empty uses the main directions of the"
+        " model's own weights.",
+        "option",
+        needs="universal",
+        holds="file",
+    )
     network_basis_mean: bool = param(
-        False, "Start at the mean of the LoRAs that the bases were made from, instead of at the bare model.", "option",
-        needs="universal")
+        False,
+        "Start at the mean of the LoRAs that the bases were made from, instead of at the bare model.",
+        "option",
+        needs="universal",
+    )
 
 
 def basis_there(job: Job, mode: ModeInfo) -> str:
@@ -109,7 +118,7 @@ class Universal(Factored):
         if lost <= LOST:
             return {"core": core}
         u, s, v = product_svd(down, up)
-        if self._given or float(s[self.rank:].norm()) > LOST * float(s.norm()):
+        if self._given or float(s[self.rank :].norm()) > LOST * float(s.norm()):
             raise AdapterError(
                 f"{self.key}: {lost:.0%} of what the file has learned lies outside the bases of this network. Set"
                 f" basis_path to the bases it was made with, or network_rank to {len(s)} and basis_path to nothing."

@@ -1,4 +1,5 @@
 """Which layers types sit on, by the words of kohya's and LyCORIS's trainers, and rules about settings they ignore."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """The standalone app: the tab as a page of its own, on this machine alone unless asked."""
+
 from __future__ import annotations
 
 import asyncio

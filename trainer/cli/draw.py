@@ -1,4 +1,5 @@
 """Pictures of a prompt with our own sampler, with a LoRA file or without, for where there is no WebUI to draw them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -70,9 +71,7 @@ class Easel:
         if self._held is None or self._held[0] != key:
             self._held = None
             storage = torch.float16 if device.type == "cuda" else None
-            model = load_model(
-                path, vae_path=vae, text_paths=texts, v_pred=wish.v_pred, storage=storage, device=device
-            )
+            model = load_model(path, vae_path=vae, text_paths=texts, v_pred=wish.v_pred, storage=storage, device=device)
             if wish.zero_snr:
                 model.schedule = model.schedule.ending_in_noise()
             self._held = (key, model)

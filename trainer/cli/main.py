@@ -71,8 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="time a training step against PEFT, LyCORIS and the bare UNet")
-    bench.add_argument("--size", nargs="+", default=["small"], choices=("small", "sd15"),
-                       help="sizes of the UNet, one after the other: 5.5 M and 860 M parameters")
+    bench.add_argument(
+        "--size",
+        nargs="+",
+        default=["small"],
+        choices=("small", "sd15"),
+        help="sizes of the UNet, one after the other: 5.5 M and 860 M parameters",
+    )
     bench.add_argument("--steps", type=int, default=12, help="rounds that count (two more warm up)")
     bench.add_argument("--batch", type=int, default=None, help="samples per step (small: 8, sd15: 1)")
     bench.add_argument("--latents", type=int, default=8, help="side of the square latents")
@@ -87,8 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--only", default="", metavar="TEXT", help="only scenarios whose name holds this text")
     evaluate.add_argument("--write", action="store_true", help="write the tables into docs/")
     evaluate.add_argument(
-        "--workers", type=_workers, default=min(os.cpu_count() or 1, 8), metavar="N",
-        help="processes that share the work, one thread each (default: one per core)")
+        "--workers",
+        type=_workers,
+        default=min(os.cpu_count() or 1, 8),
+        metavar="N",
+        help="processes that share the work, one thread each (default: one per core)",
+    )
     evaluate.add_argument("--output-dir", type=Path, default=ROOT / "logs" / "evaluate", help="where results are kept")
     evaluate.set_defaults(run=_evaluate)
 
@@ -107,8 +116,10 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("job", nargs="?", help="settings JSON, the name of a preset, or the run folder with --resume")
     train.add_argument(
-        "--resume", action="store_true",
-        help="continue the run in the given run folder; --set may make it longer or say where its data are now")
+        "--resume",
+        action="store_true",
+        help="continue the run in the given run folder; --set may make it longer or say where its data are now",
+    )
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)"
     )

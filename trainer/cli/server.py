@@ -1,4 +1,5 @@
 """The HTTP server of the standalone app."""
+
 from __future__ import annotations
 
 import asyncio

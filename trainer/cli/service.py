@@ -1,4 +1,5 @@
 """The service of a host: its table, queue, engine and folders put together."""
+
 from __future__ import annotations
 
 from typing import Any

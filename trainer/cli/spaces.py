@@ -1,4 +1,5 @@
 """Commands that make the files of experimental adapters: `basis` and `curvature`."""
+
 from __future__ import annotations
 
 import argparse

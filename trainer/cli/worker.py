@@ -1,6 +1,7 @@
 """What the queue and the service need of the engine: a run from the job of an entry to its file, looks at files, and
 pictures where the host draws none.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -117,8 +118,7 @@ class Bench:
         return Outcome(result.reason, str(result.path or ""), str(result.folder or ""))
 
     def _show_lora(self, log: EventLog) -> None:
-        """Make a new LoRA known to the host. It is written, and nothing in the host's own code turns that into failure.
-        """
+        """Make a new LoRA known to the host. It is written; a fault in the host's own code does not undo that."""
         try:
             self.host.refresh_loras()
         except Exception as error:

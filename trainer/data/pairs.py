@@ -321,4 +321,3 @@ def _refuse(faults: Sequence[str]) -> None:
             " same size and different content; in a folder, both the same name, the target's with diff_target_name at"
             " its end."
         )
-

@@ -233,9 +233,7 @@ def _captions(found: list[_Found], settings: ImageSettings) -> dict[str, tuple[s
         advice = "Save them as UTF-8 text, for example with a text editor's Save As."
         if not all(fault.endswith(_NOT_TEXT) for fault in faults):
             advice = "Check their permissions."
-        raise DataError(
-            f"{len(faults)} caption files cannot be read: {listed(list(dict.fromkeys(faults)))}. {advice}"
-        )
+        raise DataError(f"{len(faults)} caption files cannot be read: {listed(list(dict.fromkeys(faults)))}. {advice}")
     return captions
 
 

@@ -79,9 +79,16 @@ def load_state(path: Path) -> dict | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def train(name: str, model: torch.nn.Module, loss_at: Callable[[int], torch.Tensor], budget: Budget, checkpoint: Path,
-          on_save: Callable[[int], None] = lambda step: None, ema: torch.nn.Module | None = None,
-          clip: float = 1.0) -> None:
+def train(
+    name: str,
+    model: torch.nn.Module,
+    loss_at: Callable[[int], torch.Tensor],
+    budget: Budget,
+    checkpoint: Path,
+    on_save: Callable[[int], None] = lambda step: None,
+    ema: torch.nn.Module | None = None,
+    clip: float = 1.0,
+) -> None:
     """Train `model` by AdamW on `loss_at(step)` up to `budget.steps`, continuing from `checkpoint` where it exists.
 
     `ema` is a copy of the model whose weights follow with a decay that rises to 0.999. `on_save(step)` runs after every
@@ -137,8 +144,11 @@ def export(model: torch.nn.Module, folder: Path, weights: str, config: dict, pre
     `prefix` is put before every tensor's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {prefix + name: value.detach().half().contiguous() for name, value in model.state_dict().items()
-               if value.is_floating_point()}
+    tensors = {
+        prefix + name: value.detach().half().contiguous()
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
     save_file(tensors, folder / f"{weights}.tmp", metadata={"format": "pt"})
     os.replace(folder / f"{weights}.tmp", folder / weights)
     write_json(folder / "config.json", config)

@@ -46,9 +46,17 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     common.write_json(folder / "special_tokens_map.json", special)
-    common.write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True, "errors": "replace",
-        "add_prefix_space": False, **special})
+    common.write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": LENGTH,
+            "do_lower_case": True,
+            "errors": "replace",
+            "add_prefix_space": False,
+            **special,
+        },
+    )
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -58,11 +66,21 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A fresh text encoder: ids `B x 32` to states `B x 32 x 128`."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=LENGTH, hidden_act="quick_gelu", projection_dim=128,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            hidden_act="quick_gelu",
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    )
 
 
 def load(folder: Path) -> CLIPTextModel:
@@ -73,14 +91,13 @@ def load(folder: Path) -> CLIPTextModel:
 
 def to_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Token ids `B x 32`, padded with the end token as in SD1."""
-    return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True,
-                     return_tensors="pt").input_ids
+    return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 @torch.no_grad()
 def encode(model: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], batch: int = 256) -> torch.Tensor:
     """States after the last layer and its norm (clip skip 1), `N x 32 x 128`."""
-    parts = [model(to_ids(tokenizer, captions[i:i + batch]))[0] for i in range(0, len(captions), batch)]
+    parts = [model(to_ids(tokenizer, captions[i : i + batch]))[0] for i in range(0, len(captions), batch)]
     return torch.cat(parts)
 
 
@@ -126,8 +143,10 @@ def proxy_loss(proxy: Proxy, tokenizer: CLIPTokenizer, captions: list[str]) -> t
 
 def draw_captions(count: int, rng: np.random.Generator) -> list[str]:
     """Captions as the UNet sees them, with more random words."""
-    return [world.draw_caption(scene, rng, drop_all=0.05, nonsense=0.5)
-            for scene in world.draw_scenes(count, rng, kind="open")]
+    return [
+        world.draw_caption(scene, rng, drop_all=0.05, nonsense=0.5)
+        for scene in world.draw_scenes(count, rng, kind="open")
+    ]
 
 
 def train(work: Path, budget: common.Budget = BUDGET, seed: int = 2) -> None:
@@ -153,10 +172,28 @@ def train(work: Path, budget: common.Budget = BUDGET, seed: int = 2) -> None:
 
 def write(text: CLIPTextModel, folder: Path) -> None:
     """Export the text encoder to `folder`/text_encoder under SD1's tensor names, which every transformers reads."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-             "max_position_embeddings", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id",
-             "layer_norm_eps", "attention_dropout", "initializer_factor", "initializer_range")
-    config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float16",
-              **{name: getattr(text.config, name) for name in names}}
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "projection_dim",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "layer_norm_eps",
+        "attention_dropout",
+        "initializer_factor",
+        "initializer_range",
+    )
+    config = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "torch_dtype": "float16",
+        **{name: getattr(text.config, name) for name in names},
+    }
     prefix = "" if next(iter(text.state_dict())).startswith("text_model.") else "text_model."
     common.export(text, folder / "text_encoder", WEIGHTS, config, prefix)

@@ -15,15 +15,30 @@ from . import base_text, base_vae, reader, world
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = {
-    "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "attention_head_dim": 8,
-    "block_out_channels": [32, 64, 96, 96], "cross_attention_dim": 128, "norm_num_groups": 16, "act_fn": "silu",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "block_out_channels": [32, 64, 96, 96],
+    "cross_attention_dim": 128,
+    "norm_num_groups": 16,
+    "act_fn": "silu",
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
 }
 SCHEDULE = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
 }
 BUDGET = common.Budget(steps=7500, batch=64, rate=1.5e-3, warmup=200, save_every=300.0)
 POOL = 24_000  # pictures encoded once
@@ -89,7 +104,7 @@ def make_pool(folder: Path, path: Path, seed: int, count: int = POOL) -> tuple[l
         parts = []
         for start in range(0, count, 2000):
             rng = np.random.default_rng((seed, start))
-            parts.append(base_vae.encode(vae, world.render(scenes[start:start + 2000], rng)))
+            parts.append(base_vae.encode(vae, world.render(scenes[start : start + 2000], rng)))
             print(f"pool {start + len(parts[-1])}/{count}", flush=True)
         state = {"latents": torch.cat(parts)}
         common.save_state(path, state)
@@ -109,8 +124,14 @@ def shape_weights(latents: torch.Tensor) -> torch.Tensor:
     return 1.0 + (SHAPE_WEIGHT - 1.0) * shape
 
 
-def epsilon_loss(unet: UNet2DConditionModel, latents: torch.Tensor, states: torch.Tensor, alphas: torch.Tensor,
-                 weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def epsilon_loss(
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    states: torch.Tensor,
+    alphas: torch.Tensor,
+    weights: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """Weighted epsilon loss of latents `B x 4 x 8 x 8` under text states `B x 32 x 128`; timesteps are stratified."""
     count = len(latents)
     places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
@@ -125,8 +146,10 @@ def epsilon_loss(unet: UNet2DConditionModel, latents: torch.Tensor, states: torc
 
 def scheduler(kind: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
     """A sampler's schedule: `ddim` or `dpm++ 2m`, both with trailing timesteps. Raises ValueError on another kind."""
-    shared = {key: SCHEDULE[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                                             "prediction_type")}
+    shared = {
+        key: SCHEDULE[key]
+        for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    }
     if kind == "ddim":
         return DDIMScheduler(**shared, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
     if kind == "dpm++ 2m":
@@ -135,8 +158,15 @@ def scheduler(kind: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
 
 
 @torch.no_grad()
-def sample(unet: UNet2DConditionModel, states: torch.Tensor, empty: torch.Tensor, seed: int, guidance: float = 2.0,
-           steps: int = 12, kind: str = "ddim") -> torch.Tensor:
+def sample(
+    unet: UNet2DConditionModel,
+    states: torch.Tensor,
+    empty: torch.Tensor,
+    seed: int,
+    guidance: float = 2.0,
+    steps: int = 12,
+    kind: str = "ddim",
+) -> torch.Tensor:
     """Scaled latents `N x 4 x 8 x 8` for text states `N x 32 x 128`, guided away from `empty` `1 x 32 x 128`."""
     generator, schedule = torch.Generator().manual_seed(seed), scheduler(kind)
     schedule.set_timesteps(steps)
@@ -148,8 +178,9 @@ def sample(unet: UNet2DConditionModel, states: torch.Tensor, empty: torch.Tensor
     return latents
 
 
-def score(unet: UNet2DConditionModel, folder: Path, count: int, seed: int, captions: Captions | None = None,
-          **settings) -> dict[str, float]:
+def score(
+    unet: UNet2DConditionModel, folder: Path, count: int, seed: int, captions: Captions | None = None, **settings
+) -> dict[str, float]:
     """Shares of samples whose asked attributes the reader reads, for full prompts of random scenes (seen or not)."""
     captions = captions or Captions(folder)
     scenes = world.draw_scenes(count, np.random.default_rng(seed), kind="open")
@@ -166,8 +197,9 @@ def prompt_gap(unet: UNet2DConditionModel, captions: Captions, step: int = 950) 
     return float((first - second).norm() / first.norm())
 
 
-def train(work: Path, budget: common.Budget = BUDGET, seed: int = 3, ship: Path | None = None,
-          count: int = 120) -> None:
+def train(
+    work: Path, budget: common.Budget = BUDGET, seed: int = 3, ship: Path | None = None, count: int = 120
+) -> None:
     """Train or continue the UNet in `work`; the best weights so far go to `work/base/unet` and to `ship`."""
     folder = work / "base"
     scenes, latents = make_pool(folder, work / "pool.pt", seed)
@@ -187,8 +219,14 @@ def train(work: Path, budget: common.Budget = BUDGET, seed: int = 3, ship: Path 
     common.train("unet", unet, loss_at, budget, work / "unet.pt", on_save, ema)
 
 
-def keep_best(unets: dict[str, UNet2DConditionModel], folder: Path, captions: Captions, budget: common.Budget,
-              ship: Path | None, count: int) -> Callable[[int], None]:
+def keep_best(
+    unets: dict[str, UNet2DConditionModel],
+    folder: Path,
+    captions: Captions,
+    budget: common.Budget,
+    ship: Path | None,
+    count: int,
+) -> Callable[[int], None]:
     """A callback that scores the UNets (the trained one, and the averaged one, which lags behind when the rate falls)
     and exports the better one when it is the best of its training so far.
     """
@@ -203,8 +241,12 @@ def keep_best(unets: dict[str, UNet2DConditionModel], folder: Path, captions: Ca
         name = max(scores, key=lambda one: scores[one]["all"])
         best = common.read_json(note)["all"] if note.exists() else -1.0
         if scores[name]["all"] >= best or step == budget.steps:
-            common.export(unets[name], folder / "unet", WEIGHTS,
-                          {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.31.0", **CONFIG})
+            common.export(
+                unets[name],
+                folder / "unet",
+                WEIGHTS,
+                {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.31.0", **CONFIG},
+            )
             common.write_json(note, {"step": step, "weights": name, **scores[name]})
             if ship is not None:
                 common.copy_part(folder / "unet", ship / "unet")

@@ -17,9 +17,17 @@ from . import reader, world
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Few groups a norm: with one channel per group the last norm would erase a channel's mean, that is, the colours.
 CONFIG = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2,
-    "block_out_channels": [16, 16, 32, 64], "sample_size": world.EDGE, "scaling_factor": common.SCALING_FACTOR,
-    "act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "block_out_channels": [16, 16, 32, 64],
+    "sample_size": world.EDGE,
+    "scaling_factor": common.SCALING_FACTOR,
+    "act_fn": "silu",
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 BUDGET = common.Budget(steps=3600, batch=16, rate=2.5e-3)
 DECODER_BUDGET = common.Budget(steps=4400, batch=16, rate=1.2e-3)
@@ -51,15 +59,17 @@ def to_pictures(tensor: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -> torch.Tensor:
     """Posterior means times the scaling factor, `N x 4 x 8 x 8`, of uint8 pictures."""
-    parts = [vae.encode(to_tensor(pictures[i:i + batch])).latent_dist.mean for i in range(0, len(pictures), batch)]
+    parts = [vae.encode(to_tensor(pictures[i : i + batch])).latent_dist.mean for i in range(0, len(pictures), batch)]
     return torch.cat(parts) * common.SCALING_FACTOR
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = 64) -> np.ndarray:
     """uint8 pictures of scaled latents `N x 4 x 8 x 8`."""
-    parts = [to_pictures(vae.decode(latents[i:i + batch] / common.SCALING_FACTOR).sample)
-             for i in range(0, len(latents), batch)]
+    parts = [
+        to_pictures(vae.decode(latents[i : i + batch] / common.SCALING_FACTOR).sample)
+        for i in range(0, len(latents), batch)
+    ]
     return np.concatenate(parts)
 
 

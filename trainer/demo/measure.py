@@ -178,6 +178,5 @@ def pair_effect(change_BCHW: Tensor, wanted_BCHW: Tensor, mask_B1HW: Tensor) -> 
 def first_reached(
     trace: Sequence[tuple[float, float, float]], map_at_least: float = 0.8, leak_at_most: float = 0.1
 ) -> float | None:
-    """The first step (or second) of a trace of (step, map ratio, median leak) that reaches both; None when none does.
-    """
+    """The first step (or second) of a trace of (step, map ratio, median leak) that reaches both, or None."""
     return next((at for at, mapped, leak in trace if mapped >= map_at_least and leak <= leak_at_most), None)

@@ -42,10 +42,21 @@ def read(pictures: np.ndarray) -> list[Reading]:
     result = []
     for n in range(len(pixels)):
         found = overlap[n] >= LEAST_OVERLAP
-        size = None if not found or not RADII[0] <= radius[n] <= RADII[1] else (
-            "small" if radius[n] < SIZE_BORDER else "large")
-        result.append(Reading(shape[n] if found else None, nearest(colour[n], palette, COLOUR_TOLERANCE),
-                              nearest(ground[n], greys, GROUND_TOLERANCE), size, side[n], float(overlap[n])))
+        size = (
+            None
+            if not found or not RADII[0] <= radius[n] <= RADII[1]
+            else ("small" if radius[n] < SIZE_BORDER else "large")
+        )
+        result.append(
+            Reading(
+                shape[n] if found else None,
+                nearest(colour[n], palette, COLOUR_TOLERANCE),
+                nearest(ground[n], greys, GROUND_TOLERANCE),
+                size,
+                side[n],
+                float(overlap[n]),
+            )
+        )
     return result
 
 
@@ -142,13 +153,17 @@ def sides(alpha: np.ndarray) -> list[str | None]:
     _, x, _ = moments(alpha)
     empty = alpha.sum(axis=(1, 2)) < 6
     middle = np.abs(x - world.EDGE / 2) < 2.0
-    return [None if unclear else "left" if place < world.EDGE / 2 else "right"
-            for unclear, place in zip(empty | middle, x, strict=True)]
+    return [
+        None if unclear else "left" if place < world.EDGE / 2 else "right"
+        for unclear, place in zip(empty | middle, x, strict=True)
+    ]
 
 
 def score(scenes: list[world.Scene], readings: list[Reading]) -> dict[str, float]:
     """Share of right readings for each attribute, and `all` for pictures with every attribute right."""
-    right = {name: [getattr(s, name) == getattr(r, name) for s, r in zip(scenes, readings, strict=True)]
-             for name in world.ATTRIBUTES}
+    right = {
+        name: [getattr(s, name) == getattr(r, name) for s, r in zip(scenes, readings, strict=True)]
+        for name in world.ATTRIBUTES
+    }
     result = {name: float(np.mean(values)) for name, values in right.items()}
     return {**result, "all": float(np.mean(np.all(list(right.values()), axis=0)))}

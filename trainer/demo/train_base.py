@@ -30,15 +30,30 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def write_index(folder: Path) -> None:
     """Write model_index.json and the scheduler's configuration of the diffusers folder."""
-    common.write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.31.0", "requires_safety_checker": False,
-        "feature_extractor": [None, None], "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"]})
-    common.write_json(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "DDIMScheduler", "_diffusers_version": "0.31.0", "timestep_spacing": "trailing",
-        **base_unet.SCHEDULE})
+    common.write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": "0.31.0",
+            "requires_safety_checker": False,
+            "feature_extractor": [None, None],
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+    common.write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "DDIMScheduler",
+            "_diffusers_version": "0.31.0",
+            "timestep_spacing": "trailing",
+            **base_unet.SCHEDULE,
+        },
+    )
 
 
 def ship_parts(work: Path, ship: Path | None, parts: tuple[str, ...]) -> None:
@@ -79,8 +94,16 @@ def new_shape_scenes(count: int = 12) -> list[world.Scene]:
     """Scenes of the held-out shape over all colours, backgrounds, sizes and sides."""
     grounds, sizes, sides = list(world.BACKGROUNDS), list(world.SIZES), list(world.SIDES)
     colours = list(world.COLOURS)
-    return [world.Scene(world.HELD_OUT_SHAPE, colours[n % 6], grounds[(n + n // 6) % 3],
-                        sizes[n % 2 if n < 6 else (n + 1) % 2], sides[n // 2 % 2]) for n in range(count)]
+    return [
+        world.Scene(
+            world.HELD_OUT_SHAPE,
+            colours[n % 6],
+            grounds[(n + n // 6) % 3],
+            sizes[n % 2 if n < 6 else (n + 1) % 2],
+            sides[n // 2 % 2],
+        )
+        for n in range(count)
+    ]
 
 
 def arguments() -> argparse.Namespace:
@@ -105,10 +128,12 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun --nproc-per-node 2 -m trainer.demo.train_base unet ...
         torch.distributed.init_process_group("gloo")
     work, ship = options.work, options.ship
-    trainings = {"vae": (base_vae.train, base_vae.BUDGET, ("vae",)),
-                 "text": (base_text.train, base_text.BUDGET, ("text_encoder", "tokenizer")),
-                 "unet": (base_unet.train, base_unet.BUDGET, ("unet",)),
-                 "decoder": (base_vae.train_decoder, base_vae.DECODER_BUDGET, ("vae",))}
+    trainings = {
+        "vae": (base_vae.train, base_vae.BUDGET, ("vae",)),
+        "text": (base_text.train, base_text.BUDGET, ("text_encoder", "tokenizer")),
+        "unet": (base_unet.train, base_unet.BUDGET, ("unet",)),
+        "decoder": (base_vae.train_decoder, base_vae.DECODER_BUDGET, ("vae",)),
+    }
     for part, (train, budget, folders) in trainings.items():
         if options.part not in (part, "all"):
             continue

@@ -11,8 +11,12 @@ from PIL import Image
 EDGE = 64  # pixels
 BACKGROUNDS = {"white": 235, "grey": 128, "black": 22}  # grey level of the plain background, 0..255
 COLOURS = {
-    "red": (222, 38, 42), "yellow": (236, 216, 48), "green": (42, 168, 68),
-    "blue": (42, 84, 216), "purple": (162, 46, 186), "cyan": (70, 206, 222),
+    "red": (222, 38, 42),
+    "yellow": (236, 216, 48),
+    "green": (42, 168, 68),
+    "blue": (42, 84, 216),
+    "purple": (162, 46, 186),
+    "cyan": (70, 206, 222),
 }
 HELD_OUT_COLOUR = "flamingo"  # a pink that only the VAE has seen, beyond every mixture of the others
 HELD_OUT_SHAPE = "lozenge"
@@ -44,8 +48,13 @@ class Scene:
     side: str
 
     def __post_init__(self) -> None:
-        known = {"shape": shapes(), "colour": tuple(palette()), "background": tuple(BACKGROUNDS),
-                 "size": tuple(SIZES), "side": tuple(SIDES)}
+        known = {
+            "shape": shapes(),
+            "colour": tuple(palette()),
+            "background": tuple(BACKGROUNDS),
+            "size": tuple(SIZES),
+            "side": tuple(SIDES),
+        }
         for name, words in known.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"scene: {name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}")
@@ -66,9 +75,14 @@ def in_base(scene: Scene) -> bool:
 
 def all_scenes(held_out: bool = False) -> list[Scene]:
     """Every scene of the world in a fixed order (360 without, 504 with the held-out words)."""
-    return [Scene(shape, colour, background, size, side)
-            for shape in shapes(held_out) for colour in palette(held_out)
-            for background in BACKGROUNDS for size in SIZES for side in SIDES]
+    return [
+        Scene(shape, colour, background, size, side)
+        for shape in shapes(held_out)
+        for colour in palette(held_out)
+        for background in BACKGROUNDS
+        for size in SIZES
+        for side in SIDES
+    ]
 
 
 def draw_scenes(count: int, rng: np.random.Generator, kind: str = "base") -> list[Scene]:
@@ -137,8 +151,13 @@ def render(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def caption(scene: Scene, keep: tuple[str, ...] = ATTRIBUTES, template: str = "sentence",
-            colour_word: str | None = None, shape_word: str | None = None) -> str:
+def caption(
+    scene: Scene,
+    keep: tuple[str, ...] = ATTRIBUTES,
+    template: str = "sentence",
+    colour_word: str | None = None,
+    shape_word: str | None = None,
+) -> str:
     """The scene in words, naming only the attributes in `keep`; empty when none is kept.
 
     `colour_word` and `shape_word` replace the words of kept attributes, for a concept under a new name.
@@ -160,8 +179,9 @@ def caption(scene: Scene, keep: tuple[str, ...] = ATTRIBUTES, template: str = "s
     return ", ".join(p for p in ((ground, words) if template == "background first" else (words, ground)) if p)
 
 
-def draw_caption(scene: Scene, rng: np.random.Generator, drop: float = 0.3, drop_all: float = 0.1,
-                 nonsense: float = 0.08) -> str:
+def draw_caption(
+    scene: Scene, rng: np.random.Generator, drop: float = 0.3, drop_all: float = 0.1, nonsense: float = 0.08
+) -> str:
     """A training caption: each attribute dropped with probability `drop`, everything with `drop_all`.
 
     With probability `nonsense` a dropped colour or shape is stood for by a random word, so that a word the base

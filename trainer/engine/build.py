@@ -95,9 +95,7 @@ def picture_source(job: Job, model: Model, seed: int, site: Site, scanned: Scan 
     """Encode the pictures that are not in the cache and plan the batches."""
     settings = arguments.image_settings(job)
     with site.process.leader_first(), picture_encoder(model, site.log) as encode:
-        dataset = build_dataset(
-            settings, encode, fingerprint(model.vae), site.cache, site.log.progress, scanned
-        )
+        dataset = build_dataset(settings, encode, fingerprint(model.vae), site.cache, site.log.progress, scanned)
     batch_size, rules = job[core.Train].train_batch_size, arguments.batch_rules(job)
     return PictureSource(dataset, model, seed, batch_size, site.process, rules)
 

@@ -21,8 +21,7 @@ from ..writing import write_whole
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages created on a device inside the block that are still alive; `peak` is their maximum.
-    """
+    """Counts the bytes of the storages created on a device inside the block and still alive; `peak` is the maximum."""
 
     def __init__(self, device: torch.device | None = None, there: Iterable[Tensor] = ()) -> None:
         """`device`: None counts all of them. `there`: what was there before; views of it create nothing."""
@@ -69,9 +68,7 @@ class _Step(nn.Module):
             value.backward()
 
 
-def step_bytes(
-    modules: Sequence[nn.Module], work: Callable[[], Tensor], device: torch.device | None = None
-) -> int:
+def step_bytes(modules: Sequence[nn.Module], work: Callable[[], Tensor], device: torch.device | None = None) -> int:
     """Peak bytes that `work`, and the backward pass of its result where it has one, allocate beyond the weights of
     `modules` and the gradients of those that are trained.
 
@@ -112,8 +109,7 @@ def module_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def remembered(folder: Path, facts: Mapping[str, object], work: Callable[[], int]) -> int:
-    """The number that `work` gave for these facts before, kept in a small file per set of facts; `work` is done once.
-    """
+    """The number that `work` gives for these facts, kept in a small file per set of facts; `work` is done once."""
     name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = folder / f"memory-{name}.txt"
     kept = _kept(path)

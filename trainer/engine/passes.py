@@ -103,9 +103,7 @@ class Passes:
             for plan in self.plans:
                 beneath = [session.network for session in sessions]
                 known = plan.number <= resumed_pass
-                sessions.append(
-                    build(plan, self.model, site, self.found, beneath, resumed=known, prepared=False)
-                )
+                sessions.append(build(plan, self.model, site, self.found, beneath, resumed=known, prepared=False))
                 reports.append(self._report(plan, sessions[-1]))
         finally:
             for session in reversed(sessions):

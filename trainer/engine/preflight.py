@@ -86,9 +86,7 @@ Found = Scan | PairScan | None
 """What is known of a run's data before a model is loaded."""
 
 
-def check_before_loading(
-    job: Job, places: Places, written: Collection[str] = ("",), *, resumed: bool = False
-) -> Found:
+def check_before_loading(job: Job, places: Places, written: Collection[str] = ("",), *, resumed: bool = False) -> Found:
     """Refuse what can be refused without a model. Returns what was found of the pictures for modes that use them.
 
     `written`: the suffixes of the files the run will write; the folders of what it writes are tried. Raises JobError

@@ -38,8 +38,7 @@ def written_network(job: Job, model: Model, path: Path, log: EventLog) -> Networ
 
 
 def plain_network(model: Model, ranks: dict[str, int]) -> Network:
-    """Plain LoRAs of the ranks of these tensors on the layers that they name, empty. Raises AdapterError without any.
-    """
+    """Empty plain LoRAs of these ranks on the layers that they name. Raises AdapterError when there is none."""
     layers = {layer.key: layer for layer in layers_of(model)}
     table = spelled((layer.key, layer.also) for layer in layers.values())
     named = {found[0]: rank for name, rank in ranks.items() if (found := split_name(name, table))}

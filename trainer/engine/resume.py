@@ -21,9 +21,20 @@ from .folder import JOB_FILE, open_folder
 LENGTH = frozenset({"train_iterations", "train_epochs"})
 _FREE_SECTIONS = (core.Save, core.Export, core.Log, core.Sample)
 _FREE = LENGTH | {"train_state_every", "data_cache"}
-_MOVED = frozenset({
-    *("model", "vae", "te", "lora_data_directory", "original_image", "target_image", "basis_path", "svd_cache_path"),
-})
+_MOVED = frozenset(
+    {
+        *(
+            "model",
+            "vae",
+            "te",
+            "lora_data_directory",
+            "original_image",
+            "target_image",
+            "basis_path",
+            "svd_cache_path",
+        ),
+    }
+)
 """Settings that say where something is. What is there is compared by its contents, or lies in the state already."""
 
 _SINCE, _TEXT_RATE = "model_zero_terminal_snr", "train_textencoder_learning_rate"
@@ -124,8 +135,7 @@ def weights_of(model: Model) -> Weights:
 
 
 def check_weights(facts: Mapping[str, Any], weights: Weights, model: str, parts: Collection[str]) -> None:
-    """Raise TrainingError when one of these parts of the base model has other weights than when the state was written.
-    """
+    """Raise TrainingError when one of these parts of the base has other weights than its state was written with."""
     before = facts.get("weights", {})
     stored = [name for name in parts if name in before and before[name][0] != weights.get(name, [""])[0]]
     other = [name for name in parts if name in before and before[name] != weights.get(name) and name not in stored]

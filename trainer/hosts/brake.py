@@ -1,4 +1,5 @@
 """Slows down who tries passwords: one after the other from each address, and some seconds for a wrong one."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,6 +1,7 @@
 """The door of the standalone app: the addresses it answers to, its password, what may be sent and by whom, in front of
 pages and routes alike.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -47,7 +48,11 @@ class Guard:
     """
 
     def __init__(
-        self, app: Any, names: Collection[str] | None, login: str = "", sending: Sending | None = None,
+        self,
+        app: Any,
+        names: Collection[str] | None,
+        login: str = "",
+        sending: Sending | None = None,
         brake: Brake | None = None,
     ) -> None:
         self._app, self._login = app, login

@@ -1,4 +1,5 @@
 """A loss curve that stays small however long the run: when it is full, neighbouring points become one."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

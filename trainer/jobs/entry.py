@@ -1,4 +1,5 @@
 """One job of the queue as a record, and as the JSON of its file."""
+
 from __future__ import annotations
 
 import dataclasses

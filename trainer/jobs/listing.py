@@ -1,4 +1,5 @@
 """The list of jobs: their order, their names, what is over, each change on disk before it is told."""
+
 from __future__ import annotations
 
 import contextlib

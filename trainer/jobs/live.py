@@ -1,4 +1,5 @@
 """What a running job tells, gathered for whoever asks: status, loss curve, log, recent events."""
+
 from __future__ import annotations
 
 import threading

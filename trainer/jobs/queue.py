@@ -1,6 +1,7 @@
 """The queue: takes jobs from several threads, works them off one at a time in one thread of its own, and survives what
 happens to them.
 """
+
 from __future__ import annotations
 
 import threading

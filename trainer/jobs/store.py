@@ -4,6 +4,7 @@ Several WebUIs may run from one installation. Each process works in a folder of 
 a lock that the system releases when the process ends however it ends. Entries in folders without an owner move to the
 next process that starts, so that nothing waits for ever.
 """
+
 from __future__ import annotations
 
 import contextlib

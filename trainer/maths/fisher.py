@@ -6,6 +6,7 @@ Gauss–Newton matrix of the mean squared error, and up to a factor of the Fishe
 around the prediction (Martens 1412.1193, sections 8 and 9). Only F ≈ row ⊗ column is kept, with the exact sums of rows
 and columns, the best such product in the sense of Adafactor (1804.04235, section 3).
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -71,8 +72,10 @@ class Curvature:
 
     def sums(self) -> Sums:
         """The sums as they stand, to go back to with `reset`."""
-        return ({key: rows.clone() for key, rows in self.rows.items()},
-                {key: columns.clone() for key, columns in self.columns.items()})
+        return (
+            {key: rows.clone() for key, rows in self.rows.items()},
+            {key: columns.clone() for key, columns in self.columns.items()},
+        )
 
     def reset(self, sums: Sums) -> None:
         """Forget what came after `sums` were taken."""

@@ -3,6 +3,7 @@
 Number by number, (A₁·B₁) ⊙ (A₂·B₂) = U·D with U[o, ij] = A₁[o, i]·A₂[o, j] and D[ij, n] = B₁[i, n]·B₂[j, n]: a product
 of rank r². A (out, r), B (r, in·k·k).
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -44,7 +45,12 @@ class Hadamard(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, geometry: Geometry | None,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Scale,
+        geometry: Geometry | None,
         *factors: Tensor,
     ) -> Tensor:
         within, given = _Within(), (x, weight, bias, *_thin(weight, *factors), scale)

@@ -3,6 +3,7 @@
 w1 (l, m), w2 (k, n[, kh, kw]), ΔW (l·k, m·n[, kh, kw]). With x cut into m pieces of n channels:
 (ΔW·x)[l, k] = Σ_m w1[l, m]·Σ_n w2[k, n]·x[m, n] (LoKr, arXiv:2309.14859, eq. 9 and the mixed-product rule).
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +17,12 @@ from .lowrank import Geometry, Scale, conv_backward
 
 
 def kron_layer(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, w1: Tensor, w2: Tensor, scale: Scale,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    scale: Scale,
     geometry: Geometry | None = None,
 ) -> Tensor:
     """W·x + b + s·kron(w1, w2)·x in x's precision; gradients reach x, w1 and w2.
@@ -103,7 +109,13 @@ class KronConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, w1: Tensor, w2: Tensor, scale: Scale,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        w1: Tensor,
+        w2: Tensor,
+        scale: Scale,
         geometry: Geometry,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, w1, w2)

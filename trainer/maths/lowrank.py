@@ -7,6 +7,7 @@ backward pass. s is a number, a tensor (B,) with one number per sample of the ba
 Two ways to the same result are chosen by their cost (`merging_pays`): through the rank-r middle (few multiplications
 when the layer is wide), or through the summed weight W + s·U·D (when it is narrow and the batch has many rows).
 """
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,7 @@
 y = (W + s·Δ)·x + b, where Δ follows from few numbers. Only x and those numbers are kept for the backward pass: neither
 Δ nor the sum, which for all layers together would be another copy of the model.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,12 @@ Build = Callable[..., Tensor]
 
 
 def rebuilt(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, build: Build, parameters: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    build: Build,
+    parameters: Sequence[Tensor],
     geometry: Geometry | None = None,
 ) -> Tensor:
     """(W + s·Δ)·x + b with Δ = build(*parameters), shaped like the layer's weight; gradients reach x and `parameters`.
@@ -37,8 +43,14 @@ class Rebuilt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, build: Build,
-        geometry: Geometry | None, *parameters: Tensor,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        build: Build,
+        geometry: Geometry | None,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, *parameters)
         ctx.scale, ctx.build, ctx.geometry = scale, build, geometry

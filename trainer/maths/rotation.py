@@ -1,4 +1,5 @@
 """Rotations from unconstrained blocks of numbers (OFT 2306.07280 eq. 3; BOFT 2311.06243 eq. 5)."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -3,6 +3,7 @@
 Every function takes a matrix (out, in) in float32, the rank r and the scale s = alpha/rank the adapter multiplies with,
 and gives down (r, in) and up (out, r). The adapter then learns s·(U·D − U₀·D₀), which is zero at the start.
 """
+
 from __future__ import annotations
 
 import math
@@ -59,7 +60,7 @@ def first_gradient(
     """
     up, _, down = top_singular(gradient, 2 * rank, generator)
     size = gradient.shape[0] ** 0.25 / math.sqrt(gamma)
-    return down[:rank] * size, up[:, -min(rank, up.shape[1]):] * size
+    return down[:rank] * size, up[:, -min(rank, up.shape[1]) :] * size
 
 
 def top_singular(matrix: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
 """Orthonormal bases of what a weight matrix does least or most, and low-rank products without the product itself."""
+
 from __future__ import annotations
 
 import torch

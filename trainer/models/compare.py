@@ -49,9 +49,7 @@ class Stored:
     rows: Callable[[Tensor, int], Tensor]
 
 
-def compare(
-    loaded: Source, path: Path, foreign: tuple[str, ...] = ()
-) -> tuple[frozenset[str], dict[str, str]]:
+def compare(loaded: Source, path: Path, foreign: tuple[str, ...] = ()) -> tuple[frozenset[str], dict[str, str]]:
     """(tensor names, metadata) of a model's file, after what is loaded was compared with it.
 
     `foreign`: the name prefixes of parts that did not come from this file. Raises NotAdoptable when a tensor of the

@@ -26,9 +26,7 @@ _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 def read_folder(path: Path) -> Source:
     """The source of a diffusers folder. Raises ModelError when it is not one of a supported family."""
     if not is_dir(path / "unet"):
-        kind = (
-            read_json(path / "model_index.json").get("_class_name") if is_file(path / "model_index.json") else None
-        )
+        kind = read_json(path / "model_index.json").get("_class_name") if is_file(path / "model_index.json") else None
         what = f"a diffusers {kind}" if kind else "not a diffusers folder (it has no `unet` folder)"
         raise ModelError(f"{path.name}: this is {what}. {SUPPORTED}.")
     unet, unet_config = read_part(path / "unet")

@@ -152,5 +152,3 @@ def is_clip(path: Path) -> bool:
 
 def _plainly(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-

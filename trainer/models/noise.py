@@ -104,9 +104,7 @@ NAMED_V = re.compile(r"v[-_ .]?pred|v[-_ .]?param", re.IGNORECASE)
 """How names of v-prediction models are spelt."""
 
 
-def schedule_of(
-    facts: NoiseFacts, family: Family, forced_v: bool, name: str = ""
-) -> tuple[NoiseSchedule, list[str]]:
+def schedule_of(facts: NoiseFacts, family: Family, forced_v: bool, name: str = "") -> tuple[NoiseSchedule, list[str]]:
     """(schedule, warnings). `forced_v` overrides what the model says; one that says nothing is taken for ε, also when
     its `name` means v, which is warned of.
     """

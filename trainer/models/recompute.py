@@ -3,6 +3,7 @@
 Ours instead of diffusers' own switch, because a block must be repeated under the circumstances it ran in first: by the
 time of the backward pass the adapter may be at another strength again.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -57,7 +57,7 @@ def _encoders(path: Path, family: Family) -> list[tuple[dict[str, Tensor], bool]
     inside = [prefix for row in family.texts for prefix in row.prefixes]
     found = []
     for prefix in (*inside, *_PREFIXES):
-        below = {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        below = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         one, _ = text_to_one_spelling(below)
         if _TOKENS in one and layer_count(one):
             found.append((one, is_open_clip(below)))

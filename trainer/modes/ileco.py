@@ -35,16 +35,27 @@ class ILecoParams:
     """What iLECO adds to the table."""
 
     ileco_anchors: str = param(
-        "", "Prompts that must stay as they are, one per line; empty takes a built-in list.", "option", needs="ileco",
+        "",
+        "Prompts that must stay as they are, one per line; empty takes a built-in list.",
+        "option",
+        needs="ileco",
         holds="lines",
     )
     ileco_anchor_weight: float = param(
-        1.0, "How strongly the anchor prompts are held; 0 lets go and trains only the pairs.", "option",
-        needs="ileco", low=0, high=100,
+        1.0,
+        "How strongly the anchor prompts are held; 0 lets go and trains only the pairs.",
+        "option",
+        needs="ileco",
+        low=0,
+        high=100,
     )
     ileco_guidance: float = param(
-        0.0, "How far the target is pushed away from the original; 0 aims at the target itself.", "option",
-        needs="ileco", low=0, high=20,
+        0.0,
+        "How far the target is pushed away from the original; 0 aims at the target itself.",
+        "option",
+        needs="ileco",
+        low=0,
+        high=20,
     )
     ileco_bank: int = param(
         0, "Noisy pictures kept from short drawings of the untouched model, with the answers to learn: steps take two "

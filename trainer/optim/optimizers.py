@@ -1,4 +1,5 @@
 """Optimizers by the names users know; every one is a library's, imported when it is asked for."""
+
 from __future__ import annotations
 
 import importlib

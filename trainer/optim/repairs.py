@@ -1,4 +1,5 @@
 """Corrections of library optimizers whose arithmetic is not their paper's, each with what was found where."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,5 @@
 """Learning-rate schedules by the names users know; the shapes are diffusers' and torch's, the warm-up is ours."""
+
 from __future__ import annotations
 
 import warnings
@@ -272,11 +273,7 @@ _enter("constant_with_warmup", _diffusers("get_constant_schedule"))
 _enter("piecewise_constant", _diffusers("get_piecewise_constant_schedule"), _piecewise)
 _enter("exponential", _torch(lr_scheduler.ExponentialLR), lambda s: {"gamma": 0.01 ** (1 / s.steps)})
 _enter("step", _torch(lr_scheduler.StepLR), lambda s: {"step_size": max(1, s.steps // 3)})
-_enter(
-    "multi_step", _torch(lr_scheduler.MultiStepLR), lambda s: {"milestones": [s.steps // 2, s.steps * 3 // 4]}
-)
-_enter(
-    "reduce_on_plateau", _torch(lr_scheduler.ReduceLROnPlateau), lambda s: {"patience": max(10, s.steps // 20)}
-)
+_enter("multi_step", _torch(lr_scheduler.MultiStepLR), lambda s: {"milestones": [s.steps // 2, s.steps * 3 // 4]})
+_enter("reduce_on_plateau", _torch(lr_scheduler.ReduceLROnPlateau), lambda s: {"patience": max(10, s.steps // 20)})
 _enter("cyclic", _torch(lr_scheduler.CyclicLR), _cyclic, restarts=True)
 SCHEDULERS.register("one_cycle")(Recipe(_torch(lr_scheduler.OneCycleLR), _one_cycle, own_warmup=True))

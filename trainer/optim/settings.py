@@ -1,4 +1,5 @@
 """The free-text settings of optimizers and schedulers: `key=value` pairs whose values are Python literals."""
+
 from __future__ import annotations
 
 import ast
@@ -44,8 +45,7 @@ def _unreadable(key: str, literal: str) -> str:
     """What is wrong with the value of a pair, and above all whether it holds another pair."""
     if re.search(r"[,\s]\s*[A-Za-z_]\w*\s*=", literal):
         return (
-            "holds several pairs. Separate them by ; or line ends, not by commas or blanks:"
-            " betas=(0.9,0.99);eps=1e-8."
+            "holds several pairs. Separate them by ; or line ends, not by commas or blanks: betas=(0.9,0.99);eps=1e-8."
         )
     return (
         f"the value of {key} is not a Python literal. Write numbers as 0.01, texts as 'text', "

@@ -2,6 +2,7 @@
 
 Hosts replace `torch.load`, and pickles run code: a state is kept as safetensors for the tensors and JSON for the rest.
 """
+
 from __future__ import annotations
 
 import math

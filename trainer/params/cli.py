@@ -1,4 +1,5 @@
 """The table as a command line: one flag per parameter, and `key=value` pairs laid over a settings file."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """From plain JSON values to a job, or to the full list of what is wrong with them."""
+
 from __future__ import annotations
 
 import copy

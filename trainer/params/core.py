@@ -9,6 +9,7 @@ encoder · te_train: asks whether to train the text encoder · first_pass: has a
 second: has settings for a second pass · steps: trains by optimizer steps (given by the catalogue) · run: whatever
 concerns the run as a whole (every mode, but no second pass).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from .names import (
     SCHEDULERS,
     VAE_PRECISIONS,
 )
+
+# A table: a parameter is one entry of a line or two.
+# fmt: off
 
 FORMAT = 1
 """Version of the JSON files written here."""

@@ -1,4 +1,5 @@
 """The table as the reference page `docs/parameters.md`."""
+
 from __future__ import annotations
 
 from .core import GROUPS

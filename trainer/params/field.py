@@ -1,4 +1,5 @@
 """How a parameter is declared: a dataclass field whose metadata says everything its views need."""
+
 from __future__ import annotations
 
 import dataclasses

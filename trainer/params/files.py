@@ -1,4 +1,5 @@
 """The files of settings: names that are right on every system, JSON read strictly and written whole."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Warnings of settings that have no effect beside others, or act twice with them: nothing is ignored silently."""
+
 from __future__ import annotations
 
 import re

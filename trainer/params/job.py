@@ -1,4 +1,5 @@
 """A job: all settings of one training, complete, typed and frozen."""
+
 from __future__ import annotations
 
 import copy

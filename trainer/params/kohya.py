@@ -1,4 +1,5 @@
 """What the settings of kohya's scripts and of their GUI are called here: for hints, where one of them is typed."""
+
 from __future__ import annotations
 
 NAMES: dict[str, str] = {

@@ -1,4 +1,5 @@
 """The closed lists of names that parameters choose from."""
+
 from __future__ import annotations
 
 BLOCKS = (

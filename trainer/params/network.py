@@ -1,4 +1,5 @@
 """Settings of the adapter that several types share. Each is carried out once, in `adapters/base.py` or `network.py`."""
+
 from __future__ import annotations
 
 import math
@@ -23,40 +24,79 @@ class NetworkOptions:
     """What most types understand. The tags are those of `Adapter.tags`, which follow from what a type is made of."""
 
     network_rslora: bool = param(
-        False, "Scale with alpha / sqrt(rank) instead of alpha / rank (rsLoRA): high ranks learn faster.", GROUP,
-        needs="alpha")
+        False,
+        "Scale with alpha / sqrt(rank) instead of alpha / rank (rsLoRA): high ranks learn faster.",
+        GROUP,
+        needs="alpha",
+    )
     network_freeze_down: bool = param(
-        False, "Train only the up matrices and leave the random down matrices as they are (LoRA-FA): less memory.",
-        GROUP, needs="freeze_down")
+        False,
+        "Train only the up matrices and leave the random down matrices as they are (LoRA-FA): less memory.",
+        GROUP,
+        needs="freeze_down",
+    )
     network_dropout: float = param(
-        0.0, "Chance that a number inside the adapter is left out of a step.", GROUP, needs="dropout", low=0, high=0.95)
+        0.0, "Chance that a number inside the adapter is left out of a step.", GROUP, needs="dropout", low=0, high=0.95
+    )
     network_rank_dropout: float = param(
-        0.0, "Chance that a rank of a layer (or a row of types without one) is left out of a step.", GROUP,
-        needs="dropout", low=0, high=0.95)
+        0.0,
+        "Chance that a rank of a layer (or a row of types without one) is left out of a step.",
+        GROUP,
+        needs="dropout",
+        low=0,
+        high=0.95,
+    )
     network_module_dropout: float = param(
-        0.0, "Chance that the whole adapter of a layer is left out of a step.", GROUP, needs="steps", low=0, high=0.95)
+        0.0, "Chance that the whole adapter of a layer is left out of a step.", GROUP, needs="steps", low=0, high=0.95
+    )
     network_max_norm: float = param(
-        0.0, "Limit for the norm of what a layer has learned; beyond it, it is scaled back after the step. 0 sets"
-        " none.", GROUP, needs="max_norm", low=0, high=1_000_000)
+        0.0,
+        "Limit for the norm of what a layer has learned; beyond it, it is scaled back after the step. 0 sets none.",
+        GROUP,
+        needs="max_norm",
+        low=0,
+        high=1_000_000,
+    )
     loraplus_lr_ratio: float = param(
-        1.0, "Factor of the learning rate for the up matrices (LoRA+; 16 is common, with a lower rate); 1 is off.",
-        GROUP, needs="loraplus", low=2**-10, high=1024)
+        1.0,
+        "Factor of the learning rate for the up matrices (LoRA+; 16 is common, with a lower rate); 1 is off.",
+        GROUP,
+        needs="loraplus",
+        low=2**-10,
+        high=1024,
+    )
     loraplus_te_lr_ratio: float | None = param(
-        None, "The same factor for the text encoder; empty takes loraplus_lr_ratio.", GROUP, needs="loraplus",
-        low=2**-10, high=1024)
+        None,
+        "The same factor for the text encoder; empty takes loraplus_lr_ratio.",
+        GROUP,
+        needs="loraplus",
+        low=2**-10,
+        high=1024,
+    )
     network_init: str = param(
-        "default", "How the adapter starts: random and without effect; from the largest (pissa) or smallest (milora)"
+        "default",
+        "How the adapter starts: random and without effect; from the largest (pissa) or smallest (milora)"
         " directions of each weight, its QR factors (olora), the first gradient (lora_ga), or the closed-form answer"
-        " of a prompt pair (instant).", GROUP, needs="init", choices=INITS)
+        " of a prompt pair (instant).",
+        GROUP,
+        needs="init",
+        choices=INITS,
+    )
     network_block_ranks: str = param(
-        "", "Ranks of single blocks, as in IN00=4;OUT*=8; the others have network_rank.", GROUP, needs="rank")
+        "", "Ranks of single blocks, as in IN00=4;OUT*=8; the others have network_rank.", GROUP, needs="rank"
+    )
     network_block_alphas: str = param(
-        "", "Alphas of single blocks, as in IN00=2;OUT*=4; the others have network_alpha.", GROUP, needs="alpha")
+        "", "Alphas of single blocks, as in IN00=2;OUT*=4; the others have network_alpha.", GROUP, needs="alpha"
+    )
     network_block_lrs: str = param(
-        "", "Factors of the learning rate in single blocks, as in M00=0.5;OUT*=2; the others have 1.", GROUP,
-        needs="steps")
+        "",
+        "Factors of the learning rate in single blocks, as in M00=0.5;OUT*=2; the others have 1.",
+        GROUP,
+        needs="steps",
+    )
     network_name_filter: str = param(
-        "", "Patterns of layer names to train, as in *attn2*;!*to_out*: one must fit, none with ! may.", GROUP)
+        "", "Patterns of layer names to train, as in *attn2*;!*to_out*: one must fit, none with ! may.", GROUP
+    )
 
 
 def parse_blocks(text: str) -> dict[str, float]:
@@ -189,9 +229,13 @@ RULES: tuple[Rule, ...] = (
 def shown_options(options: NetworkOptions) -> Mapping[str, str]:
     """What differs from its default, under the names kohya and LyCORIS give it in a file's network arguments."""
     names = {
-        "network_rslora": "rs_lora", "network_dropout": "dropout", "network_rank_dropout": "rank_dropout",
-        "network_module_dropout": "module_dropout", "network_max_norm": "scale_weight_norms",
-        "network_block_ranks": "block_dims", "network_block_alphas": "block_alphas",
+        "network_rslora": "rs_lora",
+        "network_dropout": "dropout",
+        "network_rank_dropout": "rank_dropout",
+        "network_module_dropout": "module_dropout",
+        "network_max_norm": "scale_weight_norms",
+        "network_block_ranks": "block_dims",
+        "network_block_alphas": "block_alphas",
     }
     default, found = NetworkOptions(), {}
     for name in NetworkOptions.__dataclass_fields__:

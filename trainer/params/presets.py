@@ -1,4 +1,5 @@
 """Presets: settings under a name. The shipped ones are read-only, the user's own are kept in a folder beside them."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """Lines of `sample_prompts`: a prompt, and what kohya's scripts let follow it: `a cat --n blurry --w 640 --d 7`."""
+
 from __future__ import annotations
 
 import re

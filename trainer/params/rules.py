@@ -1,4 +1,5 @@
 """What must hold between parameters: a table of rules, each with the fields it speaks of."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """Settings of Null-LoRA, which its adapter and the stage that looks at the inputs of its layers both read."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,12 +15,21 @@ class NullParams:
     """What Null-LoRA adds to the table."""
 
     network_null_space: str = param(
-        "weights", "What the frozen halves lie in: the null space of the weights, or the directions that the model does"
-        " not use for ordinary prompts (activations), which disturbs those least.", "option", needs="null",
-        choices=("weights", "activations"))
+        "weights",
+        "What the frozen halves lie in: the null space of the weights, or the directions that the model does"
+        " not use for ordinary prompts (activations), which disturbs those least.",
+        "option",
+        needs="null",
+        choices=("weights", "activations"),
+    )
     network_null_prompts: str = param(
-        "", "Prompts that must stay as they are, one per line, for network_null_space activations; empty takes a"
-        " built-in list.", "option", needs="null", holds="lines")
+        "",
+        "Prompts that must stay as they are, one per line, for network_null_space activations; empty takes a"
+        " built-in list.",
+        "option",
+        needs="null",
+        holds="lines",
+    )
 
 
 def two_ranks(job: Job, mode: ModeInfo) -> str:
@@ -40,17 +50,29 @@ NULL_RULES = (
 class ExpertParams:
     """What the mixture of experts adds to the table."""
 
-    num_experts: int = param(
-        4, "Up matrices that are mixed in every layer.", "option", needs="experts", low=1, high=64)
+    num_experts: int = param(4, "Up matrices that are mixed in every layer.", "option", needs="experts", low=1, high=64)
     network_routing: str = param(
-        "constant", "What mixes them: learned numbers (constant), or the input until that fades out towards the end of"
-        " the training (input; slower).", "option", needs="experts", choices=("constant", "input"))
+        "constant",
+        "What mixes them: learned numbers (constant), or the input until that fades out towards the end of"
+        " the training (input; slower).",
+        "option",
+        needs="experts",
+        choices=("constant", "input"),
+    )
     network_routing_balance: float = param(
-        0.01, "How strongly routing by the input is kept from using few experts only.", "option", needs="experts",
-        low=0, high=100)
+        0.01,
+        "How strongly routing by the input is kept from using few experts only.",
+        "option",
+        needs="experts",
+        low=0,
+        high=100,
+    )
     enable_effilora: bool = param(
-        False, "Train a mixture of experts; the same as network_type experts.", "option",
-        implies=("network_type", "experts"))
+        False,
+        "Train a mixture of experts; the same as network_type experts.",
+        "option",
+        implies=("network_type", "experts"),
+    )
 
 
 EXPERT_RULES = (without_effect("network_routing", "network_routing_balance", on="input"),)

@@ -1,4 +1,5 @@
 """The table: what the sections declare, resolved once, and the catalogue that all views are made from."""
+
 from __future__ import annotations
 
 import dataclasses

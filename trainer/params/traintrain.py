@@ -1,4 +1,5 @@
 """How a settings file of TrainTrain is recognised, and which of them cannot be used."""
+
 from __future__ import annotations
 
 import re

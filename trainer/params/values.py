@@ -1,4 +1,5 @@
 """From what stands in a file or a form to a typed value, or a sentence saying what would be right."""
+
 from __future__ import annotations
 
 import difflib

@@ -1,4 +1,5 @@
 """The table as a form: plain descriptions, from which any user interface can build its widgets."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -41,9 +42,7 @@ class Widget:
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
-def widgets(
-    catalogue: Catalogue, mode: str, second: bool = False, network_type: str = "lierla"
-) -> tuple[Widget, ...]:
+def widgets(catalogue: Catalogue, mode: str, second: bool = False, network_type: str = "lierla") -> tuple[Widget, ...]:
     """All fields in the order of the form, with `visible` for `mode` (or its second pass) and the adapter type. Raises
     AtelierError for an unknown mode. `format` is no field."""
     info = _mode(catalogue, mode)

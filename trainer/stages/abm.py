@@ -9,6 +9,7 @@ In the UNet only the gate half of the GEGLU projections feeds a nonlinearity dir
 The published code takes a trained LoRA as the teacher; here it is the untouched model, so that no other training comes
 first, and the adapter is moved off its zero start by a little before, because at 0 all signs agree.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,19 +41,33 @@ class AbmParams:
     """What ABM adds to the table."""
 
     abm_enabled: bool = param(
-        False, "Train the adapter first to keep the activations of the untouched model on their side of zero (ABM,"
-        " experimental).", "option")
+        False,
+        "Train the adapter first to keep the activations of the untouched model on their side of zero (ABM,"
+        " experimental).",
+        "option",
+    )
     abm_steps: int = param(
-        500, "Steps of that first training at most; it ends when the signs no longer improve.", "option", low=1,
-        high=100_000, unit="steps")
+        500,
+        "Steps of that first training at most; it ends when the signs no longer improve.",
+        "option",
+        low=1,
+        high=100_000,
+        unit="steps",
+    )
     abm_lr: float = param(1e-4, "Learning rate of that first training.", "option", low=0, high=1)
     abm_margin: float = param(
-        0.5, "How far from zero activations are pushed, in standard deviations of their channel.", "option", low=0,
-        high=10)
+        0.5,
+        "How far from zero activations are pushed, in standard deviations of their channel.",
+        "option",
+        low=0,
+        high=10,
+    )
     abm_weight_strategy: str = param(
-        "uniform", "How much later layers count more than earlier ones.", "option", choices=tuple(POWERS))
+        "uniform", "How much later layers count more than earlier ones.", "option", choices=tuple(POWERS)
+    )
     abm_batch_size: int | None = param(
-        None, "Pictures per step of that first training; empty takes train_batch_size.", "option", low=1, high=4096)
+        None, "Pictures per step of that first training; empty takes train_batch_size.", "option", low=1, high=4096
+    )
 
 
 @STAGES.register("abm")

@@ -4,6 +4,7 @@ The paper's penalty ½λ·(θ − θ₀)ᵀ·diag(F)·(θ − θ₀) uses the cu
 start the up matrix is 0, and so is every gradient of the down matrix: F would know nothing of it. Here θ is ΔW itself
 (as in EWC-LoRA, 2602.17559), whose curvature is that of the base model and serves every type of adapter; θ₀ is 0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -41,14 +42,26 @@ class LaloraParams:
     """What LaLoRA adds to the table."""
 
     lalora_lambda: float = param(
-        0.0, "How strongly the adapter is held back where ordinary pictures depend on the weights; 1 counts their"
-        " change like the loss itself, 0 is off.", "option", low=0, high=1_000_000)
+        0.0,
+        "How strongly the adapter is held back where ordinary pictures depend on the weights; 1 counts their"
+        " change like the loss itself, 0 is off.",
+        "option",
+        low=0,
+        high=1_000_000,
+    )
     lalora_context_path: str = param(
-        "", "File made by the curvature tool, which says what ordinary pictures depend on; empty measures it before the"
-        " training.", "option", holds="file")
+        "",
+        "File made by the curvature tool, which says what ordinary pictures depend on; empty measures it before the"
+        " training.",
+        "option",
+        holds="file",
+    )
     lalora_prompts: str = param(
-        "", "Prompts whose pictures count as ordinary when it is measured, one per line; empty takes a built-in list.",
-        "option", holds="lines")
+        "",
+        "Prompts whose pictures count as ordinary when it is measured, one per line; empty takes a built-in list.",
+        "option",
+        holds="lines",
+    )
 
 
 def context_there(job: Job, mode: ModeInfo) -> str:
@@ -92,8 +105,9 @@ class Lalora(Stage):
         prompts = self.prompts()
         states = trajectories(at, prompts, STATES, "lalora")
         measured = measure(at, states, {adapter.key: adapter.module for adapter in at.network})
-        self._factors = {key: (rows.to(at.model.device), columns.to(at.model.device))
-                         for key, (rows, columns) in measured.items()}
+        self._factors = {
+            key: (rows.to(at.model.device), columns.to(at.model.device)) for key, (rows, columns) in measured.items()
+        }
         at.tell(f"The curvature of {len(self._factors)} layers was measured on drawings of {len(prompts)} prompts.")
 
     def penalty(self, network: Any) -> Tensor | None:

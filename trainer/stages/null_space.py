@@ -1,4 +1,5 @@
 """The null space of activations (LoRA-Null, 2503.02659; AlphaEdit, 2410.02355): what ordinary inputs do not reach."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ DreamBooth (2208.12242, eq. 2) adds pictures that the model itself drew of ordin
 adapted model follows the untouched one's predictions on the way of such drawings, which has no noise of its own:
 λ·‖ε_1(x_t, t, c) − ε_0(x_t, t, c)‖².
 """
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,22 +31,43 @@ class PriorParams:
     """What prior preservation adds to the table."""
 
     prior_loss_weight: float = param(
-        0.0, "How strongly ordinary prompts are held at what the untouched model makes of them, so that less is"
-        " forgotten; 1 counts them like the training pictures, 0 is off.", "option", low=0, high=1000)
+        0.0,
+        "How strongly ordinary prompts are held at what the untouched model makes of them, so that less is"
+        " forgotten; 1 counts them like the training pictures, 0 is off.",
+        "option",
+        low=0,
+        high=1000,
+    )
     prior_prompts: str = param(
-        "", "The ordinary prompts, one per line: above all what resembles the concept without its word. Empty takes a"
-        " built-in list.", "option", holds="lines")
+        "",
+        "The ordinary prompts, one per line: above all what resembles the concept without its word. Empty takes a"
+        " built-in list.",
+        "option",
+        holds="lines",
+    )
     prior_states: int = param(
-        256, "Noisy pictures of the ordinary prompts, drawn once before the first step; each step takes some at"
-        " random.", "option", low=1, high=100_000)
+        256,
+        "Noisy pictures of the ordinary prompts, drawn once before the first step; each step takes some at random.",
+        "option",
+        low=1,
+        high=100_000,
+    )
     prior_max_timesteps: int = param(
-        1000, "Only noisy pictures of this timestep or below are held. With 500, and the training above 450, what"
-        " pictures are composed of changes and their colours stay.", "option", low=100, high=1000)
+        1000,
+        "Only noisy pictures of this timestep or below are held. With 500, and the training above 450, what"
+        " pictures are composed of changes and their colours stay.",
+        "option",
+        low=100,
+        high=1000,
+    )
     prior_both_directions: bool = param(
-        False, "Hold every second one at strength −1: for a LoRA that is used both ways, as those from pairs are.",
-        "option")
+        False,
+        "Hold every second one at strength −1: for a LoRA that is used both ways, as those from pairs are.",
+        "option",
+    )
     prior_batch_size: int = param(
-        0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024)
+        0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024
+    )
 
 
 @STAGES.register("prior")
@@ -56,8 +78,13 @@ class Prior(Stage):
     sections = (PriorParams,)
     rules = (
         without_effect(
-            "prior_loss_weight", "prior_prompts", "prior_states", "prior_max_timesteps", "prior_both_directions",
-            "prior_batch_size"),
+            "prior_loss_weight",
+            "prior_prompts",
+            "prior_states",
+            "prior_max_timesteps",
+            "prior_both_directions",
+            "prior_batch_size",
+        ),
     )
 
     def __init__(self, settings: Settings) -> None:
@@ -115,8 +142,7 @@ class Prior(Stage):
         return weight * self._kit.loss(predicted, target, t).mean()
 
     def _strength(self, rows: int) -> AbstractContextManager[None]:
-        """The adapter as it is, or at 1 and −1 in turns: row by row where a forward can hold both, else step by step.
-        """
+        """The adapter as it is, or at 1 and −1 in turns: by row where a forward can hold both, else by step."""
         if not self._own.prior_both_directions:
             return nullcontext()
         signs = [1.0 - 2.0 * ((self._step + row) % 2) for row in range(rows)]

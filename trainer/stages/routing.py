@@ -1,4 +1,5 @@
 """Experts mixed by the input: their balance, and the fading of the input's part, so that one matrix remains."""
+
 from __future__ import annotations
 
 from typing import Any

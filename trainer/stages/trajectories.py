@@ -1,4 +1,5 @@
 """What the untouched model meets while it draws: the inputs of stages that ask how it behaves on ordinary prompts."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,11 @@ def moments(length: int, steps: int) -> list[int]:
 
 @torch.no_grad()
 def trajectories(
-    at: Preparation, prompts: Sequence[str], steps: int, purpose: str, answered: bool = False,
+    at: Preparation,
+    prompts: Sequence[str],
+    steps: int,
+    purpose: str,
+    answered: bool = False,
     highest: int | None = None,
 ) -> Iterator[State]:
     """The states that the untouched model passes when it draws each prompt without guidance, `steps` for each prompt.

@@ -4,6 +4,7 @@ Each LoRA counts with its ΔW = alpha/rank·U·D, brought to norm 1, never with 
 and D says nothing (any invertible matrix fits between them). LoRAs that began from the same random D still share that
 start in their row space, whatever they learned; they are found and count once on that side.
 """
+
 from __future__ import annotations
 
 import math

@@ -4,6 +4,7 @@ or ours with other types of adapter than plain LoRA.
 All contenders share one UNet's weights, the same layers, rank, data and process, and take turns, so that whatever else
 the machine does meets all of them. Times are medians; the ratios are medians of the ratios within one round.
 """
+
 from __future__ import annotations
 
 import copy
@@ -68,7 +69,11 @@ class Contender:
 
 
 def run(
-    size: str = "small", steps: int = 20, batch: int | None = None, latents: int = 8, clock: str = "wall",
+    size: str = "small",
+    steps: int = 20,
+    batch: int | None = None,
+    latents: int = 8,
+    clock: str = "wall",
     types: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure on a randomly filled UNet of SD1's layout. `size`: small (5.5 M parameters) or sd15 (860 M).
@@ -120,14 +125,26 @@ def bench(
     return {
         "parameters": sum(p.numel() for p in model_unet.parameters()),
         "trained": sum(p.numel() for p in network.parameters()),
-        "modules": len(network), "rank": rank, "batch": batch, "latents": latents, "steps": steps, "clock": clock,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(data.x_BCHW.device),
+        "modules": len(network),
+        "rank": rank,
+        "batch": batch,
+        "latents": latents,
+        "steps": steps,
+        "clock": clock,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": str(data.x_BCHW.device),
         **_summary(rounds),
     }
 
 
 def bench_types(
-    model_unet: nn.Module, types: Sequence[str], steps: int = 20, batch: int = 1, latents: int = 8, rank: int = 16,
+    model_unet: nn.Module,
+    types: Sequence[str],
+    steps: int = 20,
+    batch: int = 1,
+    latents: int = 8,
+    rank: int = 16,
     clock: str = "wall",
 ) -> dict[str, Any]:
     """Seconds per step of each type, and the ratios to plain LoRA on the attention layers (lierla) and on all (c3lier).
@@ -156,9 +173,16 @@ def bench_types(
             ratios = [a / b for a, b in zip(whole[name], whole[base], strict=True)]
             fact[f"to_{base}"] = statistics.median(ratios)
     return {
-        "parameters": sum(p.numel() for p in model_unet.parameters()), "rank": rank, "batch": batch,
-        "latents": latents, "steps": steps, "clock": clock, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "device": str(data.x_BCHW.device), "types": facts,
+        "parameters": sum(p.numel() for p in model_unet.parameters()),
+        "rank": rank,
+        "batch": batch,
+        "latents": latents,
+        "steps": steps,
+        "clock": clock,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": str(data.x_BCHW.device),
+        "types": facts,
     }
 
 

@@ -1,4 +1,5 @@
 """What ordinary pictures depend on in a base model: the context file of LaLoRA, from pictures or the model's own."""
+
 from __future__ import annotations
 
 import time

@@ -1,6 +1,7 @@
 """Routes that answer with pictures: the plot of logs, the picture tools, pictures drawn with a LoRA, dropped pictures;
 and the files the page itself is made of.
 """
+
 from __future__ import annotations
 
 import base64
@@ -66,8 +67,7 @@ def plot(service: Service, call: Call) -> dict[str, object]:
 
 
 def _latest(service: Service) -> list[Log]:
-    """The newest log, or in its place the run that goes on or was the last one, when no log was written since it began.
-    """
+    """The newest log, or the current or last run in its place when no log was written since it began."""
     newest = service.shelf.logs()[:1]
     facts = service.queue.live.facts()
     points: Any = service.queue.live.curve()["points"]

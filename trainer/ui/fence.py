@@ -1,6 +1,7 @@
 """Which files a request may name. What is served or written stays in configured folders; what a job reads may lie
 anywhere while only this machine can ask, and below few folders when others can.
 """
+
 from __future__ import annotations
 
 import ntpath

@@ -217,9 +217,7 @@ def letters(name: str) -> str:
     return name.rstrip("0123456789")
 
 
-def button(
-    text: str, name: str, *, kind: str = "", sign: str = "", more: Child = None, **attributes: object
-) -> Html:
+def button(text: str, name: str, *, kind: str = "", sign: str = "", more: Child = None, **attributes: object) -> Html:
     """A button with an id; `kind` is primary, stop or small, `sign` an icon in front, `more` what follows."""
     look = f"atelier-button{f' atelier-{kind}' if kind else ''}"
     inside: list[Child] = [icon(sign) if sign else None, element("span", text) if text else None, more]

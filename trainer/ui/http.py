@@ -1,6 +1,7 @@
 """What every route does before it answers: the host's own login, the same origin, JSON. Plain requests and responses,
 which the oldest FastAPI that a WebUI brings and the newest understand alike.
 """
+
 from __future__ import annotations
 
 import asyncio

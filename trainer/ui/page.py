@@ -235,8 +235,12 @@ def _templates() -> tuple[Html, ...]:
         element("p", data_error=True, class_="atelier-error", hidden=True),
         element(
             "form",
-            element("label", element("span", data_unit=True), " ",
-                    element("input", type="text", inputmode="numeric", data_length=True)),
+            element(
+                "label",
+                element("span", data_unit=True),
+                " ",
+                element("input", type="text", inputmode="numeric", data_length=True),
+            ),
             element("button", "Go on", type="submit", class_="atelier-button atelier-small"),
             class_="atelier-inline atelier-extend",
             data_extend=True,
@@ -250,4 +254,3 @@ def _templates() -> tuple[Html, ...]:
         element("template", entry, id="atelier_template_queue"),
         element("template", figure, id="atelier_template_figure"),
     )
-

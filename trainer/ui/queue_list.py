@@ -1,4 +1,5 @@
 """The queue as the page and the routes list it: made once for each change, whoever asks and however many."""
+
 from __future__ import annotations
 
 import threading

@@ -3,6 +3,7 @@
 The service knows the table, the queue and the host; whatever needs the engine or the pictures is done by the `Backend`
 it is given.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -87,8 +88,7 @@ class Backend(Protocol):
         """
 
     def amend(self, folder: Path, values: Mapping[str, object]) -> Mapping[str, object]:
-        """Give the run in a folder other settings for when it goes on; all its settings come back. Raises AtelierError.
-        """
+        """Give the run in a folder other settings for its resume; returns all its settings. Raises AtelierError."""
 
     def unserved(self) -> Mapping[str, Mapping[str, str]]:
         """Field → value → why the installed packages or the device cannot serve it, with what to do."""

@@ -1,4 +1,5 @@
 """What lies ready to be taken: presets, settings files, finished LoRAs' settings, logs; and the folders themselves."""
+
 from __future__ import annotations
 
 import contextlib

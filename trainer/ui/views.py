@@ -1,4 +1,5 @@
 """Records as plain values for JSON. Nothing here shows a path: files are named below the folder they lie in."""
+
 from __future__ import annotations
 
 import dataclasses

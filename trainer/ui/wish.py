@@ -1,4 +1,5 @@
 """A picture that is asked for."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -65,7 +65,6 @@ def pool(chosen: Callable[[world.Scene], bool], count: int, seed: int) -> list[w
     return [found[index] for index in np.random.default_rng(seed).integers(0, len(found), count)]
 
 
-
 def around(rate: float) -> tuple[float, ...]:
     """The five learning rates of a sweep, in steps of about 1.7."""
     return tuple(float(f"{rate * factor:.2g}") for factor in (0.3, 0.6, 1.0, 1.7, 3.0))

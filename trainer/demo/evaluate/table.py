@@ -61,8 +61,7 @@ def number(value: float) -> str:
 
 
 def insert(page: Path, mark: str, text: str) -> None:
-    """Replace what stands between `<!-- MARK -->` and `<!-- /MARK -->` of a page. Raises ValueError without the marks.
-    """
+    """Replace the text between `<!-- MARK -->` and `<!-- /MARK -->` of a page. Raises ValueError without them."""
     content = page.read_text(encoding="utf-8")
     start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     if start not in content or end not in content:
