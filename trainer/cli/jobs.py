@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import JobError, Problem
 from ..events import EventLog
 from ..params.cli import add_flags, apply_overrides, collect_flags, lay_over, unknown_flag_hint
-from ..params.codec import load
+from ..params.codec import beside, load, load_rest
 from ..params.files import read_json
 from ..params.job import NOTE
 from ..params.presets import Presets, brought
@@ -87,13 +87,26 @@ def request(name: str, given: Given, places: Places, *, resume: bool, dry: bool,
         job = amended(before, laid) if overrides or flags else before
         return Request(job, places, resume=folder, dry=dry)
     raw = lay_over(apply_overrides(raw_job(name), overrides, catalogue()), flags, catalogue())
-    loaded = load(raw, catalogue())
+    try:
+        loaded = load(raw, catalogue())
+    except JobError as error:
+        raise JobError([*error.problems, *_of_files(raw, error, places)]) from None
     for line in loaded.warnings:
         log.warn(line)
     log.note("Starting.")
     from ..engine.run import Request
 
     return Request(loaded.job, places, dry=dry)
+
+
+def _of_files(raw: Mapping[str, object], error: JobError, places: Places) -> tuple[Problem, ...]:
+    """What is wrong with the files of settings that have other problems too."""
+    rest = load_rest(raw, error.problems, catalogue())
+    if rest is None:
+        return ()
+    from ..engine.preflight import file_problems
+
+    return beside(file_problems(rest, places, models=True), error.problems)
 
 
 def preset_text(name: str | None) -> str:

@@ -5,7 +5,6 @@ pictures where the host draws none.
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,19 +20,19 @@ from ..engine.control import Control
 from ..engine.costs import CostWatch
 from ..engine.folder import JOB_FILE
 from ..engine.packages import unserved
-from ..engine.preflight import check_before_loading, find_data
+from ..engine.preflight import file_problems
 from ..engine.process import this_process
 from ..engine.resume import amend, read_job
 from ..engine.run import Request, run
 from ..engine.state import STATE_FILE
-from ..errors import DataError, JobError, Problem
+from ..errors import JobError, Problem
 from ..events import EventLog
 from ..jobs.entry import Entry
 from ..jobs.listing import QueueError
 from ..jobs.queue import Outcome
 from ..modes.base import MODES
 from ..params import core
-from ..params.codec import load
+from ..params.codec import beside, load
 from ..params.job import Job
 from ..paths import is_file
 from ..places import Places
@@ -41,19 +40,6 @@ from ..ui.wish import Wish
 from .draw import Easel, as_trained
 
 MEGABYTE = 2**20
-_NAMED = re.compile(r"^lora_data_directory = (['\"]).*?\1:? +")
-"""The setting at the beginning of an error of its folder, which stands beside its field anyway."""
-
-
-_DATA = ("lora_data_directory", "original image", "target image")
-
-
-def _of_images(job: Job, error: DataError) -> Problem:
-    """An error of a job's images at the field that names them."""
-    pair = "pictures" in MODES.get(job[core.Task].mode).needs
-    field = "target image" if pair else "lora_data_directory"
-    given = job[core.Task].target_image if pair else job[core.Images].lora_data_directory
-    return Problem(field, given, _NAMED.sub("", str(error)))
 
 
 class Lender(Protocol):
@@ -163,28 +149,10 @@ class Bench:
         """What only files can tell, all at once."""
         found: list[Problem] = []
         try:
-            self.host.resolve(job)
+            job = self.host.resolve(job)
         except JobError as error:
             found += error.problems
-        try:
-            check_before_loading(self._with_loras(job), self.host.places())
-        except JobError as error:
-            found += error.problems
-            if not {problem.field for problem in found} & set(_DATA):
-                found += self._of_data(job)
-        except DataError as error:
-            found.append(_of_images(job, error))
-        return tuple(found)
-
-    def _of_data(self, job: Job) -> tuple[Problem, ...]:
-        """What is wrong with the images of a job that has other problems."""
-        try:
-            find_data(job)
-        except JobError as error:
-            return error.problems
-        except DataError as error:
-            return (_of_images(job, error),)
-        return ()
+        return (*found, *beside(file_problems(self._with_loras(job), self.host.places(), models=not found), found))
 
     def look(self, job: Job) -> Mapping[str, object]:
         """Pictures, captions, buckets and steps of the job's data folder. Raises DataError, JobError."""

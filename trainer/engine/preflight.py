@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ..data.buckets import shrink_buckets
 from ..data.pairs import PairScan
 from ..data.scan import Scan, scan
-from ..errors import AdapterError, JobError, Problem
+from ..errors import AdapterError, DataError, JobError, Problem
 from ..jsontext import JsonError, read_object
 from ..models.base import Model
 from ..models.tokenizer import tokenizer_beside
@@ -86,13 +87,27 @@ Found = Scan | PairScan | None
 """What is known of a run's data before a model is loaded."""
 
 
-def check_before_loading(job: Job, places: Places, written: Collection[str] = ("",), *, resumed: bool = False) -> Found:
+def file_problems(job: Job, places: Places, *, models: bool = False) -> tuple[Problem, ...]:
+    """Everything that is wrong with a job and can be known without a model, at its fields; `models` as below."""
+    try:
+        check_before_loading(job, places, models=models)
+    except JobError as error:
+        return error.problems
+    except DataError as error:
+        return (_of_images(job, error),)
+    return ()
+
+
+def check_before_loading(
+    job: Job, places: Places, written: Collection[str] = ("",), *, resumed: bool = False, models: bool = False
+) -> Found:
     """Refuse what can be refused without a model. Returns what was found of the pictures for modes that use them.
 
-    `written`: the suffixes of the files the run will write; the folders of what it writes are tried. Raises JobError
-    with all problems, DataError for pictures.
+    `written`: the suffixes of the files the run will write; the folders of what it writes are tried. `models`: the base
+    model and what is loaded with it are read from files, so they are looked for. Raises JobError with all problems,
+    DataError when only the pictures have one.
     """
-    problems: list[Problem] = []
+    problems = [*(_absent_models(job, places) if models else ())]
     save = job[core.Save]
     for target in (lora_path(job, places, suffix) for suffix in written):
         if exists(target) and not save.save_overwrite and not resumed:
@@ -108,9 +123,50 @@ def check_before_loading(job: Job, places: Places, written: Collection[str] = ("
     problems += _absent_files(with_lora_files(job, places.loras), resumed)
     if written:
         problems += folder_problems(job, places)
+    try:
+        found = find_data(job)
+    except JobError as error:
+        problems += error.problems
+    except DataError as error:
+        if not problems:
+            raise
+        if not {problem.field for problem in problems} & set(_DATA):  # a file that is absent is named once
+            problems.append(_of_images(job, error))
     if problems:
         raise JobError(problems)
-    return find_data(job)
+    return found
+
+
+_DATA = ("lora_data_directory", "original image", "target image")
+_NAMED = re.compile(r"^lora_data_directory = (['\"]).*?\1:? +")
+"""The setting at the beginning of an error of its folder, which stands beside its field anyway."""
+
+
+def _of_images(job: Job, error: DataError) -> Problem:
+    """An error of a job's images at the field that names them."""
+    pair = "pictures" in MODES.get(job[core.Task].mode).needs
+    field = "target image" if pair else "lora_data_directory"
+    given = job[core.Task].target_image if pair else job[core.Images].lora_data_directory
+    return Problem(field, given, _NAMED.sub("", str(error)))
+
+
+def _absent_models(job: Job, places: Places) -> Iterator[Problem]:
+    """The base model, VAE and text encoders that a job names and that are not there; prompts that such a model cannot
+    take.
+    """
+    task = job[core.Task]
+    attempts: list[Callable[[], object]] = [lambda: resolve_texts(job, places.text_encoders)]
+    if task.vae:
+        attempts.append(lambda: resolve_model(task.vae, places.vaes, "vae"))
+    if MODES.get(task.mode).steps:
+        attempts.append(lambda: resolve_model(task.model, places.checkpoints))
+    else:  # looks for the model too
+        attempts.append(lambda: long_prompts(job, places, None))
+    for attempt in attempts:
+        try:
+            attempt()
+        except JobError as error:
+            yield from error.problems
 
 
 def find_data(job: Job) -> Found:

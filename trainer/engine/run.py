@@ -123,7 +123,9 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
     job, places = request.job, request.places
     written = [plan.kind.suffix for plan in plan_passes(job) if plan.written and process.leads]
     try:
-        found = check_before_loading(job, places, written, resumed=request.resume is not None)
+        found = check_before_loading(
+            job, places, written, resumed=request.resume is not None, models=request.model is None
+        )
     except DataError as error:
         if request.resume is None:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +56,48 @@ def load(raw: object, catalogue: Catalogue, complete: bool = True) -> Loaded:
     if first.problems:
         raise JobError(first.problems)
     return Loaded(job, tuple(first.warnings))
+
+
+def load_rest(raw: Mapping[str, object], problems: Iterable[Problem], catalogue: Catalogue) -> Job | None:
+    """The job of what is right in settings with problems, for a look at its files: what is wrong stands as its default.
+
+    None when nothing can be made of it: the settings are of something else, or their mode is wrong.
+    """
+    try:
+        _refuse_foreign(raw, is_traintrain(raw))
+    except JobError:
+        return None
+    left: dict[str, object] = dict(raw)
+    while True:
+        wrong = {problem.field for problem in problems}
+        if "mode" in wrong:
+            return None
+        smaller = _without(left, wrong, catalogue)
+        if smaller == left:
+            return None
+        try:
+            return load(smaller, catalogue, complete=False).job
+        except JobError as error:  # a rule between settings of which one is gone
+            left, problems = smaller, error.problems
+
+
+def _without(raw: Mapping[str, object], fields: Collection[str], catalogue: Catalogue) -> dict[str, object]:
+    """Plain values without those of some fields, under whichever spelling they are given."""
+
+    def kept(values: Mapping[str, object], prefix: str) -> dict[str, object]:
+        spelt = {key: catalogue.by_name[key].key if key in catalogue.by_name else str(key)[:80] for key in values}
+        return {key: value for key, value in values.items() if prefix + spelt[key] not in fields}
+
+    left, second = kept(raw, ""), raw.get(SECOND_PASS)
+    if isinstance(second, Mapping) and SECOND_PASS in left:
+        left[SECOND_PASS] = kept(second, f"{SECOND_PASS}.")
+    return left
+
+
+def beside(found: Iterable[Problem], told: Iterable[Problem]) -> tuple[Problem, ...]:
+    """The problems at other fields than those told already, where a default stood in for what is wrong."""
+    fields = {problem.field for problem in told}
+    return tuple(problem for problem in found if problem.field not in fields)
 
 
 def _refuse_foreign(raw: Mapping[str, object], traintrain: bool) -> None:

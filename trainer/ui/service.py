@@ -6,7 +6,7 @@ it is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from ..jobs.entry import Entry
 from ..jobs.listing import QueueError
 from ..jobs.queue import Queue
 from ..params import core
-from ..params.codec import Loaded, load
+from ..params.codec import Loaded, beside, load, load_rest
 from ..params.job import SECOND_PASS, Job
 from ..params.table import Catalogue
 from ..params.widgets import widgets
@@ -146,27 +146,16 @@ class Service:
         except JobError as error:
             found += error.problems
             found += self._fence().problems(raw, self.catalogue)
-        known = self._rest(raw, found) if loaded is None else loaded.job
+        known = load_rest(raw, found, self.catalogue) if loaded is None else loaded.job
         # The values as a run will see them: the table reads some spellings (full-width signs) as others.
         fenced = () if known is None else tuple(self._fence().problems(known.to_dict(full=True), self.catalogue))
-        found += [one for one in fenced if one.field not in {problem.field for problem in found}]
+        found += beside(fenced, found)
         of_files: tuple[Problem, ...] = ()
         if files and known is not None and not fenced:  # nothing outside the fence is even looked for
-            of_files = tuple(self.backend.problems(known))
-            if loaded is None:  # what was wrong stands as its default, of which nothing is reported
-                told = {problem.field for problem in found}
-                of_files = tuple(one for one in of_files if self._names_file(one.field) and one.field not in told)
+            of_files = beside(self.backend.problems(known), found)
         found += of_files
         job = loaded.job if loaded is not None and not found else None
         return Checked(job, tuple(found), loaded.warnings if loaded is not None else (), of_files)
-
-    def _rest(self, raw: Mapping[str, object], found: Iterable[Problem]) -> Job | None:
-        """The job of what is right in settings with problems; None when nothing can be made of it."""
-        wrong = {problem.field.removeprefix(f"{SECOND_PASS}.") for problem in found} | {SECOND_PASS}
-        try:
-            return load({key: value for key, value in raw.items() if key not in wrong}, self.catalogue, False).job
-        except JobError:
-            return None
 
     def _names_file(self, field: str) -> bool:
         parameter = self.catalogue.by_name.get(field)
@@ -201,7 +190,7 @@ class Service:
         try:
             job = load(first, self.catalogue, False).job
         except JobError as error:
-            rest = self._rest(first, error.problems)
+            rest = load_rest(first, error.problems, self.catalogue)
             if rest is None or any(self._names_file(problem.field) for problem in error.problems):
                 raise
             job = rest
