@@ -217,3 +217,33 @@ def test_nothing_unfinished_and_no_private_places() -> None:
             continue
         wrong += [f"{name}: {found.group()}" for found in FORBIDDEN.finditer(text)]
     assert not wrong, "\n".join(wrong)
+
+
+WEIGHT_READERS = ("adapters", "stages", "modes", "engine", "tools")
+READS_THE_STORED_WEIGHT = {
+    "adapters/folded.py": "adds ΔW to the stored numbers themselves and puts them back",
+}
+
+
+def weight_reads(path: Path) -> Iterator[int]:
+    """Lines that read the weight of a module other than one's own, by attribute or by name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Attribute(attr="weight", value=ast.Name(id="self")):
+                continue
+            case ast.Attribute(attr="weight"):
+                yield node.lineno
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value="weight"), *_]):
+                yield node.lineno
+
+
+def test_base_weights_are_read_through_weight_of_alone():
+    found = [
+        f"{name}:{line}"
+        for path in FILES
+        if (name := path.relative_to(PACKAGE).as_posix()).split("/")[0] in WEIGHT_READERS
+        and name not in READS_THE_STORED_WEIGHT
+        for line in weight_reads(path)
+    ]
+    assert not found, f"read the weight of a base layer with maths.weights.weight_of instead: {found}"
+    assert all(any(weight_reads(PACKAGE / name)) for name in READS_THE_STORED_WEIGHT), "an exception nobody needs"

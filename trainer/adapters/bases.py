@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..maths.weights import weight_matrix, weight_of
 from ..params.field import param
 from ..paths import exists, expanded
 from .base import LayerLike
@@ -54,7 +55,7 @@ def weight_bases(
     started = time.perf_counter()
     for layer in layers:
         rows, columns = counts[layer.key]
-        weight = layer.module.weight.detach().flatten(1)
+        weight = weight_of(layer.module).detach().flatten(1)
         label = f"{_hash(weight)}.{name}" if path else ""
         down, up = kept.get(f"{label}.down"), kept.get(f"{label}.up")
         if down is None or up is None or not _hold(down, up, weight, rows, columns):
@@ -85,7 +86,7 @@ def _hold(down: Tensor, up: Tensor, weight: Tensor, rows: int, columns: int) -> 
 
 def blank(layers: Sequence[LayerLike], counts: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
     """Zeros in the place of what `weight_bases` makes, for adapters that get theirs from a state."""
-    shapes = {layer.key: layer.module.weight.flatten(1).shape for layer in layers}
+    shapes = {layer.key: weight_matrix(layer.module) for layer in layers}
     return {
         key: (torch.zeros(rows, shapes[key][1]), torch.zeros(shapes[key][0], columns))
         for key, (rows, columns) in counts.items()

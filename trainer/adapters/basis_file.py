@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, brief
+from ..maths.weights import weight_matrix
 from ..paths import expanded, is_file
 from .base import LayerLike
 from .checked import taken
@@ -53,8 +54,7 @@ def read_basis(path: str, layers: Iterable[LayerLike]) -> dict[str, Basis]:
     for layer in layers:
         names = (layer.key, *getattr(layer, "also", ()))
         own = next((made[name] for name in map(plain_name, names) if name in made), None)
-        weight = layer.module.weight
-        if own is not None and (own.up.shape[0], own.down.shape[1]) == (weight.shape[0], weight[0].numel()):
+        if own is not None and (own.up.shape[0], own.down.shape[1]) == weight_matrix(layer.module):
             found[layer.key] = own
     if not found:
         raise AdapterError(

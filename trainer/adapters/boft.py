@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..maths.rotation import butterfly, cayley_minus_identity
+from ..maths.weights import weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .library import EAGER, functional
 from .oft import NO_PLACE, Rotation
@@ -28,7 +29,7 @@ class Boft(Rotation):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        outputs = layer.module.weight.shape[0]
+        outputs = weight_shape(layer.module)[0]
         sizes = butterfly_sizes(outputs, self.rank)
         if sizes is None:
             least = next((b for b in range(2, outputs + 1, 2) if butterfly_sizes(outputs, b)), 0)
@@ -44,7 +45,7 @@ class Boft(Rotation):
         return butterfly(outputs, cayley_minus_identity(self.oft_blocks)) - outputs
 
     def delta(self) -> Tensor:
-        weight = self.module.weight.float()
+        weight = weight_of(self.module, torch.float32)
         theirs = functional("boft")
         if theirs is None:
             return self.turned(weight.flatten(1)).view(weight.shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..maths.lowrank import scaled
+from ..maths.weights import weight_of, weight_shape
 from ..params.field import param
 from ..params.rules import without_effect
 from .base import Adapter, AdapterSpec, LayerLike, LowRank, Strength
@@ -71,7 +72,7 @@ class Decomposed(Adapter):
         options = spec[DoraOptions]
         self.decomposed, self.on_input = options.use_dora, options.network_dora_axis == "input"
         if self.decomposed:
-            norms = self._lengths(layer.module.weight.detach().float())
+            norms = self._lengths(weight_of(layer.module, torch.float32).detach())
             self.magnitude = nn.Parameter(torch.zeros(norms.shape))
             self._bits: Tensor  # bit patterns, because a network put into half precision must keep these numbers whole
             self.register_buffer("_bits", norms.cpu().view(torch.int32), persistent=False)
@@ -81,7 +82,7 @@ class Decomposed(Adapter):
         base, faster = self._bits.view(torch.float32), getattr(self, "square_norms", None)
         with torch.no_grad():
             if faster is None:
-                norms = self._lengths(self.module.weight.float() + super().delta())
+                norms = self._lengths(weight_of(self.module, torch.float32) + super().delta())
             else:
                 norms = (base.square() + faster(self.on_input)).clamp_min(0).sqrt()
         return (base + self.magnitude.float()) / norms.clamp_min(SMALLEST)
@@ -103,7 +104,7 @@ class Decomposed(Adapter):
 
     def _partly(self, x: Tensor, strength: float | Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         """W·x + b + κ·(W′ − W)·x, with W′ − W = W·(gain − 1) + V·gain."""
-        weight = self.module.weight
+        weight = weight_of(self.module)
         x = self.working_input(x)
         if self.on_input:
             gain = self._on_channels(gain, x)
@@ -129,7 +130,7 @@ class Decomposed(Adapter):
         plain = super().delta()
         if not self.decomposed:
             return plain
-        weight = self.module.weight.float()
+        weight = weight_of(self.module, torch.float32)
         return (weight + plain) * self._on_axis(self.gain()) - weight
 
     def as_lora(self) -> LowRank | None:
@@ -171,7 +172,7 @@ class Decomposed(Adapter):
             return super().rescaled(tensors, factor)
         if factor == 1.0:
             return dict(tensors)
-        weight, plain = self.module.weight.detach().float().cpu(), self.expanded(tensors)
+        weight, plain = weight_of(self.module, torch.float32).detach().cpu(), self.expanded(tensors)
         gain = tensors[MAGNITUDE].float().flatten() / self._lengths(weight + plain).clamp_min(SMALLEST)
         outer = 1 - factor + factor * gain
         if not bool((outer.abs() > 1e-4).all()):
@@ -190,7 +191,7 @@ class Decomposed(Adapter):
 
     def _on_axis(self, values: Tensor) -> Tensor:
         """One number for each input (1, in[, 1, 1]) or output (out, 1[, 1, 1]), as files have it."""
-        shape = [1] * self.module.weight.ndim
+        shape = [1] * len(weight_shape(self.module))
         shape[1 if self.on_input else 0] = -1
         return values.view(shape)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import scaled
+from ..maths.weights import weight_shape
 from ..params.field import param
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .direct import ALPHA, Direct
@@ -50,7 +51,7 @@ class Eh(Direct):
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.groups = spec[EhOptions].network_groups
-        fan_out, fan_in = layer.module.weight.shape
+        fan_out, fan_in = weight_shape(layer.module)
         self.block_weight = nn.Parameter(torch.zeros(fan_out // self.groups, fan_in // self.groups))
 
     @classmethod
@@ -58,7 +59,7 @@ class Eh(Direct):
         groups = spec[EhOptions].network_groups
         if layer.part != "unet" or layer.kind != "linear" or not in_transformer(layer):
             return False
-        return all(size % groups == 0 for size in layer.module.weight.shape)
+        return all(size % groups == 0 for size in weight_shape(layer.module))
 
     def tensors(self) -> dict[str, Tensor]:
         return {W1: torch.eye(self.groups), W2: self.block_weight.detach(), ALPHA: torch.tensor(1.0)}

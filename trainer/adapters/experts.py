@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, per_sample
+from ..maths.weights import weight_shape
 from ..params.spaces import EXPERT_RULES, ExpertParams
 from .base import ADAPTERS, AdapterSpec, LayerLike, LowRank, Strength
 from .dora import DoraOptions
@@ -73,7 +74,7 @@ class Experts(Factored):
         if own.num_experts > 1:
             self.gates = nn.Parameter(torch.zeros(own.num_experts))
             if own.network_routing == "input":
-                self.router = nn.Parameter(torch.zeros(own.num_experts, int(layer.module.weight.shape[1])))
+                self.router = nn.Parameter(torch.zeros(own.num_experts, weight_shape(layer.module)[1]))
 
     @classmethod
     def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:

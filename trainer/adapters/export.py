@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..maths.subspace import product_norm, product_svd, truncated_svd
+from ..maths.weights import weight_shape
 from ..params import core
 from ..params.field import ModeInfo
 from ..params.job import Job
@@ -136,7 +137,7 @@ def _balanced(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _file_tensors(adapter: Adapter, layer: _Approximation, strength: float, dtype: Any) -> dict[str, Tensor]:
-    shape = adapter.module.weight.shape
+    shape = weight_shape(adapter.module)
     tail = (1,) * (len(shape) - 2)
     root, wanted = math.sqrt(abs(strength)), dtype or next(adapter.parameters()).dtype
     down, up = layer.down * root, layer.up * math.copysign(root, strength)
@@ -162,7 +163,7 @@ def _own_error(network: Network) -> float:
 def _no_lora(network: Network) -> str:
     """Why this network has no plain LoRA at any rank, "" when it has one."""
     kind = network.spec.type
-    if any(adapter.module.weight.ndim < 2 for adapter in network):
+    if any(len(weight_shape(adapter.module)) < 2 for adapter in network):
         return f"network_type {kind} changes numbers that a LoRA does not reach."
     biases = [adapter.delta_bias() for adapter in network]
     if any(bias is not None and bool(bias.any()) for bias in biases):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..maths.subspace import product_norm
+from ..maths.weights import weight_matrix, weight_shape
 from .base import RESNET_OWNERS, TRANSFORMER_OWNERS, Adapter, AdapterSpec, LayerLike, Strength
 from .checked import single
 from .dora import DoraOptions
@@ -37,8 +38,8 @@ class Factored(Lora):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         Adapter.__init__(self, layer, spec, strength, generator)
-        fan_out, *rest = layer.module.weight.shape
-        self.fan_out, self.fan_in, self.kernel = int(fan_out), int(layer.module.weight[0].numel()), tuple(rest)
+        fan_out, *rest = weight_shape(layer.module)
+        self.fan_out, self.fan_in, self.kernel = int(fan_out), weight_matrix(layer.module)[1], tuple(rest)
         self.row_scaled = spec[DoraOptions].use_dora
         if self.row_scaled:
             self.rows = nn.Parameter(torch.zeros(self.fan_out))

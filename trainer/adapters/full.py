@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import scaled
 from ..maths.rebuild import rebuilt
+from ..maths.weights import weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .direct import Direct
 from .where import ignores, in_any_block
@@ -25,7 +26,7 @@ class Full(Direct):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        self.diff = nn.Parameter(torch.zeros(layer.module.weight.shape))
+        self.diff = nn.Parameter(torch.zeros(weight_shape(layer.module)))
         if layer.module.bias is not None:
             self.diff_b = nn.Parameter(torch.zeros(layer.module.bias.shape))
 
@@ -39,7 +40,7 @@ class Full(Direct):
         if self._plain and not isinstance(strength, Tensor):
             x = self.working_input(x)
             geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
-            y = rebuilt(x, module.weight, module.bias, strength, _itself, (self.diff,), geometry)
+            y = rebuilt(x, weight_of(module), module.bias, strength, _itself, (self.diff,), geometry)
             return y if shift is None else y + self._along_channels(shift * strength, y)
         base = self._base(x)
         update = self._operate(x.to(base.dtype), self.diff.to(base.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..maths.lowrank import kaiming_down, per_sample
+from ..maths.weights import weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .direct import ALPHA, Direct
 from .where import ignores, in_transformer
@@ -33,7 +34,7 @@ class Glora(Direct):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        fan_out, fan_in = layer.module.weight.shape
+        fan_out, fan_in = weight_shape(layer.module)
         self.a1 = nn.Parameter(kaiming_down((self.rank, fan_in), generator))
         self.a2 = nn.Parameter(torch.zeros(fan_in, self.rank))
         self.b1 = nn.Parameter(kaiming_down((self.rank, fan_in), generator))
@@ -68,8 +69,8 @@ class Glora(Direct):
         inside, beside = functional.linear(functional.linear(x, a1) * scale, a2), functional.linear(x, b1) * scale
         if self._plain:
             return self._base(x + inside) + functional.linear(beside, b2)
-        return self._base(x) + self._operate(inside, self.module.weight.to(x.dtype)) + functional.linear(beside, b2)
+        return self._base(x) + self._operate(inside, weight_of(self.module, x.dtype)) + functional.linear(beside, b2)
 
     def delta(self) -> Tensor:
         a1, a2, b1, b2 = (p.float() for p in (self.a1, self.a2, self.b1, self.b2))
-        return (self.module.weight.float() @ a2 @ a1 + b2 @ b1) * self.scale
+        return (weight_of(self.module, torch.float32) @ a2 @ a1 + b2 @ b1) * self.scale

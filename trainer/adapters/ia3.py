@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..maths.lowrank import per_sample
+from ..maths.weights import weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .checked import single
 from .direct import Direct
@@ -35,7 +36,7 @@ class Ia3(Direct):
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.on_input = layer.key.endswith(ON_INPUT)
-        self.weight = nn.Parameter(torch.zeros(layer.module.weight.shape[1 if self.on_input else 0]))
+        self.weight = nn.Parameter(torch.zeros(weight_shape(layer.module)[1 if self.on_input else 0]))
 
     @classmethod
     def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
@@ -59,7 +60,7 @@ class Ia3(Direct):
         scale = self.weight.to(x.dtype) * (per_sample(strength, x) if isinstance(strength, Tensor) else strength)
         module = self.module
         if not self._plain:
-            update = self._operate(x * scale if self.on_input else x, module.weight.to(x.dtype))
+            update = self._operate(x * scale if self.on_input else x, weight_of(module, x.dtype))
             return self._base(x) + (update if self.on_input else update * scale)
         if self.on_input:
             return self._base(torch.addcmul(x, x, scale))
@@ -68,5 +69,5 @@ class Ia3(Direct):
         return torch.addcmul(y, product, scale)
 
     def delta(self) -> Tensor:
-        weight = self.module.weight.float()
+        weight = weight_of(self.module, torch.float32)
         return weight * (self.weight.float() if self.on_input else self.weight.float()[:, None])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..maths.hadamard import Factors, hadamard_layer, hadamard_norms, thin_pays
 from ..maths.lowrank import scaled, stride_area
 from ..maths.rebuild import rebuilt
+from ..maths.weights import weight_matrix, weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
 from .direct import ALPHA, Direct, normal
 from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
@@ -31,10 +32,10 @@ class HadamardProduct(Direct):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        fan_out, fan_in, *kernel = layer.module.weight.shape
+        fan_out, fan_in, *kernel = weight_shape(layer.module)
         self.tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
         outer = (self.rank, fan_out) if self.tucker else (fan_out, self.rank)
-        inner = (self.rank, fan_in if self.tucker else layer.module.weight[0].numel())
+        inner = (self.rank, fan_in if self.tucker else weight_matrix(layer.module)[1])
         self.hada_w1_a, self.hada_w1_b = normal(outer, 0.1, generator), normal(inner, 1.0, generator)
         self.hada_w2_a, self.hada_w2_b = nn.Parameter(torch.zeros(outer)), normal(inner, 1.0, generator)
         if self.tucker:
@@ -57,9 +58,9 @@ class HadamardProduct(Direct):
             geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
             rows = x.numel() // x.shape[-1 if geometry is None else 1] // stride_area(geometry)
             if thin_pays(rows, len(factors[1].T), len(factors[0]), self.rank):
-                return hadamard_layer(x, module.weight, module.bias, factors, scale, geometry)
+                return hadamard_layer(x, weight_of(module), module.bias, factors, scale, geometry)
             if not isinstance(scale, Tensor):
-                return rebuilt(x, module.weight, module.bias, scale, self._product, factors, geometry)
+                return rebuilt(x, weight_of(module), module.bias, scale, self._product, factors, geometry)
         base = self._base(x)
         return base + scaled(self.update(x.to(base.dtype)), strength)
 
@@ -73,7 +74,7 @@ class HadamardProduct(Direct):
 
     def square_norms(self, on_input: bool) -> Tensor:
         """‖W + ΔW‖² − ‖W‖² for each input or output."""
-        return hadamard_norms(self.module.weight, self._factors(), self.scale, on_input)
+        return hadamard_norms(weight_of(self.module), self._factors(), self.scale, on_input)
 
     def expanded(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """ΔW of file tensors, float32."""
@@ -90,7 +91,7 @@ class HadamardProduct(Direct):
 
     def _product(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         """ΔW without its scale, in the shape of the weight."""
-        return ((a1 @ b1) * (a2 @ b2)).view(self.module.weight.shape)
+        return ((a1 @ b1) * (a2 @ b2)).view(weight_shape(self.module))
 
     def delta_norm(self) -> Tensor:
         """‖ΔW‖, of which the factors take up a change."""
@@ -105,7 +106,7 @@ class HadamardProduct(Direct):
         t1, t2 = cores or (None, None)
         scale = torch.tensor(self.scale)
         delta: Tensor = theirs.diff_weight(w1b, w1a, w2b, w2a, t1, t2, gamma=scale, backend=EAGER)
-        return delta.view(self.module.weight.shape)
+        return delta.view(weight_shape(self.module))
 
 
 @ADAPTERS.register("loha")

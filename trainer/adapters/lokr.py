@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..maths.kron import kron_inner, kron_layer
 from ..maths.lowrank import kaiming_down, scaled
+from ..maths.weights import weight_of, weight_shape
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
@@ -69,7 +70,7 @@ def factor_pair(size: int, limit: int) -> tuple[int, int]:
 
 def sizes(layer: LayerLike, spec: AdapterSpec) -> tuple[int, int, int, int]:
     """(l, m, k, n) of a layer's two matrices."""
-    fan_out, fan_in = layer.module.weight.shape[:2]
+    fan_out, fan_in = weight_shape(layer.module)[:2]
     factor = spec[LokrOptions].network_factor
     (m, n), (l, k) = factor_pair(fan_in, factor), factor_pair(fan_out, factor)  # noqa: E741
     return l, m, k, n
@@ -95,7 +96,7 @@ class KroneckerProduct(Direct):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        rank, kernel = self.rank, layer.module.weight.shape[2:]
+        rank, kernel = self.rank, weight_shape(layer.module)[2:]
         fan_l, fan_m, fan_k, fan_n = sizes(layer, spec)
         small, larger = low_rank(layer, spec)
         tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
@@ -155,7 +156,7 @@ class KroneckerProduct(Direct):
         if self._plain:
             x, scale = self.working_input(x), self.scale * strength
             geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
-            return kron_layer(x, module.weight, module.bias, *self._pair(), scale, geometry)
+            return kron_layer(x, weight_of(module), module.bias, *self._pair(), scale, geometry)
         base = self._base(x)
         return base + scaled(self.update(x.to(base.dtype)), strength)
 
@@ -170,8 +171,7 @@ class KroneckerProduct(Direct):
     def square_norms(self, on_input: bool) -> Tensor:
         """‖W + ΔW‖² − ‖W‖² for each input or output: 2·⟨W, ΔW⟩ + s²·‖w1‖²·‖w2‖², column by column or row by row."""
         w1, w2 = (factor.float() for factor in self._pair())
-        weight = self.module.weight
-        cross = kron_inner(weight.to(self._casts_to or weight.dtype), w1, w2, on_input)
+        cross = kron_inner(weight_of(self.module, self._casts_to), w1, w2, on_input)
         mine = 0 if on_input else 1  # the axis that is summed over
         one, two = w1.square().sum(mine), w2.reshape(*w2.shape[:2], -1).square().sum(2).sum(mine)
         return 2 * self.scale * cross + self.scale**2 * torch.outer(one, two).flatten()
@@ -180,7 +180,7 @@ class KroneckerProduct(Direct):
         theirs = functional("lokr")
         if theirs is None:
             w1, w2 = (factor.float() for factor in self._pair())
-            return torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2).view(self.module.weight.shape) * self.scale
+            return torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2).view(weight_shape(self.module)) * self.scale
         own = {name: p.float() for name, p in self._parameters.items() if p is not None}
         w1, w1a, w1b = (own.get(f"lokr_w1{end}") for end in ("", "_a", "_b"))
         w2, w2a, w2b = (own.get(f"lokr_w2{end}") for end in ("", "_a", "_b"))
@@ -188,7 +188,7 @@ class KroneckerProduct(Direct):
             w2b = w2b.view(w2b.shape[0], *self._piece[1:])
         weights = (w1, w1a, w1b, w2, w2a, w2b, own.get("lokr_t2"))
         delta: Tensor = theirs.kron_weight(*weights, scale=self.scale, backend=EAGER)
-        return delta.view(self.module.weight.shape)
+        return delta.view(weight_shape(self.module))
 
     def delta_norm(self) -> Tensor:
         """‖kron(w1, w2)‖ = ‖w1‖·‖w2‖."""

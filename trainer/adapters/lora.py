@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, scaled
+from ..maths.weights import weight_of, weight_shape
 from ..params.core import Network
 from ..params.field import ModeInfo
 from ..params.job import Job
@@ -64,7 +65,7 @@ class Lora(Adapter):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        fan_out, *rest = layer.module.weight.shape
+        fan_out, *rest = weight_shape(layer.module)
         self.down = nn.Parameter(kaiming_down((self.rank, *rest), generator))
         self.up = nn.Parameter(torch.zeros(fan_out, self.rank))
         self.lowest = spec[TimestepOptions].network_timestep_rank if layer.part == "unet" else 0
@@ -102,9 +103,9 @@ class Lora(Adapter):
             scale = active.repeat(1, len(down) // self.rank) * (scale[:, None] if isinstance(scale, Tensor) else scale)
         x = self.working_input(x)
         if self.kind == "linear":
-            return low_rank_linear(x, module.weight, module.bias, down, up, scale)
+            return low_rank_linear(x, weight_of(module), module.bias, down, up, scale)
         geometry = (module.stride, module.padding, module.dilation)
-        return low_rank_conv(x, module.weight, module.bias, down, up, scale, geometry)
+        return low_rank_conv(x, weight_of(module), module.bias, down, up, scale, geometry)
 
     def thinned(self, x: Tensor, strength: float | Tensor) -> Tensor:
         """Dropout as in kohya's trainer: of the rank-r middle, and of whole ranks."""
@@ -160,10 +161,10 @@ class Lora(Adapter):
     def square_norms(self, on_input: bool) -> Tensor:
         """‖W + ΔW‖² − ‖W‖² for each input or output, from W·Dᵀ or Uᵀ·W and the small products of the factors alone."""
         down, up = (factor.float().flatten(1) for factor in self.pair())
-        weight = self.module.weight.to(self._casts_to or self.module.weight.dtype).flatten(1)
+        weight = weight_of(self.module, self._casts_to).flatten(1)
         if on_input:
             other = 2 * (up.T.to(weight.dtype) @ weight).float() + self.scale * (up.T @ up) @ down
-            return self.scale * (down * other).sum(0).view(self.module.weight.shape[1], -1).sum(1)
+            return self.scale * (down * other).sum(0).view(weight_shape(self.module)[1], -1).sum(1)
         other = 2 * (weight @ down.T.to(weight.dtype)).float() + self.scale * up @ (down @ down.T)
         return self.scale * (up * other).sum(1)
 
@@ -173,7 +174,7 @@ class Lora(Adapter):
         if MID in tensors:
             down = cored(tensors[MID].float(), down)
         scale = single(tensors[ALPHA]) / len(up.T) if ALPHA in tensors else 1.0
-        return low_rank_delta(down, up, scale).view(self.module.weight.shape)
+        return low_rank_delta(down, up, scale).view(weight_shape(self.module))
 
     def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]:
         """File tensors whose ΔW has its inputs or outputs multiplied by these numbers."""
@@ -240,7 +241,7 @@ class Convolved(Lora):
         super().__init__(layer, spec, strength, generator)
         self.tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
         if self.tucker:
-            fan_in, *kernel = layer.module.weight.shape[1:]
+            fan_in, *kernel = weight_shape(layer.module)[1:]
             self.down = nn.Parameter(kaiming_down((self.rank, fan_in, *(1 for _ in kernel)), generator))
             self.mid = nn.Parameter(kaiming_down((self.rank, self.rank, *kernel), generator))
 

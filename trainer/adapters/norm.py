@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..maths.lowrank import scaled
+from ..maths.weights import weight_shape
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .direct import Direct
 from .where import ignores
@@ -26,7 +27,7 @@ class Norm(Direct):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        self.w_norm = nn.Parameter(torch.zeros(layer.module.weight.shape))
+        self.w_norm = nn.Parameter(torch.zeros(weight_shape(layer.module)))
         self.b_norm = nn.Parameter(torch.zeros(layer.module.bias.shape))
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..maths.subspace import is_orthonormal, least_columns, least_rows
+from ..maths.weights import weight_matrix
 from ..params.spaces import NULL_RULES, NullParams
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .bases import Pair, SvdParams, blank, weight_bases
@@ -50,7 +51,7 @@ class Null(Factored):
     def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
         counts = {}
         for layer in layers:
-            fan_out, fan_in = layer.module.weight.flatten(1).shape
+            fan_out, fan_in = weight_matrix(layer.module)
             counts[layer.key] = halves(layer.key, spec.rank_of(layer.kind, layer.block), fan_in, fan_out)
         if spec.restored:
             return blank(layers, counts)

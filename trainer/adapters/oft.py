@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..maths.lowrank import scaled
 from ..maths.rotation import cayley_minus_identity, turn
+from ..maths.weights import weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
 from .direct import ALPHA, Direct
 from .library import EAGER, functional
@@ -49,7 +50,7 @@ class Rotation(Direct):
             product = y if module.bias is None else y - module.bias.to(y.dtype).view(shape)
         else:
             x = x.to(y.dtype)
-            product = self._operate(x, module.weight.to(x.dtype))
+            product = self._operate(x, weight_of(module, x.dtype))
         if self.kind == "linear":
             update = self.turned(product.reshape(-1, product.shape[-1]).t()).t().reshape(y.shape)
         else:
@@ -67,14 +68,14 @@ class Oft(Rotation):
 
     def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        size, count = factor_pair(layer.module.weight.shape[0], self.rank)
+        size, count = factor_pair(weight_shape(layer.module)[0], self.rank)
         self.oft_blocks = nn.Parameter(torch.zeros(count, size, size))
 
     def turned(self, outputs: Tensor) -> Tensor:
         return turn(outputs, cayley_minus_identity(self.oft_blocks).transpose(1, 2))
 
     def delta(self) -> Tensor:
-        weight = self.module.weight.float()
+        weight = weight_of(self.module, torch.float32)
         theirs = functional("diag_oft")
         if theirs is None:
             return self.turned(weight.flatten(1)).view(weight.shape)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..maths.subspace import product_svd, truncated_svd
+from ..maths.weights import weight_matrix
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
@@ -85,7 +86,7 @@ class Universal(Factored):
     def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
         ranks = {layer.key: spec.rank_of(layer.kind, layer.block) for layer in layers}
         for layer in layers:
-            most = min(layer.module.weight.flatten(1).shape)
+            most = min(weight_matrix(layer.module))
             if ranks[layer.key] > most:
                 raise AdapterError(
                     f"{layer.key}: network_type universal needs a rank of at most {most} in this layer, and got"

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .weights import weight_matrix
+
 
 class _Listening(torch.autograd.Function):
     """Hands the gradient of a layer's output to `hear`, and makes a backward pass reach the layer at all."""
@@ -41,8 +43,8 @@ class Curvature:
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self._layers = layers
-        self.rows = {key: torch.zeros(layer.weight.shape[0]) for key, layer in layers.items()}
-        self.columns = {key: torch.zeros(layer.weight[0].numel()) for key, layer in layers.items()}
+        self.rows = {key: torch.zeros(weight_matrix(layer)[0]) for key, layer in layers.items()}
+        self.columns = {key: torch.zeros(weight_matrix(layer)[1]) for key, layer in layers.items()}
         self.samples = 0
 
     @contextmanager

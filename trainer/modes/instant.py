@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, JobError, Problem
 from ..maths import concept
+from ..maths.weights import weight_of
 from ..params.core import Task
 from ..params.field import ModeInfo, param
 from ..params.job import Job
@@ -215,7 +216,7 @@ def install(edit: Edit, network: Any, tell: Any) -> None:
     rows = torch.cat([edit.edited, edit.kept])
     worst = 1.0
     for adapter in chosen:
-        up, down = (factor.cpu() for factor in edit.factors(adapter.module.weight))
+        up, down = (factor.cpu() for factor in edit.factors(weight_of(adapter.module)))
         if len(down) > down.shape[1]:  # more embeddings than dimensions
             up, down = up @ down, torch.eye(down.shape[1])
         up, down, share = concept.at_rank(up, down, rows, adapter.rank)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths import rng
+from ..maths.weights import weight_of
 from ..modes.base import Batch, Settings
 from ..params.field import param
 from ..params.rules import without_effect
@@ -156,7 +157,7 @@ def nudge(adapter: Any, generator: torch.Generator) -> None:
     for parameter in zeros:
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     size = adapter.delta().norm()
-    ratio = NUDGE * adapter.module.weight.float().norm() / size.clamp(min=1e-12)
+    ratio = NUDGE * weight_of(adapter.module, torch.float32).norm() / size.clamp(min=1e-12)
     for parameter in zeros:
         parameter.mul_(ratio.to(parameter.dtype))
 

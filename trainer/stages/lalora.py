@@ -20,6 +20,7 @@ from ..adapters.file import read_lora
 from ..errors import AdapterError, TrainingError
 from ..maths import rng
 from ..maths.fisher import Curvature, probe, weighted_square
+from ..maths.weights import weight_matrix, weight_of
 from ..modes.base import Settings
 from ..params.field import ModeInfo, param
 from ..params.job import Job
@@ -187,9 +188,9 @@ def read_context(path: Path, network: Any) -> dict[str, tuple[Tensor, Tensor]]:
         if name is None:
             continue
         rows, columns = (taken(tensors, f"{name}.{part}", 1, path.name) for part in (ROWS, COLUMNS))
-        weight = adapter.module.weight
-        if (len(rows), len(columns)) == (weight.shape[0], weight[0].numel()):
-            found[adapter.key] = rows.to(weight.device), columns.to(weight.device)
+        if (len(rows), len(columns)) == weight_matrix(adapter.module):
+            device = weight_of(adapter.module).device
+            found[adapter.key] = rows.to(device), columns.to(device)
     if not found:
         raise AdapterError(
             f"lalora_context_path = {path.name!r}: none of its layers fits a layer that is trained here. It was made"

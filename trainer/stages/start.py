@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..maths import rng, starts
+from ..maths.weights import weight_matrix, weight_of, weight_shape
 from ..modes.base import Batch, Settings
 from ..params.network import DIFFERENCE_INITS, NetworkOptions
 from .base import STAGES, Preparation, Stage
@@ -43,7 +45,7 @@ class Start(Stage):
         if init == "lora_ga":
             found = _gradients(adapters, at)
         else:
-            found = ((adapter, adapter.module.weight.detach().float().flatten(1)) for adapter in adapters)
+            found = ((adapter, weight_of(adapter.module, torch.float32).detach().flatten(1)) for adapter in adapters)
         for adapter, matrix in found:
             adapter.start(*factors(init, matrix, adapter.rank, adapter.scale, rng.generator(init, adapter.key)))
         at.tell(f"network_init {init}: {len(adapters)} layers in {time.perf_counter() - began:.1f} s.")
@@ -99,7 +101,7 @@ def weight_gradients(modules: list[nn.Module], loss: Callable[[], Tensor], scale
     From each layer's input and the gradient of its output, which must depend on something that is trained. The backward
     pass is that of the loss times `scale`.
     """
-    found = [torch.zeros_like(module.weight, dtype=torch.float32).flatten(1) for module in modules]
+    found = [torch.zeros(weight_matrix(module), device=weight_of(module).device) for module in modules]
     hooks = [module.register_forward_hook(_watch(total)) for module, total in zip(modules, found, strict=True)]
     try:
         (loss().sum() * scale).backward()
@@ -122,7 +124,7 @@ def _add(total: Tensor, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
     x, gradient = x.float(), gradient.detach().float()
     if isinstance(module, nn.Conv2d):
         geometry = (module.stride, module.padding, module.dilation)
-        total += nn.grad.conv2d_weight(x, tuple(module.weight.shape), gradient, *geometry).flatten(1)
+        total += nn.grad.conv2d_weight(x, tuple(weight_shape(module)), gradient, *geometry).flatten(1)
     else:
         total += gradient.flatten(0, -2).T @ x.flatten(0, -2)
 
@@ -131,7 +133,7 @@ def _groups(adapters: list[Any]) -> Iterator[list[Any]]:
     group: list[Any] = []
     held = 0
     for adapter in adapters:
-        size = adapter.module.weight.numel()
+        size = math.prod(weight_shape(adapter.module))
         if group and held + size > _AT_ONCE:
             yield group
             group, held = [], 0

@@ -29,6 +29,7 @@ from ..adapters.bases import Pair
 from ..adapters.network import Network, build_network
 from ..engine.flat import FlatParameters
 from ..errors import AtelierError
+from ..maths.weights import weight_matrix
 from ..models.layers import BLOCKS, unet_layers
 from ..optim.optimizers import make_optimizer
 from ..params.table import parameters_of
@@ -213,7 +214,7 @@ def _random_bases() -> Iterator[None]:
     def drawn(layers: Sequence[LayerLike], counts: Mapping[str, tuple[int, int]], *_: Any) -> dict[str, Pair]:
         generator, found = torch.Generator().manual_seed(0), {}
         for layer in layers:
-            sizes = zip(reversed(layer.module.weight.flatten(1).shape), counts[layer.key], strict=True)
+            sizes = zip(reversed(weight_matrix(layer.module)), counts[layer.key], strict=True)
             down, up = (torch.linalg.qr(torch.randn(*size, generator=generator)).Q for size in sizes)
             found[layer.key] = down.T.contiguous(), up
         return found
