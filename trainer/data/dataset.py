@@ -113,15 +113,25 @@ def arrange(pictures: Sequence[Picture], settings: ImageSettings) -> Arrangement
 
 
 class Dataset:
-    """Items with their cached latents. Indices are positions in `items`; those of one call must share a bucket."""
+    """Items with their cached latents. Indices are positions in `items`; those of one call must share a bucket.
+
+    `transparent`: the names of the pictures that have transparent parts, which are encoded on white.
+    """
 
     def __init__(
-        self, scan: Scan, arrangement: Arrangement, keys: Sequence[str], cache: TensorCache, encoded: int
+        self,
+        scan: Scan,
+        arrangement: Arrangement,
+        keys: Sequence[str],
+        cache: TensorCache,
+        encoded: int,
+        transparent: Sequence[str] = (),
     ) -> None:
         self.scan = scan
         self.arrangement = arrangement
         self.items = arrangement.items
         self.encoded = encoded
+        self.transparent = tuple(transparent)
         self._keys = tuple(keys)
         self._cache = cache
 
@@ -238,7 +248,7 @@ def build(
         arrangement = arrange(kept, settings)
     encode_pending(checked.pending, encode_images, cache, progress)
     keys = [key for picture, _ in _work(arrangement) for key in checked.keys[picture.name]]
-    return Dataset(found, arrangement, keys, cache, len(checked.pending))
+    return Dataset(found, arrangement, keys, cache, len(checked.pending), checked.transparent)
 
 
 def _work(arrangement: Arrangement) -> list[tuple[Picture, tuple[Placement, ...]]]:

@@ -32,11 +32,14 @@ class Pending:
 
 @dataclass
 class Checked:
-    """Outcome of `check_pictures`: keys by picture, in the order of its placements; what to encode; what is broken."""
+    """Outcome of `check_pictures`: keys by picture, in the order of its placements; what to encode; what is broken; the
+    names of those with transparent parts.
+    """
 
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
+    transparent: list[str] = field(default_factory=list)
 
 
 def check_pictures(
@@ -44,7 +47,8 @@ def check_pictures(
 ) -> Checked:
     """Fingerprints all pictures and decodes those with anything to encode: all broken ones are known at once."""
     checked = Checked()
-    seen: set[str] = set()
+    seen: dict[str, bool] = {}
+    """Key → whether it is of a picture with transparent parts."""
     for done, (picture, placements) in enumerate(work):
         if progress:
             progress("checking pictures", done, len(work))
@@ -52,18 +56,22 @@ def check_pictures(
             data = picture_bytes(picture.path)
             content = hashlib.sha256(data).hexdigest()
             keys = tuple(latents_key(content, placement, vae) for placement in placements)
-            pending = [
-                Pending(key, picture, placement, content)
-                for key, placement in zip(keys, placements, strict=True)
-                if key not in seen and not is_usable(cache.get(key), placement)
-            ]
+            pending = []
+            for key, placement in zip(keys, placements, strict=True):
+                entry = None if key in seen else cache.get(key)
+                if is_usable(entry, placement):
+                    seen[key] = "mask" in (entry or ())
+                elif key not in seen:
+                    pending.append(Pending(key, picture, placement, content))
             if pending:
-                fit(*decode(data), placements[0])
+                _, mask_HW = fit(*decode(data), placements[0])
+                seen.update((one.key, mask_HW is not None) for one in pending)
         except BrokenPicture as error:
             checked.broken.append(Broken(picture.name, str(error)))
             continue
-        seen.update(keys)
         checked.keys[picture.name] = keys
+        if any(seen[key] for key in keys):
+            checked.transparent.append(picture.name)
         checked.pending += pending
     if progress:
         progress("checking pictures", len(work), len(work))

@@ -115,10 +115,13 @@ class PairDataset:
         pairs: Sequence[tuple[int, int]],
         masks: Sequence[str],
         cache: TensorCache,
+        opaque: bool = False,
     ) -> None:
+        """`opaque`: the masks leave out what is transparent."""
         self.originals, self.targets = originals, targets
         self.pairs = tuple(pairs)
         self._masks, self._cache = tuple(masks), cache
+        self.transparent = () if opaque else tuple(dict.fromkeys((*originals.transparent, *targets.transparent)))
 
     def item(self, index: int) -> Item:
         """The original of a pair."""
@@ -241,7 +244,7 @@ def build_pairs(
     masks = []
     if mask is not None:
         masks = [_mask(sides[0], sides[1], pair, encoding.cache, mask) for pair in pairs]
-    return PairDataset(sides[0], sides[1], pairs, masks, encoding.cache)
+    return PairDataset(sides[0], sides[1], pairs, masks, encoding.cache, mask is not None and mask.opaque)
 
 
 def _mask(originals: Dataset, targets: Dataset, pair: tuple[int, int], cache: TensorCache, rule: MaskRule) -> str:

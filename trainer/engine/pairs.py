@@ -73,6 +73,10 @@ class PairSource:
         """What the preflight report says about the pairs."""
         return {**self.pairs.summary(), "batches per epoch": self.plan.batches_per_epoch}
 
+    def on_white(self) -> tuple[str, ...]:
+        """The images whose transparent parts are trained as white, not left out by a mask."""
+        return self.pairs.transparent
+
     def prompts(self) -> tuple[str, ...]:
         """Every prompt a batch can have."""
         return self.pairs.all_captions()

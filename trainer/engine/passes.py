@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from .preflight import Found, lora_path, report
 from .session import Session
 from .site import Site
 
+_NAMED = 20
+"""So many images are named in a warning."""
 _NOT_LEARNED = ("train_state_every", "network_strength", "network_resume")
 
 
@@ -96,6 +98,7 @@ class Passes:
         """
         if len(self.plans) == 1:
             self._ready = self._build(self.plans[0], resumed_pass == 0)
+            self._warn_of_white([self._ready])
             return self._report(self.plans[0], self._ready)
         site = self.site if dry else dataclasses.replace(self.site, log=EventLog(self._stages_only))
         reports, sessions = [], []
@@ -105,6 +108,7 @@ class Passes:
                 known = plan.number <= resumed_pass
                 sessions.append(build(plan, self.model, site, self.found, beneath, resumed=known, prepared=False))
                 reports.append(self._report(plan, sessions[-1]))
+            self._warn_of_white(sessions)
         finally:
             for session in reversed(sessions):
                 session.network.eject()
@@ -116,6 +120,16 @@ class Passes:
         remembered = places.cache if self.site.estimates else None
         self.shares += shares(plan, session, places)
         return report(session, lora_path(plan.asked, places, plan.kind.suffix), remembered)
+
+    def _warn_of_white(self, sessions: Sequence[Session]) -> None:
+        """Say which images have transparent parts, and that these are learned as white."""
+        names = tuple(dict.fromkeys(name for session in sessions for name in session.source.on_white()))
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            self.site.log.warn(
+                f"Images with transparent parts: {len(names)} ({', '.join(names[:_NAMED])}{more}). They are trained on"
+                " white, so that white is learned too; save them on the background you want where it is not that."
+            )
 
     def _stages_only(self, event: Event) -> None:
         if isinstance(event, Stage):

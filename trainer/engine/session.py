@@ -43,6 +43,9 @@ class Source(Protocol):
     def report(self) -> dict[str, object]:
         """What the preflight report says about the data."""
 
+    def on_white(self) -> tuple[str, ...]:
+        """The images whose transparent parts are trained as white."""
+
     def prompts(self) -> tuple[str, ...]:
         """Every prompt a batch can have."""
 

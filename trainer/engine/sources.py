@@ -109,6 +109,10 @@ class PictureSource:
         """What the preflight report says about the data."""
         return {**self.dataset.summary(), "batches per epoch": self.plan.batches_per_epoch}
 
+    def on_white(self) -> tuple[str, ...]:
+        """The images whose transparent parts are trained as white."""
+        return self.dataset.transparent
+
     def prompts(self) -> tuple[str, ...]:
         """Every prompt a batch can have."""
         return self.dataset.all_captions()
@@ -184,6 +188,10 @@ class PromptSource:
         pairs = zip(self._pairs.originals, self._pairs.targets, strict=True)
         told: dict[str, object] = {"pairs of prompts": [f"{original!r} → {target!r}" for original, target in pairs]}
         return {**told, "anchors": list(self._pairs.anchors)} if self._pairs.anchors else told
+
+    def on_white(self) -> tuple[str, ...]:
+        """There are no images."""
+        return ()
 
     def prompts(self) -> tuple[str, ...]:
         """Every prompt a batch can have."""
