@@ -6,6 +6,7 @@
     const SECOND = "2nd pass";
     const CHECK_AFTER = 300;
     const CHECK_APART = 1000;
+    const EDGE = 8;
     const OTHER = "\u0000other";
 
     const form = (Atelier.form = { fields: [], problems: [], extras: {}, shipped: true });
@@ -195,6 +196,16 @@
             }
         }
         form.arrange();
+    }
+
+    /** Move the help of a field to the left as far as it would leave the window. */
+    function keepInside(event) {
+        const name = event.target.closest(".atelier-name");
+        const help = name && name.parentElement.querySelector(".atelier-help");
+        if (!help) return;
+        help.style.translate = "";
+        const over = help.getBoundingClientRect().right + EDGE - document.documentElement.clientWidth;
+        if (over > 0) help.style.translate = -over + "px";
     }
 
     // ------------------------------------------------------------ lists of files
@@ -416,6 +427,7 @@
         box.addEventListener("submit", (event) => event.preventDefault());
         box.addEventListener("input", onInput);
         box.addEventListener("click", onPress);
+        box.addEventListener("pointerover", keepInside);
         Atelier.$("search").addEventListener("input", (event) => search(event.target.value));
         Atelier.$("copy_first").addEventListener("click", copyFirst);
         Atelier.onClick(Atelier.$("lists_refresh"), () => form.refreshLists(true), Atelier.$("writes"));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,33 @@ def test_finished_jobs_are_extended_or_cleared_and_runs_parted_in_the_log(page: 
     page.id("queue_clear").click()
     page.until("the list is empty", "!document.querySelector('#atelier_queue li')")
     assert not page.id("queue_clear").is_visible()
+
+
+def test_a_narrow_page_does_not_scroll_sideways_and_help_stays_inside(place: Place) -> None:
+    narrow = Page(place[0], place[1], width=700)
+    as_in_forge = "{ overflow: visible !important; } .gradio-container .main { padding: 8px !important; }"
+    narrow.page.add_style_tag(content=f".gradio-container {as_in_forge}")
+    narrow.page.evaluate("document.querySelectorAll('#atelier_form details').forEach(box => box.open = true)")
+    sideways = "document.documentElement.scrollWidth - innerWidth"
+    assert narrow.page.evaluate(sideways) <= 1
+    narrow.id("network_rank_label").hover()
+    shown = narrow.id("network_rank_help")
+    shown.wait_for(state="visible")
+    box = shown.bounding_box()
+    assert box["width"] > 200 and box["x"] >= 0 and box["x"] + box["width"] <= 700
+    assert narrow.page.evaluate(sideways) <= 1
+    narrow.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_an_empty_checkbox_has_the_shade_of_the_theme(place: Place, dark: bool) -> None:
+    page = Page(place[0], place[1], dark=dark)
+    page.id("tab_plot").click()
+    assert not page.id("plot_log").is_checked()
+    seen = Image.open(io.BytesIO(page.id("plot_log").screenshot())).convert("L")
+    middle = seen.getpixel((seen.width // 2, seen.height // 2))
+    assert middle < 100 if dark else middle > 200
+    page.close()
 
 
 @pytest.mark.parametrize("width", [1280, 700])
