@@ -1,4 +1,4 @@
-"""Takes the pictures of the README from the running app: `python tests/screenshots.py [FOLDER]` writes them to docs/.
+"""Takes the images of the README from the running app; `python tests/screenshots.py [FOLDER]` writes to docs/images/.
 
 A whole training of the demo, in a browser, with a folder of its own for what it writes.
 """
@@ -68,4 +68,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs")
+    main(Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs" / "images")

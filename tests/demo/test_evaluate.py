@@ -74,7 +74,7 @@ def test_a_rate_at_which_the_loss_breaks_is_the_worst_of_the_sweep(tmp_path):
     (summary,) = runner.summaries([a_scenario()], quick=False)
     assert [bool(result.figures) for result in summary.sweep] == [True, True, False]
     assert {result.rate for result in summary.best} == {0.2} and summary.line()["goals_met"]["good"]
-    assert "| 0.4 | – | the loss broke |" in sweeps([summary]) and "The loss became nan at step 3." in notes
+    assert " · 0.4: the loss broke |" in sweeps([summary]) and "The loss became nan at step 3." in notes
     again = Counted(tmp_path, EventLog())
     (kept,) = again.summaries([a_scenario()], quick=False)
     assert [result.figures for result in kept.sweep] == [result.figures for result in summary.sweep] and not again.calls
@@ -131,7 +131,8 @@ def test_tables_and_marks(tmp_path):
     results = tuple(Result(0.2, seed, {"good": 0.4 + seed / 100, "bad": math.inf}) for seed in (1, 2, 3))
     summary = Summary(scenario, results[:1], results)
     assert "| a variant | 0.2 | 0.42 (0.41–0.43) ✗ | – ✗ |" in markdown([summary])
-    assert "| **0.2** | 0.41 |" in sweeps([summary])
+    assert "| bad |" not in markdown([summary], {"bad"}) and "0.42 (0.41–0.43) ✗ |" in markdown([summary], {"bad"})
+    assert "| variant | learning rate: good / bad |\n|---|---|\n| a variant | **0.2**: 0.41 / – |" in sweeps([summary])
     sometimes = (*results[:2], Result(0.2, 3, {"good": math.inf, "bad": math.inf}))
     assert "| – (0.41 to –) | – ✗ |" in markdown([Summary(scenario, results[:1], sometimes)])
     assert json.loads(json.dumps(summary.line(), allow_nan=False))["figures"]["bad"] is None

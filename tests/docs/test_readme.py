@@ -1,8 +1,9 @@
-"""What the README says is there, is there."""
+"""What the README and the page of commands say is there, is there; every link of the documentation leads somewhere."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,11 @@ from trainer.optim.schedulers import SCHEDULERS
 from trainer.places import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STANDALONE = (ROOT / "docs" / "guide" / "standalone.md").read_text(encoding="utf-8")
+PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 LARGEST_PICTURE = 200_000
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
+FENCED = re.compile(r"^```.*?^```$", re.S | re.M)
 SPELT = {"lierla": "`lierla`", "c3lier": "`c3lier`", "eh": "EH", "null": "Null-LoRA", "experts": "mixture of experts"}
 
 
@@ -29,7 +34,11 @@ def test_modes_types_and_counts() -> None:
 
 def test_every_command_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     """Each with its flags; without a command it is the app. What follows three spaces is explanation."""
-    typed = [line.split("   ")[0].split()[2:] for line in README.splitlines() if line.startswith("python launch.py")]
+    typed = [
+        line.split("   ")[0].split()[2:]
+        for line in (README + STANDALONE).splitlines()
+        if line.startswith("python launch.py")
+    ]
     found = [(words[0] if words and not words[0].startswith("-") else "app", words) for words in typed]
     assert len({command for command, _ in found}) > 8
     for command, words in found:
@@ -42,8 +51,27 @@ def test_every_command_is_known(capsys: pytest.CaptureFixture[str]) -> None:
         assert [word for word in words if word.startswith("--") and word not in shown] == [], command
 
 
-def test_links_lead_somewhere_and_pictures_are_small() -> None:
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / path).is_file(), path
-        if path.endswith(".png"):
-            assert (ROOT / path).stat().st_size <= LARGEST_PICTURE, path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_page_lead_to_files_and_headings(page: Path) -> None:
+    for path, heading in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        target = (page.parent / path) if path else page
+        assert target.is_file(), f"{path} is not there"
+        assert not heading or heading in anchors(target), f"{path} has no heading #{heading}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub names them in links."""
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / path).resolve() for path, _ in LINK.findall(index)}
+    assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - {ROOT / "docs" / "index.md"} <= linked
+
+
+def test_images_are_used_and_small() -> None:
+    named = {Path(path).name for page in PAGES for path, _ in LINK.findall(page.read_text(encoding="utf-8"))}
+    images = list((ROOT / "docs" / "images").iterdir())
+    assert images and all(image.name in named and image.stat().st_size <= LARGEST_PICTURE for image in images)

@@ -1,4 +1,7 @@
-"""What docs/recipes.md tells to type is a job of the mode it stands under, with nothing to warn of."""
+"""What docs/guide/modes.md tells to type is a job of the mode it stands under, with nothing to warn of.
+
+The fields that it and docs/guide/images.md name exist.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from trainer.events import EventLog, Note
 from trainer.params.core import Task
 from trainer.places import ROOT, Places
 
-PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guide" / "modes.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
 
 
@@ -44,3 +47,11 @@ def test_the_fields_it_names_are_fields_of_the_mode(mode):
     if mode in table.modes:
         tags = table.tags(table.modes[mode], "lierla")
         assert [name for name in named if not spelt[name].shown_in(tags)] == []
+
+
+def test_the_fields_of_the_page_about_images_are_shown_in_mode_lora():
+    page, table = (ROOT / "docs" / "guide" / "images.md").read_text(encoding="utf-8"), catalogue()
+    spelt = {parameter.key.split("(")[0].replace("_", " ").lower(): parameter for parameter in table.parameters}
+    named = {name for name in re.findall(r"\*([a-z0-9]+(?: [a-z0-9]+)+)\*", page)}
+    assert len(named) > 15 and named <= set(spelt)
+    assert [name for name in named if not spelt[name].shown_in(table.tags(table.modes["LoRA"], "lierla"))] == []

@@ -1,4 +1,4 @@
-"""What docs/types.md tells to type works, and speaks of fields that the type in question shows."""
+"""What docs/guide/types.md tells to type works, and speaks of fields that the type in question shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.places import ROOT, Places
 from trainer.stages.abm import AbmParams
 from trainer.stages.lalora import LaloraParams
 
-PAGE = (ROOT / "docs" / "types.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guide" / "types.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
 COMMANDS = re.findall(r"^python launch.py (\w+) (.+)$", PAGE, re.M)
 TABLE = catalogue()

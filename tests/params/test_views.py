@@ -183,7 +183,7 @@ def test_reference_page_has_every_parameter():
 
 def test_reference_page_is_up_to_date():
     full = pytest.importorskip("trainer.engine.catalogue", exc_type=ImportError)
-    page = Path(__file__).resolve().parents[2] / "docs" / "parameters.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "parameters.md"
     assert page.read_text(encoding="utf-8") == markdown(full.catalogue()), "run: python -m trainer docs"
 
 

@@ -286,7 +286,7 @@ def test_models_and_folder(case: Case) -> None:
 
 
 def test_every_route_is_documented() -> None:
-    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     for one in ENTRANCES:
         path = re.sub(r"\{(\w+)[^}]*\}", lambda found: found.group(1).upper(), one.path)
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{one.method} {path}` |")]

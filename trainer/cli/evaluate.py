@@ -32,7 +32,7 @@ class How:
 def evaluate(name: str, folder: Path, how: How) -> int:
     """Run one suite; returns the exit status."""
     if how.write and (how.quick or how.only):
-        print("--write replaces the whole tables in docs/: give it without --quick and --only. What they ran is kept.")
+        print("--write replaces whole tables in docs/lab/: give it without --quick and --only. What they ran is kept.")
         return 2
     suite, folder = suite_of(name), folder / name
     wanted = [
@@ -50,10 +50,10 @@ def evaluate(name: str, folder: Path, how: How) -> int:
         if picture is not None and not how.as_json:
             print(picture)
         if picture is not None and how.write and summary.scenario.shown:
-            shutil.copyfile(picture, ROOT / "docs" / summary.scenario.shown)
+            shutil.copyfile(picture, ROOT / "docs" / "images" / summary.scenario.shown)
     if how.write:
-        page = ROOT / "docs" / f"{name}.md"
-        insert(page, "results", markdown(found))
+        page = ROOT / "docs" / "lab" / f"{name}.md"
+        insert(page, "results", markdown(found, suite.details))
         insert(page, "sweep", sweeps(found))
         print(page)
     return 0

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     presets.set_defaults(run=_presets)
 
     docs = commands.add_parser("docs", help="write the reference of all parameters")
-    docs.add_argument("--out", type=Path, default=ROOT / "docs" / "parameters.md")
+    docs.add_argument("--out", type=Path, default=ROOT / "docs" / "reference" / "parameters.md")
     docs.set_defaults(run=_docs)
 
     demo = commands.add_parser("demo", help="teach the shipped model a new word and measure the effect")
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quick", action="store_true", help="one seed at the shipped settings")
     evaluate.add_argument("--json", action="store_true", help="one JSON object per line")
     evaluate.add_argument("--only", default="", metavar="TEXT", help="only scenarios whose name holds this text")
-    evaluate.add_argument("--write", action="store_true", help="write the tables into docs/")
+    evaluate.add_argument("--write", action="store_true", help="write the tables into docs/lab/")
     evaluate.add_argument(
         "--workers",
         type=_workers,

@@ -1,4 +1,4 @@
-"""The table as the reference page `docs/parameters.md`."""
+"""The table as the reference page `docs/reference/parameters.md`."""
 
 from __future__ import annotations
 

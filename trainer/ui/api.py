@@ -1,4 +1,4 @@
-"""The routes under `/atelier/v1/`: one line each, as described in docs/api.md. The tab uses no others."""
+"""The routes under `/atelier/v1/`: one line each, as described in docs/reference/api.md. The tab uses no others."""
 
 from __future__ import annotations
 

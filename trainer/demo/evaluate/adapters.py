@@ -236,4 +236,6 @@ class Course:
         return self.points[step]
 
 
-SUITE = Suite("adapters", prepare, scenarios)
+DETAILS = ("signs kept", "signs before ABM", "signs after ABM", "steps to goal", "steps", "seconds")
+SECONDS = ("CPU seconds to half", "CPU seconds to goal")
+SUITE = Suite("adapters", prepare, scenarios, frozenset((*DETAILS, *SECONDS)))

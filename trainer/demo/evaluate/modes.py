@@ -15,9 +15,11 @@ def prepare(folder: Path) -> None:
 
 
 def scenarios(folder: Path) -> tuple[Scenario, ...]:
-    """Every line of docs/modes.md; the pictures of the pairs lie below `folder`."""
+    """Every line of docs/lab/modes.md; the pictures of the pairs lie below `folder`."""
     before = Before()
     return (*concepts.scenarios(before), *pairs.scenarios(folder / "pictures", before))
 
 
-SUITE = Suite("modes", prepare, scenarios)
+WORDS = ("their shapes changed", "median leak", "noise gap", "steps to 0.8", "seconds to 0.8")
+PAIRS = ("cosine", "outside", "seconds to 90%")
+SUITE = Suite("modes", prepare, scenarios, frozenset((*WORDS, *PAIRS)))

@@ -102,9 +102,10 @@ class Scenario:
 @dataclass(frozen=True)
 class Suite:
     """Scenarios that share one page. Below the folder that both are given, `prepare` writes the pictures that the jobs
-    of `scenarios` learn from.
+    of `scenarios` learn from. `details` are figures that the page leaves out; the commands print and keep them.
     """
 
     name: str
     prepare: Callable[[Path], None]
     scenarios: Callable[[Path], tuple[Scenario, ...]]
+    details: frozenset[str] = frozenset()

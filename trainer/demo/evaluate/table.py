@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from .runner import Summary
+from .runner import Result, Summary
 
 
-def markdown(summaries: Sequence[Summary]) -> str:
-    """One table per task: a row per variant, a column per figure, mean and range over the seeds at the best rate."""
+def markdown(summaries: Sequence[Summary], details: Collection[str] = ()) -> str:
+    """One table per task: a row per variant, a column per figure, mean and range over the seeds at the best rate.
+
+    Figures named in `details` are left out.
+    """
     parts = []
     for task in dict.fromkeys(summary.scenario.task for summary in summaries):
         rows = [summary for summary in summaries if summary.scenario.task == task]
-        names = list(dict.fromkeys(name for row in rows for name in row.best[0].figures))
+        names = list(dict.fromkeys(name for row in rows for name in row.best[0].figures if name not in details))
         parts.append(f"### {task}\n")
         parts.append(f"| variant | rate | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
         parts.extend(_row(row, names) for row in rows)
@@ -23,18 +26,31 @@ def markdown(summaries: Sequence[Summary]) -> str:
 
 
 def sweeps(summaries: Sequence[Summary]) -> str:
-    """The sweep on one seed: for every variant how good each rate was, and its figures at it."""
-    lines = ["| task | variant | rate | value | figures |", "|---|---|---|---|---|"]
-    for summary in summaries:
-        for result in summary.sweep:
-            value = summary.scenario.worth(result.figures)
-            figures = ", ".join(f"{name} {number(found)}" for name, found in result.figures.items()) or "the loss broke"
-            best = "**" if result.rate == summary.best[0].rate else ""
-            lines.append(
-                f"| {summary.scenario.task} | {summary.scenario.variant} | {best}{result.rate:g}{best} "
-                f"| {number(value)} | {figures} |"
-            )
-    return "\n".join(lines)
+    """The sweep on one seed, a row per variant: each learning rate with the figures that have a goal; the best is bold.
+
+    Variants without learning rates have no row.
+    """
+    parts = []
+    for task in dict.fromkeys(summary.scenario.task for summary in summaries):
+        rows = [summary for summary in summaries if summary.scenario.task == task and summary.best[0].rate]
+        if not rows:
+            continue
+        goals = " / ".join(goal.figure for goal in rows[0].scenario.goals)
+        parts.append(f"**{task}**\n\n| variant | learning rate: {goals} |\n|---|---|")
+        parts.extend(f"| {row.scenario.variant} | {' · '.join(map(row_of(row), row.sweep))} |" for row in rows)
+        parts.append("")
+    return "\n".join(parts)
+
+
+def row_of(summary: Summary) -> Callable[[Result], str]:
+    """How one result of the sweep is written."""
+
+    def written(result: Result) -> str:
+        figures = " / ".join(number(result.figures.get(goal.figure, math.inf)) for goal in summary.scenario.goals)
+        best = "**" if result.rate == summary.best[0].rate else ""
+        return f"{best}{result.rate:g}{best}: {figures if result.figures else 'the loss broke'}"
+
+    return written
 
 
 def _row(summary: Summary, names: Sequence[str]) -> str:
