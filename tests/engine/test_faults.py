@@ -21,6 +21,7 @@ from trainer.engine import csvlog, disk, memory, state
 from trainer.engine.costs import CostWatch
 from trainer.engine.csvlog import CsvLog, read_losses
 from trainer.engine.passes import plan_passes
+from trainer.engine.preflight import file_problems
 from trainer.engine.resume import read_job
 from trainer.engine.run import Request, run
 from trainer.engine.trackers import TRACKERS
@@ -221,13 +222,30 @@ def test_folders_and_room_are_looked_at_before_the_first_step(case, tmp_path, mo
     assert os.listdir(tmp_path) == ["file"]
     broken.mend()
 
-    free = 40_000
+    free = 300_000  # one LoRA file of 202 kB has room, three of them and a state have not
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
     for dry in (True, False):
-        with pytest.raises(JobError, match="0.0 MB free, and this run needs") as caught:
+        with pytest.raises(JobError, match="0.3 MB free, and this run needs") as caught:
             case.run(dry=dry, save_lora_name="tight", **CHANGES)
         assert [problem.field for problem in caught.value.problems] == ["save_lora_name", "train_state_every"]
     assert not list(case.places.logs.rglob("*tight*")), "a run that was refused leaves no folder"
+
+
+def test_a_disk_without_room_for_one_lora_is_told_before_the_model_is_loaded(case, monkeypatch):
+    """At Start too; with what else is wrong; and where there is room for one, nothing is refused on a guess."""
+    size = case.run(save_lora_name="one_file", train_iterations=1).path.stat().st_size
+    trace, free = engine_case.Trace(), size // 2
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    job = case.job(save_lora_name="none", train_iterations=1)
+    with pytest.raises(JobError, match=r"0\.1 MB free, and one LoRA file of these settings takes 0\.\d MB") as caught:
+        run(Request(job, case.places), EventLog(trace))
+    assert [problem.field for problem in caught.value.problems] == ["save_lora_name"]
+    assert [type(event) for event in trace.events] == [Finished]
+    assert file_problems(job, case.places, models=True) == caught.value.problems
+    free = size * 2
+    assert file_problems(job, case.places, models=True) == ()
+    larger = case.job(save_lora_name="none", network_rank=64, save_precision="fp32")
+    assert [problem.field for problem in file_problems(larger, case.places, models=True)] == ["save_lora_name"]
 
 
 def test_the_estimate_of_the_room_is_near_what_is_written(case):

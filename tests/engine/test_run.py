@@ -19,6 +19,8 @@ from trainer.engine.control import Control
 from trainer.errors import AdapterError, AtelierError, DataError, JobError, TrainingError
 from trainer.events import Finished, Note, Preflight, Saved, Step
 from trainer.models.load import load_model
+from trainer.modes.base import MODES
+from trainer.stages.base import STAGES
 
 pytestmark = pytest.mark.usefixtures("no_estimate")
 
@@ -120,6 +122,29 @@ def test_dry_run_reports_and_writes_nothing(case):
     result = case.run(trace, dry=True, save_lora_name="dry")
     assert result.reason == "checked" and result.report["trainable parameters"] > 0
     assert not list(case.places.loras.glob("dry*")) and not list(case.places.logs.rglob("*-dry"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"prior_loss_weight": 1, "prior_states": 1200}, ["Holds ordinary prompts at"]),
+        ({"abm_enabled": True}, ["keeps the signs of the gates"]),
+        ({"network_init": "pissa", "lalora_lambda": 0.5}, ["Starts the adapter from", "Holds the adapter back"]),
+        ({"lalora_lambda": 1.0}, ["Holds the adapter back"]),
+        ({"mode": "iLECO", "ileco_bank": 24, "original prompt": "red"}, ["Makes the 24 states of ileco_bank."]),
+        ({"mode": "Instant", "original prompt": "red", "target prompt": "blue"}, ["Solves for every layer"]),
+        ({}, []),
+    ],
+)
+def test_a_dry_run_says_what_comes_before_the_first_step_and_does_none_of_it(case, monkeypatch, changes, first):
+    def prepared(self, at):
+        raise RuntimeError("a dry run prepares nothing")
+
+    for kind in [*(kind for _, kind in STAGES.items()), *(kind for _, kind in MODES.items())]:
+        monkeypatch.setattr(kind, "prepare", prepared)
+    report = case.run(dry=True, save_lora_name="dry", **changes).report
+    lines = report.get("before the first step", [])
+    assert len(lines) == len(first) and all(word in " ".join(lines) for word in first)
 
 
 def test_stop_discards_and_stop_and_save_writes(case):

@@ -10,19 +10,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ..errors import JobError, Problem
+import torch
+
+from ..adapters.network import Network
+from ..errors import AtelierError, JobError, Problem
+from ..events import EventLog
 from ..params import core
 from ..params.job import Job
 from ..places import Places
 from ..writing import draft, why
 from . import arguments
-from .build import PassPlan
+from .build import PassPlan, make_network
 from .session import Session
 
 _TRIED = b"\0" * 4096
 _MEGABYTE = 2**20
 _HEADER, _ENTRY, _ROW, _PIXEL = 65_536, 150, 100, 2
 """Bytes of a file's metadata, of a tensor's name there, of a row of the log, and of a pixel of a preview (PNG)."""
+_USUAL_RANK, _LARGE_RANK = 16, 64
+"""A LoRA of the large rank takes less room than its base model; one of another rank in proportion."""
 _ADVICE = {
     "save_lora_name": "save fewer intermediate files",
     "train_state_every": "set train_state_every = 0",
@@ -78,7 +84,7 @@ def shares(plan: PassPlan, session: Session, places: Places) -> list[Share]:
     job, limits = session.job, session.limits
     values = list(session.network.state_dict().values())
     stored = arguments.precision(job[core.Save].save_precision, "save_precision") or session.model.storage
-    one = _HEADER + len(values) * _ENTRY + sum(value.numel() for value in values) * stored.itemsize
+    one = _HEADER + len(values) * _ENTRY + _bytes_of(session.network, stored)
     files = 1 + sum(step > session.step for step in limits.save_steps) if plan.written else 0
     trained = sum(flat.numel() for flat in session.flat.values) * 4
     # Most optimizers keep two moments and a counter of each parameter.
@@ -94,6 +100,46 @@ def shares(plan: PassPlan, session: Session, places: Places) -> list[Share]:
               states * state + limits.total_steps * _ROW),
         Share("sample_every", sample.sample_every, "previews", places.logs, previews),
     ]  # fmt: skip
+
+
+def file_room_problems(job: Job, places: Places, model: Path) -> Iterator[Problem]:
+    """A problem when the disk has not even room for one LoRA file of this job on the base model at `model`.
+
+    Its layers are read, not its weights, and only where the disk is so full that it matters; `check_room` knows the
+    whole need once the model is loaded.
+    """
+    free = _free(places.loras)
+    share = max(job[core.Network].network_rank, _USUAL_RANK) / _LARGE_RANK
+    if free is None or free > share * file_bytes(model):
+        return
+    from ..models.load import load_model  # its libraries take seconds, and few disks are so full
+
+    try:
+        base = load_model(model)
+        network = make_network(job, base, 0, EventLog(), restored=True)
+        stored = arguments.precision(job[core.Save].save_precision, "save_precision") or base.storage
+    except AtelierError:  # loading says what is wrong with the model
+        return
+    need = _bytes_of(network, stored)  # nothing is added: no run that would fit is refused
+    if need > free:
+        message = (
+            f"the disk of {places.loras} has {_megabytes(free)} free, and one LoRA file of these settings takes "
+            f"{_megabytes(need)}. Make room, or choose another folder or a lower network_rank."
+        )
+        yield Problem("save_lora_name", job[core.Save].save_lora_name, message)
+
+
+def file_bytes(model: Path) -> int:
+    """Bytes of the files of a base model; 0 for what cannot be looked at."""
+    try:
+        files = model.rglob("*.safetensors") if model.is_dir() else [model]
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return 0
+
+
+def _bytes_of(network: Network, stored: torch.dtype) -> int:
+    return sum(value.numel() for value in network.state_dict().values()) * stored.itemsize
 
 
 def check_room(wanted: Iterable[Share]) -> None:

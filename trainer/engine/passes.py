@@ -92,12 +92,13 @@ class Passes:
         self._ready: Session | None = None
 
     def survey(self, resumed_pass: int, dry: bool) -> dict[str, object]:
-        """What the run will do, told before its first step. A single pass stays built for `begin`.
+        """What the run will do, told before its first step. A single pass stays built for `begin`, unless it is `dry`:
+        then nothing is prepared, which can take as long as a training.
 
         `resumed_pass` is the pass at which the run goes on, −1 when it starts.
         """
         if len(self.plans) == 1:
-            self._ready = self._build(self.plans[0], resumed_pass == 0)
+            self._ready = self._build(self.plans[0], resumed_pass == 0, prepared=not dry)
             self._warn_of_white([self._ready])
             return self._report(self.plans[0], self._ready)
         site = self.site if dry else dataclasses.replace(self.site, log=EventLog(self._stages_only))
@@ -135,9 +136,10 @@ class Passes:
         if isinstance(event, Stage):
             self.site.log.tell(event)
 
-    def _build(self, plan: PassPlan, resumed: bool) -> Session:
+    def _build(self, plan: PassPlan, resumed: bool, prepared: bool = True) -> Session:
         beneath = [session.network for session in self._sessions]
-        self._sessions.append(build(plan, self.model, self.site, self.found, beneath, resumed=resumed))
+        built = build(plan, self.model, self.site, self.found, beneath, resumed=resumed, prepared=prepared)
+        self._sessions.append(built)
         return self._sessions[-1]
 
     def begin(self, plan: PassPlan, resumed: bool) -> Session:

@@ -18,8 +18,9 @@ from ..params import core
 from ..params.job import Job
 from ..paths import exists, expanded, is_file
 from ..places import BASE_MODEL, Places
+from ..stages.base import Stage
 from . import arguments
-from .disk import folder_problems
+from .disk import file_room_problems, folder_problems
 from .estimate import phase_bytes
 from .packages import unserved_problems
 from .session import Session
@@ -123,6 +124,8 @@ def check_before_loading(
     problems += _absent_files(with_lora_files(job, places.loras), resumed)
     if written:
         problems += folder_problems(job, places)
+    if written and models and not problems:
+        problems += file_room_problems(job, places, resolve_model(job[core.Task].model, places.checkpoints))
     try:
         found = find_data(job)
     except JobError as error:
@@ -273,6 +276,15 @@ def _window(path: Path) -> int:
     return said if isinstance(said, int) and 2 < said <= MOST_POSITIONS else WINDOW
 
 
+def _first(session: Session) -> Iterator[str]:
+    """What is done before the first step, beside encoding."""
+    if not session.mode.steps:
+        yield "Solves for every layer; there are no steps."
+    elif bank := session.job.value("ileco_bank"):
+        yield f"Makes the {bank} states of ileco_bank."
+    yield from (stage.help for stage in session.stages if type(stage).prepare is not Stage.prepare)
+
+
 def report(session: Session, target: Path, cache: Path | None) -> dict[str, object]:
     """What the run will do, name → value; the memory it takes as estimated with the help of `cache`, not without one.
 
@@ -298,6 +310,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
         "iterations": limits.total_steps,
         "epochs": round(limits.length.epochs, 2),
         "steps per epoch": round(limits.length.steps_per_epoch, 2),
+        **({"before the first step": first} if (first := list(_first(session))) else {}),
         "gradient norm limit": limits.max_grad_norm or "none",
         "processes": session.process.count,
         "seed": session.seed,

@@ -27,7 +27,7 @@ from ..writing import sweep, why, write_new
 from . import arguments
 from .build import PassPlan, draw_seed
 from .control import Control
-from .disk import check_room
+from .disk import check_room, file_bytes
 from .estimate import needed
 from .flags import bf16_warning, training_flags
 from .folder import RunFolder, new_folder, open_folder
@@ -147,7 +147,7 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         folder = request.resume or (held.path if held else places.run_folder(name, datetime.now()))
         model, request.model = request.model, None
         if model is None:
-            with phase(LOADING, process.device(), job, partial(_file_bytes, job, places)):
+            with phase(LOADING, process.device(), job, partial(_base_bytes, job, places)):
                 model = load_base(job, places, process, log)
         if warning := bf16_warning(model.device, model.compute):
             log.warn(warning)
@@ -253,11 +253,8 @@ def load_base(job: Job, places: Places, process: Process, log: EventLog) -> Mode
     return model
 
 
-def _file_bytes(job: Job, places: Places) -> int:
-    """Bytes of the files of a base model."""
-    path = resolve_model(job[core.Task].model, places.checkpoints)
-    files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+def _base_bytes(job: Job, places: Places) -> int:
+    return file_bytes(resolve_model(job[core.Task].model, places.checkpoints))
 
 
 def _keep_settings(job: Job, places: Places, folder: Path, log: EventLog) -> None:
