@@ -16,7 +16,7 @@ PACKAGE = ROOT / "trainer"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Row 0 is importable everywhere. A dotted name allows that module alone.
-ROW_0 = {"errors", "places", "events", "lock", "writing", "paths", "jsontext"}
+ROW_0 = {"errors", "places", "events", "lock", "writing", "paths", "jsontext", "contracts"}
 ROW_2_BASE = {"maths", "registry", "params.field"}
 DECLARING = {"params.field", "params.core", "params.job", "params.network", "params.rules", "params.spaces"}
 ROW_3 = {"modes", "stages"}
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "writing": (set(), set()),
     "paths": (set(), set()),
     "jsontext": (set(), set()),
+    "contracts": (set(), {"torch"}),
     "registry": (set(), set()),
     "params": ({"registry"}, set()),
     "maths": (set(), {"torch"}),

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_layers import BLOCKS, Record, shake
+from adapter_layers import BLOCKS, record, shake
 from torch import Tensor, nn
 
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.file import read_lora, write_lora
 from trainer.adapters.network import Network, build_network
+from trainer.contracts import Layer
 from trainer.models.layers import unet_layers
+from trainer.models.roles import text_role
 
 pytestmark = pytest.mark.newest
 pytest.importorskip("peft")
@@ -48,14 +50,13 @@ def models() -> tuple[nn.Module, nn.Module]:
     return unet.requires_grad_(False).eval(), CLIPTextModel(config).requires_grad_(False).eval()
 
 
-def text_records(encoder: nn.Module) -> list[Record]:
+def text_records(encoder: nn.Module) -> list[Layer]:
     """The linear layers of a CLIP text model under kohya's names."""
     found = []
     for path, module in encoder.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in path:
-            path = path.removeprefix("text_model.").replace(".", "_")
-            owner = "CLIPAttention" if "self_attn" in path else "CLIPMLP"
-            found.append(Record(f"lora_te_text_model_{path}", module, "te1", "BASE", "linear", owner))
+            role, path = text_role(path), path.removeprefix("text_model.").replace(".", "_")
+            found.append(record(f"lora_te_text_model_{path}", module, "te1", "BASE", "linear", role))
     return found
 
 
@@ -86,13 +87,13 @@ def answers(unet: nn.Module, encoder: nn.Module) -> list[Tensor]:
 def merged(module: nn.Module, records: list, tensors: dict[str, Tensor]) -> nn.Module:
     """A copy of a model with W + alpha/rank · up · down written into every layer that the file names."""
     found = copy.deepcopy(module)
-    paths = {id(layer): path for path, layer in module.named_modules()}
-    for record in records:
-        if f"{record.key}.alpha" not in tensors or id(record.module) not in paths:
+    paths = {id(inner): path for path, inner in module.named_modules()}
+    for layer in records:
+        if f"{layer.key}.alpha" not in tensors or id(layer.module) not in paths:
             continue
-        down, up = (tensors[f"{record.key}.lora_{side}.weight"].float() for side in ("down", "up"))
-        scale = float(tensors[f"{record.key}.alpha"]) / down.shape[0]
-        weight = found.get_submodule(paths[id(record.module)]).weight
+        down, up = (tensors[f"{layer.key}.lora_{side}.weight"].float() for side in ("down", "up"))
+        scale = float(tensors[f"{layer.key}.alpha"]) / down.shape[0]
+        weight = found.get_submodule(paths[id(layer.module)]).weight
         with torch.no_grad():
             weight += scale * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
     return found

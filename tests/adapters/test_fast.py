@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import adapter_layers
 import pytest
 import torch
-from adapter_layers import Record, layers, network, shake
+from adapter_layers import layers, network, shake
 from adapter_specs import SPECS
 
 from trainer.adapters.dora import Decomposed
+from trainer.contracts import Role
 from trainer.engine.memory import step_bytes
 from trainer.maths.hadamard import thin_pays
 from trainer.maths.kron import kron_inner
@@ -56,9 +58,9 @@ def test_a_convolution_wide_enough_for_every_split(name: str) -> None:
 
     Layers of the contract are so narrow that low-rank parts of rank 1 hide in which order a kernel lies in memory.
     """
-    own = Record(
+    own = adapter_layers.record(
         "lora_unet_down_blocks_0_resnets_0_conv1", torch.nn.Conv2d(32, 24, 3, padding=1), "unet", "IN01", "conv3x3",
-        "ResnetBlock2D",
+        Role.CONV,
     )  # fmt: skip
     own.module.requires_grad_(False)
     net = network([own], dataclasses.replace(SPECS[name], rank=6 if name == "boft" else 2, conv_rank=0))
@@ -88,7 +90,7 @@ def test_a_change_below_the_last_digit_of_a_half_precision_weight_acts(kind: str
     """ΔW = 3·10⁻⁵ everywhere beside weights of 0.05, whose next bfloat16 neighbours are 2·10⁻⁴ away."""
     layer = torch.nn.Linear(2048, 8, bias=False).to(torch.bfloat16).requires_grad_(False)
     layer.weight[:, ::2], layer.weight[:, 1::2] = 0.05, -0.05
-    record = Record("lora_unet_x", layer, "unet", "M00", "linear", "Transformer2DModel")
+    record = adapter_layers.record("lora_unet_x", layer, "unet", "M00", "linear", Role.SELF_Q)
     (adapter,) = net = network([record], dataclasses.replace(SPECS[kind], rank=4, alpha=4.0))
     with torch.no_grad():
         if kind == "full":

@@ -19,7 +19,8 @@ from trainer.adapters.lokr import LokrOptions
 from trainer.adapters.network import build_network
 from trainer.adapters.tucker import TuckerOptions
 from trainer.errors import AdapterError
-from trainer.models.layers import BLOCKS, layers_of
+from trainer.models.layers import layers_of
+from trainer.params.names import BLOCKS
 
 pytestmark = pytest.mark.newest
 peft = pytest.importorskip("peft")

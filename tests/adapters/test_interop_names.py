@@ -16,7 +16,8 @@ from torch import nn
 from trainer.adapters.base import AdapterSpec
 from trainer.adapters.network import build_network
 from trainer.errors import AdapterError
-from trainer.models.layers import BLOCKS, layers_of
+from trainer.models.layers import layers_of
+from trainer.params.names import BLOCKS
 
 OWNERS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
 RESNET = {

@@ -11,13 +11,14 @@ import logging
 
 import pytest
 import torch
-from adapter_layers import Record, input_of, layers
+from adapter_layers import input_of, layers
 from adapter_specs import SPECS, trained
 from torch import Tensor
 
 from trainer.adapters.boft import butterfly_sizes
 from trainer.adapters.library import functional
 from trainer.adapters.lokr import factor_pair
+from trainer.contracts import Layer
 from trainer.maths.rotation import butterfly, cayley_minus_identity
 
 UNREADABLE = ("ia3", "glora", "lokr tucker", "eh")
@@ -29,7 +30,7 @@ def quiet():
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 
 
-def by_inputs(record: Record, kind: type, tensors: tuple[Tensor | None, ...]):
+def by_inputs(record: Layer, kind: type, tensors: tuple[Tensor | None, ...]):
     """A LyCORIS module with its lengths along the other axis than its own reload makes."""
     found = {name: tensor for name, tensor in zip(kind.weight_list, tensors, strict=True) if tensor is not None}
     rank = next(len(found[name]) for name in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1") if name in found)

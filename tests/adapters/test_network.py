@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
-from adapter_layers import BLOCKS, PARTS, Record, input_of, layers, network, shake, with_weight
+from adapter_layers import BLOCKS, PARTS, input_of, layers, network, shake, with_weight
 
 from trainer.adapters.base import ADAPTERS, AdapterSpec
 from trainer.adapters.network import build_network
@@ -192,7 +194,7 @@ def test_exported_tensors_are_copies() -> None:
 def test_load_reads_other_spellings_and_reports_the_rest() -> None:
     record = layers()[5]
     sgm = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
-    known = Record(**{**record.__dict__, "also": ("unet.down_blocks.0.attn2.to_k",)})
+    known = dataclasses.replace(record, also=("unet.down_blocks.0.attn2.to_k",))
     net = built(records=[known, layers()[4]])
     down, up = torch.randn(4, 12), torch.randn(8, 4)
     wanted = up @ down

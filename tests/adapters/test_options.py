@@ -10,8 +10,9 @@ import torch
 from adapter_layers import BLOCKS, PARTS, expected, input_of, layers, network, shake, with_weight
 from adapter_specs import SPECS
 
-from trainer.adapters.base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
+from trainer.adapters.base import ADAPTERS, Adapter, AdapterSpec, Strength
 from trainer.adapters.network import build_network
+from trainer.contracts import Layer
 from trainer.errors import AdapterError
 from trainer.params.network import NetworkOptions, name_chosen, parse_block_ranks, parse_blocks
 from trainer.stages.base import STAGES, Stage
@@ -293,7 +294,7 @@ def test_block_numbers() -> None:
 def test_name_patterns_choose_layers(patterns: str, wanted: set[str]) -> None:
     records = layers()
     path = "text_model.encoder.layers.0.mlp.fc2"
-    records[-1] = type(records[-1])(**{**records[-1].__dict__, "also": (path,)})
+    records[-1] = dataclasses.replace(records[-1], also=(path,))
     options = {NetworkOptions: NetworkOptions(network_name_filter=patterns)}
     given = AdapterSpec("lierla", rank=4, alpha=3.0, options=options)
     net = build_network(records, given, BLOCKS, "Full", PARTS, torch.Generator().manual_seed(0))
@@ -366,7 +367,7 @@ def test_tags_follow_from_what_a_type_is_made_of() -> None:
 def test_a_type_that_leaves_something_open_is_refused_with_its_names() -> None:
     class Halved(Adapter):
         @classmethod
-        def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+        def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
             return True
 
         def delta(self) -> torch.Tensor:

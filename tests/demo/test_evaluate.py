@@ -26,9 +26,10 @@ from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
 from trainer.errors import DivergedError
 from trainer.events import EventLog, Note, Preflight
-from trainer.models.layers import BLOCKS, layers_of
+from trainer.models.layers import layers_of
 from trainer.models.load import load_model
 from trainer.params.codec import load
+from trainer.params.names import BLOCKS
 from trainer.places import BASE_MODEL, BASE_PICTURES
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import tiny
 from ldm_names import checkpoint
 
+from trainer.contracts import CROSS_ATTENTION, SELF_ATTENTION, TRANSFORMER, Role
+from trainer.models.family import FAMILIES
 from trainer.models.infer import unet_config
 from trainer.models.keys_unet import plan_of_diffusers, plan_of_ldm, unet_names
-from trainer.models.layers import BLOCKS, aliases, layers_of
+from trainer.models.layers import aliases, layers_of
+from trainer.params.names import BLOCKS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COUNTS = {"sd1": (192, 86, 72), "sd2": (192, 86, 138), "sdxl": (722, 66, 264)}
@@ -52,26 +56,32 @@ def test_the_keys_are_exactly_kohyas(full):
     assert len({layer.key for layer in layers}) == len(layers)
     by_section: dict[str, set[str]] = {"transformers": set(), "convolutions": set(), "text": set()}
     for layer in layers:
-        unet = "transformers" if layer.owner == "Transformer2DModel" else "convolutions"
+        unet = "transformers" if layer.role in TRANSFORMER else "convolutions"
         by_section[unet if layer.part == "unet" else "text"].add(layer.key)
     assert by_section == {name: set(keys) for name, keys in expected.items()}
 
 
-def test_kinds_owners_and_attention(full):
+def test_kinds_and_roles(full):
     kind, model = full
     layers = layers_of(model)
     assert {layer.kind for layer in layers} == {"linear", "conv1x1", "conv3x3", "groupnorm", "layernorm"}
     norms = {layer for layer in layers if layer.kind.endswith("norm")}
-    assert {layer.owner for layer in norms} == {"GroupNorm", "LayerNorm"}, "no type may take them for its layers"
+    assert {layer.role for layer in norms} == {Role.NORM}, "no type may take them for its layers"
     resnets = {"sd1": 22, "sd2": 22, "sdxl": 17}[kind]
     transformers = {"sd1": 16, "sd2": 16, "sdxl": 11}[kind]
     blocks = {"sd1": 16, "sd2": 16, "sdxl": 70}[kind]
     assert len(norms) == 2 * resnets + transformers + 3 * blocks
-    for word in ("attn1", "attn2"):
-        assert sum(layer.attention == word for layer in layers) == 4 * blocks
+    unet = Counter(layer.role for layer in layers if layer.part == "unet")
+    attention = dict.fromkeys((*SELF_ATTENTION, *CROSS_ATTENTION, Role.FF_IN, Role.FF_OUT), blocks)
+    shortcuts = sum(layer.path.endswith("conv_shortcut") for layer in layers)
+    samplers = {"sd1": 6, "sd2": 6, "sdxl": 4}[kind]
+    assert unet == {
+        **attention, Role.PROJECTION: 2 * transformers, Role.TIME: resnets, Role.CONV: 2 * resnets + shortcuts,
+        Role.SAMPLER: samplers, Role.NORM: len(norms),
+    }  # fmt: skip
     projections = {layer.kind for layer in layers if layer.path.endswith(("proj_in", "proj_out"))}
     assert projections == {"conv1x1" if kind == "sd1" else "linear"}
-    assert {layer.owner for layer in layers if layer.part != "unet"} == {"CLIPAttention", "CLIPMLP"}
+    assert {layer.role for layer in layers if layer.part != "unet"} == {*SELF_ATTENTION, Role.FF_IN, Role.FF_OUT}
     for layer in layers:
         assert model.unet.get_submodule(layer.path) is layer.module if layer.part == "unet" else layer.block == "BASE"
 
@@ -89,7 +99,7 @@ def test_blocks_of_sd1():
         "text_model.encoder.layers.0.mlp.fc1": "BASE",
     }  # fmt: skip
     assert {path: found[path] for path in hand} == hand
-    assert set(found.values()) <= set(BLOCKS) and len(BLOCKS) == 26
+    assert set(found.values()) <= set(FAMILIES.get("sd1").blocks) and FAMILIES.get("sd1").blocks == BLOCKS
 
 
 def test_blocks_of_sdxl_follow_its_own_keys():
@@ -99,6 +109,8 @@ def test_blocks_of_sdxl_follow_its_own_keys():
         word, number = re.match(r"lora_unet_(input|middle|output)_blocks?_(\d+)", layer.key).groups()
         expected = "M00" if word == "middle" else f"{'IN' if word == 'input' else 'OUT'}{int(number):02d}"
         assert layer.block == expected
+        assert layer.block in FAMILIES.get("sdxl").blocks
+    assert len(FAMILIES.get("sdxl").blocks) == 20
 
 
 def test_other_spellings_of_sdxl_agree_with_diffusers():

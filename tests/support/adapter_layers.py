@@ -3,61 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from trainer.adapters.base import Adapter, AdapterSpec
 from trainer.adapters.network import Network, build_network
+from trainer.contracts import Layer, Role
 
 BLOCKS = ("BASE", *(f"IN{n:02d}" for n in range(12)), "M00", *(f"OUT{n:02d}" for n in range(12)))
 PARTS = ("unet", "te1", "te2")
 
 
-@dataclass(frozen=True)
-class Record:
-    """What an adapter is told of a layer."""
-
-    key: str
-    module: nn.Module
-    part: str
-    block: str
-    kind: str
-    owner: str
-    attention: str = ""
-    also: tuple[str, ...] = ()
+def record(
+    key: str, module: nn.Module, part: str, block: str, kind: str, role: Role, also: tuple[str, ...] = ()
+) -> Layer:
+    """A layer whose path is its key."""
+    return Layer(key, key, module, part, block, kind, role, also)
 
 
-def layers() -> list[Record]:
+def layers() -> list[Layer]:
     """One layer of every kind; frozen."""
     torch.manual_seed(7)
     unet, te = "lora_unet_", "lora_te_text_model_encoder_layers_0_"
-    down, transformer = f"{unet}down_blocks_0_", "Transformer2DModel"
+    down = f"{unet}down_blocks_0_"
     block = f"{down}attentions_0_transformer_blocks_0_"
     found = [
-        Record(f"{down}resnets_0_conv1", nn.Conv2d(6, 10, 3, padding=1), "unet", "IN01", "conv3x3", "ResnetBlock2D"),
-        Record(f"{down}resnets_0_time_emb_proj", nn.Linear(12, 10), "unet", "IN01", "linear", "ResnetBlock2D"),
-        Record(f"{down}resnets_0_conv_shortcut", nn.Conv2d(6, 10, 1), "unet", "IN01", "conv1x1", "ResnetBlock2D"),
-        Record(f"{down}attentions_0_proj_in", nn.Conv2d(8, 8, 1), "unet", "IN01", "conv1x1", transformer),
-        Record(f"{block}attn1_to_q", nn.Linear(8, 8, bias=False), "unet", "IN01", "linear", transformer, "attn1"),
-        Record(f"{block}attn2_to_k", nn.Linear(12, 8, bias=False), "unet", "IN01", "linear", transformer, "attn2"),
-        Record(f"{block}ff_net_2", nn.Linear(20, 8), "unet", "M00", "linear", transformer),
-        Record(f"{down}resnets_0_norm1", nn.GroupNorm(2, 6), "unet", "IN01", "groupnorm", "GroupNorm"),
-        Record(f"{block}norm1", nn.LayerNorm(8), "unet", "IN01", "layernorm", "LayerNorm"),
-        Record(f"{down}downsamplers_0_conv", nn.Conv2d(6, 6, 3, 2, 1), "unet", "IN03", "conv3x3", "Downsample2D"),
-        Record(f"{te}self_attn_k_proj", nn.Linear(12, 12), "te1", "BASE", "linear", "CLIPAttention"),
-        Record(f"{te}mlp_fc2", nn.Linear(24, 12), "te1", "BASE", "linear", "CLIPMLP"),
+        record(f"{down}resnets_0_conv1", nn.Conv2d(6, 10, 3, padding=1), "unet", "IN01", "conv3x3", Role.CONV),
+        record(f"{down}resnets_0_time_emb_proj", nn.Linear(12, 10), "unet", "IN01", "linear", Role.TIME),
+        record(f"{down}resnets_0_conv_shortcut", nn.Conv2d(6, 10, 1), "unet", "IN01", "conv1x1", Role.CONV),
+        record(f"{down}attentions_0_proj_in", nn.Conv2d(8, 8, 1), "unet", "IN01", "conv1x1", Role.PROJECTION),
+        record(f"{block}attn1_to_q", nn.Linear(8, 8, bias=False), "unet", "IN01", "linear", Role.SELF_Q),
+        record(f"{block}attn2_to_k", nn.Linear(12, 8, bias=False), "unet", "IN01", "linear", Role.CROSS_K),
+        record(f"{block}ff_net_2", nn.Linear(20, 8), "unet", "M00", "linear", Role.FF_OUT),
+        record(f"{down}resnets_0_norm1", nn.GroupNorm(2, 6), "unet", "IN01", "groupnorm", Role.NORM),
+        record(f"{block}norm1", nn.LayerNorm(8), "unet", "IN01", "layernorm", Role.NORM),
+        record(f"{down}downsamplers_0_conv", nn.Conv2d(6, 6, 3, 2, 1), "unet", "IN03", "conv3x3", Role.SAMPLER),
+        record(f"{te}self_attn_k_proj", nn.Linear(12, 12), "te1", "BASE", "linear", Role.SELF_K),
+        record(f"{te}mlp_fc2", nn.Linear(24, 12), "te1", "BASE", "linear", Role.FF_OUT),
     ]
-    for record in found:
-        record.module.requires_grad_(False)
-        if "norm" in record.kind:
-            record.module.weight.data.normal_(1, 0.2)
-            record.module.bias.data.normal_(0, 0.2)
+    for layer in found:
+        layer.module.requires_grad_(False)
+        if "norm" in layer.kind:
+            layer.module.weight.data.normal_(1, 0.2)
+            layer.module.bias.data.normal_(0, 0.2)
     return found
 
 
-def network(records: list[Record], spec: AdapterSpec, seed: int = 0) -> Network:
+def network(records: list[Layer], spec: AdapterSpec, seed: int = 0) -> Network:
     """A network on all the layers its type covers."""
     return build_network(records, spec, BLOCKS, "Full", PARTS, torch.Generator().manual_seed(seed))
 

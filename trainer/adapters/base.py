@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.lowrank import scaled, working_dtype
 from ..params.network import NetworkOptions, parse_block_ranks, parse_blocks
@@ -27,21 +28,6 @@ ADAPTERS: Registry[type[Adapter]] = Registry("network_type", "adapters")
 
 T = TypeVar("T")
 _ABSENT = object()
-TEXT_OWNERS = ("CLIPAttention", "CLIPMLP")
-TRANSFORMER_OWNERS = ("Transformer2DModel",)
-RESNET_OWNERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
-
-
-class LayerLike(Protocol):
-    """What an adapter must know of a layer (see models/layers.py for the meaning of the fields)."""
-
-    key: str
-    module: nn.Module
-    part: str
-    block: str
-    kind: str
-    owner: str
-    attention: str
 
 
 @dataclass(frozen=True)
@@ -179,10 +165,10 @@ class Adapter(nn.Module, ABC):
     exact: ClassVar[frozenset[str]] = frozenset({"alpha"})
     scalable: bool = True
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__()
         self.key, self.part, self.kind, self.block = layer.key, layer.part, layer.kind, layer.block
-        self.also: tuple[str, ...] = tuple(getattr(layer, "also", ()))
+        self.role, self.also = layer.role, layer.also
         self.options = spec[NetworkOptions]
         self.rank, self.alpha = spec.rank_of(layer.kind, layer.block), float(spec.alpha_of(layer.kind, layer.block))
         if self.ranked and self.options.network_rslora:
@@ -199,7 +185,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         """Whether this type sits on this layer."""
 
     @classmethod
@@ -222,7 +208,7 @@ class Adapter(nn.Module, ABC):
         return {}
 
     @classmethod
-    def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
         """What the adapters of one network have in common, made once and found as `spec.shared` by each of them."""
         return None
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.weights import weight_matrix, weight_of
 from ..params.field import param
 from ..paths import exists, expanded
-from .base import LayerLike
 from .file import checked_name, read_lora, write_lora
 
 MARK, VERSION = "atelier_svd_cache", "1"
@@ -37,7 +37,7 @@ class SvdParams:
 
 
 def weight_bases(
-    layers: Sequence[LayerLike],
+    layers: Sequence[Layer],
     counts: Mapping[str, tuple[int, int]],
     make: Callable[[Tensor, int, int], Pair],
     name: str,
@@ -84,7 +84,7 @@ def _hold(down: Tensor, up: Tensor, weight: Tensor, rows: int, columns: int) -> 
     return len(down) >= rows and up.shape[1] >= columns
 
 
-def blank(layers: Sequence[LayerLike], counts: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
+def blank(layers: Sequence[Layer], counts: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
     """Zeros in the place of what `weight_bases` makes, for adapters that get theirs from a state."""
     shapes = {layer.key: weight_matrix(layer.module) for layer in layers}
     return {

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..contracts import Layer
 from ..errors import AdapterError, brief
 from ..maths.weights import weight_matrix
 from ..paths import expanded, is_file
-from .base import LayerLike
 from .checked import taken
 from .file import read_lora
 
@@ -34,7 +34,7 @@ class Basis:
     mean: Tensor
 
 
-def read_basis(path: str, layers: Iterable[LayerLike]) -> dict[str, Basis]:
+def read_basis(path: str, layers: Iterable[Layer]) -> dict[str, Basis]:
     """The bases a file has for these layers, by key. Raises AdapterError when it has none or is no such file."""
     place = expanded(path)
     if not is_file(place):
@@ -52,7 +52,7 @@ def read_basis(path: str, layers: Iterable[LayerLike]) -> dict[str, Basis]:
     made = _of_fork(tensors, place.name) if fork else _ours(tensors, place.name)
     found = {}
     for layer in layers:
-        names = (layer.key, *getattr(layer, "also", ()))
+        names = (layer.key, *layer.also)
         own = next((made[name] for name in map(plain_name, names) if name in made), None)
         if own is not None and (own.up.shape[0], own.down.shape[1]) == weight_matrix(layer.module):
             found[layer.key] = own

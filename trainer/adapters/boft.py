@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.rotation import butterfly, cayley_minus_identity
 from ..maths.weights import weight_of, weight_shape
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .library import EAGER, functional
 from .oft import NO_PLACE, Rotation
 from .where import ignores, strength_of_one
@@ -27,7 +28,7 @@ class Boft(Rotation):
     help = "Like oft, but the groups exchange among each other in several stages: finer, slower. Rank = group size."
     rules = (*ignores("boft", "network_alpha", "network_conv_alpha"), strength_of_one("boft", NO_PLACE))
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         outputs = weight_shape(layer.module)[0]
         sizes = butterfly_sizes(outputs, self.rank)

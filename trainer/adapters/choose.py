@@ -4,32 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
+from ..contracts import CROSS_ATTENTION, SELF_ATTENTION, Layer, Role
 from ..errors import AdapterError
 from ..params.network import NetworkOptions, name_chosen
-from .base import ADAPTERS, AdapterSpec, LayerLike
+from .base import ADAPTERS, AdapterSpec
 
-ELEMENTS = {"": "", "None": "", "Full": "", "CrossAttention": "attn2", "SelfAttention": "attn1"}
+EVERYTHING = frozenset(Role)
+ELEMENTS = {
+    "": EVERYTHING,
+    "None": EVERYTHING,
+    "Full": EVERYTHING,
+    "CrossAttention": CROSS_ATTENTION,
+    "SelfAttention": SELF_ATTENTION,
+}
 
 
 def choose(
-    layers: Iterable[LayerLike], spec: AdapterSpec, blocks: Collection[str], element: str | None, parts: Collection[str]
-) -> tuple[LayerLike, ...]:
+    layers: Iterable[Layer], spec: AdapterSpec, blocks: Collection[str], element: str | None, parts: Collection[str]
+) -> tuple[Layer, ...]:
     """The chosen layers in the order given.
 
-    `blocks`: names such as BASE and IN00. `element`: Full, CrossAttention (layers inside attn2 only) or SelfAttention
-    (inside attn1 only; both leave the text encoders out, which have neither). `parts`: unet, te1, te2.
+    `blocks`: names such as BASE and IN00. `element`: Full, CrossAttention or SelfAttention (both take
+    layers of the UNet only). `parts`: unet, te1, te2.
     Raises AdapterError when nothing is left, with the step that emptied the list.
     """
     kind = ADAPTERS.get(spec.type)
     if (element or "") not in ELEMENTS:
         raise AdapterError(f"network_element = {element!r} is not known. Known: Full, CrossAttention, SelfAttention.")
-    attention = ELEMENTS[element or ""]
+    roles = ELEMENTS[element or ""]
+    everywhere = roles == EVERYTHING
     patterns = spec[NetworkOptions].network_name_filter
     left = list(layers)
     tests = (
         (f"network_targets ({', '.join(sorted(parts)) or 'none'})", lambda layer: layer.part in parts),
         (f"network_type {spec.type}", lambda layer: kind.covers(layer, spec)),
-        (f"network_element {element or 'Full'}", lambda layer: not attention or layer.attention == attention),
+        (
+            f"network_element {element or 'Full'}",
+            lambda layer: everywhere or (layer.part == "unet" and layer.role in roles),
+        ),
         (f"network_blocks ({', '.join(sorted(blocks)) or 'none'})", lambda layer: layer.block in blocks),
         (f"network_name_filter {patterns}", lambda layer: name_chosen(patterns, _names(layer))),
     )
@@ -41,12 +53,12 @@ def choose(
     return tuple(left)
 
 
-def _names(layer: LayerLike) -> tuple[str, ...]:
+def _names(layer: Layer) -> tuple[str, ...]:
     """Every name by which a pattern may mean a layer: its key, the module's path, and other spellings of the key."""
-    return (layer.key, getattr(layer, "path", layer.key), *getattr(layer, "also", ()))
+    return (layer.key, layer.path, *layer.also)
 
 
-def _refuse_twins(layers: Iterable[LayerLike]) -> None:
+def _refuse_twins(layers: Iterable[Layer]) -> None:
     seen: set[str] = set()
     for layer in layers:
         if layer.key in seen:

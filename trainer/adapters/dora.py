@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.lowrank import scaled
 from ..maths.weights import weight_of, weight_shape
 from ..params.field import param
 from ..params.rules import without_effect
-from .base import Adapter, AdapterSpec, LayerLike, LowRank, Strength
+from .base import Adapter, AdapterSpec, LowRank, Strength
 
 MAGNITUDE = "dora_scale"
 DORA_RULES = (without_effect("use_dora", "network_dora_axis"),)
@@ -67,7 +68,7 @@ class Decomposed(Adapter):
         def expanded(self, tensors: Mapping[str, Tensor]) -> Tensor: ...
         def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]: ...
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         options = spec[DoraOptions]
         self.decomposed, self.on_input = options.use_dora, options.network_dora_axis == "input"

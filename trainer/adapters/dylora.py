@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..params import core
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .lora import Lora
 from .where import ignores
 
@@ -57,7 +58,7 @@ class Dylora(Lora):
     )
     inits: frozenset[str] = frozenset()
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.unit = spec[DyloraOptions].network_unit
         if self.rank % self.unit:

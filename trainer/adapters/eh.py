@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.lowrank import scaled
 from ..maths.weights import weight_shape
 from ..params.field import param
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .direct import ALPHA, Direct
 from .where import ignores, in_transformer
 
@@ -48,14 +49,14 @@ class Eh(Direct):
     factors = (("block_weight",),)
     named: ClassVar[Mapping[str, str]] = {"block_weight": W2}
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.groups = spec[EhOptions].network_groups
         fan_out, fan_in = weight_shape(layer.module)
         self.block_weight = nn.Parameter(torch.zeros(fan_out // self.groups, fan_in // self.groups))
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         groups = spec[EhOptions].network_groups
         if layer.part != "unet" or layer.kind != "linear" or not in_transformer(layer):
             return False

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, per_sample
 from ..maths.weights import weight_shape
 from ..params.spaces import EXPERT_RULES, ExpertParams
-from .base import ADAPTERS, AdapterSpec, LayerLike, LowRank, Strength
+from .base import ADAPTERS, AdapterSpec, LowRank, Strength
 from .dora import DoraOptions
 from .factored import Factored
 from .lora import Lora
@@ -59,7 +60,7 @@ class Experts(Factored):
     factors = (("experts",),)
     ups, downs = ("experts",), ("common.down",)
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         own, width = spec[ExpertParams], (layer.part, self.rank, self.kernel)
         if width not in spec.shared:
@@ -77,7 +78,7 @@ class Experts(Factored):
                 self.router = nn.Parameter(torch.zeros(own.num_experts, weight_shape(layer.module)[1]))
 
     @classmethod
-    def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
         return {}
 
     @property

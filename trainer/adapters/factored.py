@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.subspace import product_norm
 from ..maths.weights import weight_matrix, weight_shape
-from .base import RESNET_OWNERS, TRANSFORMER_OWNERS, Adapter, AdapterSpec, LayerLike, Strength
+from .base import Adapter, AdapterSpec, Strength
 from .checked import single
 from .dora import DoraOptions
 from .lora import ALPHA, DOWN, UP, Lora
+from .where import in_any_block
 
 LOST = 1e-2
 """Largest share of a file's ΔW, by norm, that may be lost when it is taken over: the rounding of fp16."""
@@ -36,7 +38,7 @@ class Factored(Lora):
     downs = ()
     inits = frozenset()
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         Adapter.__init__(self, layer, spec, strength, generator)
         fan_out, *rest = weight_shape(layer.module)
         self.fan_out, self.fan_in, self.kernel = int(fan_out), weight_matrix(layer.module)[1], tuple(rest)
@@ -67,9 +69,9 @@ class Factored(Lora):
         return done
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         if spec.conv_rank and layer.part == "unet":
-            return layer.owner in TRANSFORMER_OWNERS + RESNET_OWNERS
+            return in_any_block(layer)
         return super().covers(layer, spec)
 
     @classmethod

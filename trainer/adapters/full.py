@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..maths.lowrank import scaled
 from ..maths.rebuild import rebuilt
 from ..maths.weights import weight_of, weight_shape
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .direct import Direct
 from .where import ignores, in_any_block
 
@@ -24,14 +25,14 @@ class Full(Direct):
     ranked = False
     factors = (("diff", "diff_b"),)
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.diff = nn.Parameter(torch.zeros(weight_shape(layer.module)))
         if layer.module.bias is not None:
             self.diff_b = nn.Parameter(torch.zeros(layer.module.bias.shape))
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         return in_any_block(layer)
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:

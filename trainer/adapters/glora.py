@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import Layer
 from ..maths.lowrank import kaiming_down, per_sample
 from ..maths.weights import weight_of, weight_shape
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .direct import ALPHA, Direct
 from .where import ignores, in_transformer
 
@@ -32,7 +33,7 @@ class Glora(Direct):
     factors = (("a1", "b1"), ("a2", "b2"))
     ups = ("a2", "b2")
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         fan_out, fan_in = weight_shape(layer.module)
         self.a1 = nn.Parameter(kaiming_down((self.rank, fan_in), generator))
@@ -41,7 +42,7 @@ class Glora(Direct):
         self.b2 = nn.Parameter(torch.zeros(fan_out, self.rank))
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         return in_transformer(layer) and layer.kind == "linear"
 
     def tensors(self) -> dict[str, Tensor]:

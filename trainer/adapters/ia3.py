@@ -7,16 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..contracts import KEYS_AND_VALUES, Layer, Role
 from ..errors import AdapterError
 from ..maths.lowrank import per_sample
 from ..maths.weights import weight_of, weight_shape
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .checked import single
 from .direct import Direct
-from .where import ignores, in_transformer
-
-ON_OUTPUT = ("to_k", "to_v", "k_proj", "v_proj")
-ON_INPUT = ("ff_net_2", "mlp_fc2")
+from .where import ignores
 
 
 @ADAPTERS.register("ia3")
@@ -33,14 +31,14 @@ class Ia3(Direct):
     ranked = False
     factors = (("weight",),)
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        self.on_input = layer.key.endswith(ON_INPUT)
+        self.on_input = layer.role is Role.FF_OUT
         self.weight = nn.Parameter(torch.zeros(weight_shape(layer.module)[1 if self.on_input else 0]))
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
-        return in_transformer(layer) and layer.kind == "linear" and layer.key.endswith((*ON_OUTPUT, *ON_INPUT))
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
+        return layer.kind == "linear" and layer.role in KEYS_AND_VALUES | {Role.FF_OUT}
 
     def constants(self) -> dict[str, float]:
         return {"on_input": int(self.on_input)}

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..maths.hadamard import Factors, hadamard_layer, hadamard_norms, thin_pays
 from ..maths.lowrank import scaled, stride_area
 from ..maths.rebuild import rebuilt
 from ..maths.weights import weight_matrix, weight_of, weight_shape
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
+from .base import ADAPTERS, AdapterSpec, Strength, is_wide
 from .direct import ALPHA, Direct, normal
 from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .library import EAGER, functional
@@ -30,7 +31,7 @@ class HadamardProduct(Direct):
     factors = (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",))
     ups = ("hada_w1_a", "hada_w2_a")
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         fan_out, fan_in, *kernel = weight_shape(layer.module)
         self.tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
@@ -43,7 +44,7 @@ class HadamardProduct(Direct):
             self.hada_t1, self.hada_t2 = normal(core, 0.1, generator), normal(core, 0.1, generator)
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         return in_any_block(layer)
 
     def _factors(self) -> Factors:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..maths.kron import kron_inner, kron_layer
 from ..maths.lowrank import kaiming_down, scaled
 from ..maths.weights import weight_of, weight_shape
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength, is_wide
+from .base import ADAPTERS, AdapterSpec, Strength, is_wide
 from .direct import ALPHA, Direct
 from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .library import EAGER, functional
@@ -68,7 +69,7 @@ def factor_pair(size: int, limit: int) -> tuple[int, int]:
     return small, size // small
 
 
-def sizes(layer: LayerLike, spec: AdapterSpec) -> tuple[int, int, int, int]:
+def sizes(layer: Layer, spec: AdapterSpec) -> tuple[int, int, int, int]:
     """(l, m, k, n) of a layer's two matrices."""
     fan_out, fan_in = weight_shape(layer.module)[:2]
     factor = spec[LokrOptions].network_factor
@@ -76,7 +77,7 @@ def sizes(layer: LayerLike, spec: AdapterSpec) -> tuple[int, int, int, int]:
     return l, m, k, n
 
 
-def low_rank(layer: LayerLike, spec: AdapterSpec) -> tuple[bool, bool]:
+def low_rank(layer: Layer, spec: AdapterSpec) -> tuple[bool, bool]:
     """Whether the small and the larger matrix are products of two: where the rank is below half of their size."""
     own, rank = spec[LokrOptions], spec.rank_of(layer.kind, layer.block)
     fan_l, fan_m, fan_k, fan_n = sizes(layer, spec)
@@ -94,7 +95,7 @@ class KroneckerProduct(Direct):
     factors = (("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_b"))
     ups = ("lokr_w2", "lokr_w2_b")
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         rank, kernel = self.rank, weight_shape(layer.module)[2:]
         fan_l, fan_m, fan_k, fan_n = sizes(layer, spec)
@@ -121,7 +122,7 @@ class KroneckerProduct(Direct):
             self.alpha, self.scale = float(rank), 1.0
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         return in_any_block(layer)
 
     @classmethod
@@ -210,12 +211,12 @@ class Lokr(Decomposed, KroneckerProduct):
     )
     exact = frozenset({ALPHA, MAGNITUDE})
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.scalable = not self.decomposed
 
     @classmethod
-    def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> None:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> None:
         """Tells which option changes nothing, for no layer has a matrix that the rank would split."""
         small = any(low_rank(layer, spec)[0] for layer in layers)
         larger = any(low_rank(layer, spec)[1] for layer in layers if is_wide(layer.kind))

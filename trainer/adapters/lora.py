@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, scaled
 from ..maths.weights import weight_of, weight_shape
@@ -19,12 +20,8 @@ from ..params.network import DIFFERENCE_INITS, NetworkOptions
 from ..params.rules import Rule
 from .base import (
     ADAPTERS,
-    RESNET_OWNERS,
-    TEXT_OWNERS,
-    TRANSFORMER_OWNERS,
     Adapter,
     AdapterSpec,
-    LayerLike,
     LowRank,
     Strength,
     is_wide,
@@ -34,7 +31,7 @@ from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
 from .timesteps import RULES as TIMESTEP_RULES
 from .timesteps import TimestepOptions
 from .tucker import TuckerOptions
-from .where import ignores
+from .where import ignores, in_any_block, in_transformer
 
 DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
 
@@ -63,7 +60,7 @@ class Lora(Adapter):
     counted = False
     lowest = 0
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         fan_out, *rest = weight_shape(layer.module)
         self.down = nn.Parameter(kaiming_down((self.rank, *rest), generator))
@@ -88,9 +85,8 @@ class Lora(Adapter):
         return ((self.down, self.up), (self.down0, self.up0)) if self.counted else (self.pair(),)
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
-        owners = TRANSFORMER_OWNERS if layer.part == "unet" else TEXT_OWNERS
-        return layer.owner in owners and not is_wide(layer.kind)
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
+        return in_transformer(layer)
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         scale = self.scale * strength
@@ -237,7 +233,7 @@ class Convolved(Lora):
     file_tensors = (DOWN, UP, MID, ALPHA)
     factors = (("down",), ("mid",), ("up",))
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.tucker = is_wide(layer.kind) and spec[TuckerOptions].network_tucker
         if self.tucker:
@@ -288,10 +284,8 @@ class Locon(Decomposed, Convolved):
     exact = frozenset({ALPHA, MAGNITUDE})
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
-        if layer.part == "unet":
-            return layer.owner in TRANSFORMER_OWNERS + RESNET_OWNERS
-        return layer.owner in TEXT_OWNERS
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
+        return in_any_block(layer)
 
     @classmethod
     def network_args(cls, spec: AdapterSpec) -> dict[str, str]:

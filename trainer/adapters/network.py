@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..params.network import NetworkOptions, parse_blocks, shown_options
-from .base import ADAPTERS, Adapter, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, Adapter, AdapterSpec, Strength
 from .choose import choose, spelled, split_name
 from .draws import Draws, Timesteps
 from .foreign import in_our_names
@@ -296,7 +297,7 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def build_network(
-    layers: Iterable[LayerLike],
+    layers: Iterable[Layer],
     spec: AdapterSpec,
     blocks: Collection[str],
     element: str | None,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import Layer
 from ..maths.lowrank import scaled
 from ..maths.weights import weight_shape
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .direct import Direct
 from .where import ignores
 
@@ -25,13 +26,13 @@ class Norm(Direct):
     droppable = False
     factors = (("w_norm", "b_norm"),)
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.w_norm = nn.Parameter(torch.zeros(weight_shape(layer.module)))
         self.b_norm = nn.Parameter(torch.zeros(layer.module.bias.shape))
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         return layer.kind in ("groupnorm", "layernorm")
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:

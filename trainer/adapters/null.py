@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.subspace import is_orthonormal, least_columns, least_rows
 from ..maths.weights import weight_matrix
 from ..params.spaces import NULL_RULES, NullParams
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .bases import Pair, SvdParams, blank, weight_bases
 from .factored import LOST, Factored
 
@@ -35,7 +36,7 @@ class Null(Factored):
     factors = (("up", "down"),)
     ups = ("up",)
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         rows, columns = halves(self.key, self.rank, self.fan_in, self.fan_out)
         frozen_down, frozen_up = spec.shared[layer.key]
@@ -48,7 +49,7 @@ class Null(Factored):
         self.register_buffer("held", torch.zeros(held, self.fan_in))
 
     @classmethod
-    def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
         counts = {}
         for layer in layers:
             fan_out, fan_in = weight_matrix(layer.module)

@@ -7,10 +7,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..maths.lowrank import scaled
 from ..maths.rotation import cayley_minus_identity, turn
 from ..maths.weights import weight_of, weight_shape
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .direct import ALPHA, Direct
 from .library import EAGER, functional
 from .lokr import factor_pair
@@ -31,7 +32,7 @@ class Rotation(Direct):
     scalable = False
 
     @classmethod
-    def covers(cls, layer: LayerLike, spec: AdapterSpec) -> bool:
+    def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
         return in_any_block(layer)
 
     def constants(self) -> dict[str, float]:
@@ -66,7 +67,7 @@ class Oft(Rotation):
     help = "Rotates small groups of outputs and keeps their lengths: careful with what is known. Rank = group size."
     rules = (*ignores("oft", "network_alpha", "network_conv_alpha"), strength_of_one("oft", NO_PLACE))
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         size, count = factor_pair(weight_shape(layer.module)[0], self.rank)
         self.oft_blocks = nn.Parameter(torch.zeros(count, size, size))

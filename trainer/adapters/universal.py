@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.subspace import product_svd, truncated_svd
 from ..maths.weights import weight_matrix
@@ -17,7 +18,7 @@ from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from ..paths import expanded, is_file
-from .base import ADAPTERS, AdapterSpec, LayerLike, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .bases import Pair, SvdParams, blank, weight_bases
 from .basis_file import Basis, read_basis
 from .dora import DoraOptions
@@ -73,7 +74,7 @@ class Universal(Factored):
     )
     factors = (("core",),)
 
-    def __init__(self, layer: LayerLike, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
+    def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         basis: Basis = spec.shared[layer.key]
         self.register_buffer("frozen_down", basis.down.view(self.rank, *self.kernel))
@@ -83,7 +84,7 @@ class Universal(Factored):
         self._given = bool(spec[UniversalParams].basis_path.strip())
 
     @classmethod
-    def shared(cls, layers: Sequence[LayerLike], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
         ranks = {layer.key: spec.rank_of(layer.kind, layer.block) for layer in layers}
         for layer in layers:
             most = min(weight_matrix(layer.module))

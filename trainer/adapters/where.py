@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..contracts import RESIDUAL, TRANSFORMER, Layer
 from ..params import core
 from ..params.field import ModeInfo
 from ..params.job import Job
 from ..params.rules import Rule
-from .base import ADAPTERS, RESNET_OWNERS, TEXT_OWNERS, TRANSFORMER_OWNERS, LayerLike, is_wide
+from .base import ADAPTERS, is_wide
 
 _ATTENTION_KINDS = ("linear", "conv1x1")
 
 
-def in_transformer(layer: LayerLike) -> bool:
+def in_transformer(layer: Layer) -> bool:
     """Linear layers and 1×1 convolutions of transformer blocks, linear layers of text encoders (lierla)."""
-    owners = TRANSFORMER_OWNERS if layer.part == "unet" else TEXT_OWNERS
-    return layer.owner in owners and layer.kind in _ATTENTION_KINDS
+    return layer.role in TRANSFORMER and layer.kind in _ATTENTION_KINDS
 
 
-def in_any_block(layer: LayerLike) -> bool:
+def in_any_block(layer: Layer) -> bool:
     """The same, and the convolutions, samplers and time projections of the UNet's residual blocks (c3lier)."""
-    return in_transformer(layer) or (
-        layer.owner in RESNET_OWNERS and (layer.kind in _ATTENTION_KINDS or is_wide(layer.kind))
-    )
+    return in_transformer(layer) or (layer.role in RESIDUAL and (layer.kind in _ATTENTION_KINDS or is_wide(layer.kind)))
 
 
 def ignores(kind: str, *names: str) -> tuple[Rule, ...]:

@@ -103,6 +103,12 @@ class Model:
         return (self.unet, *self.text_encoders, *(() if self.vae is None else (self.vae,)))
 
     @property
+    def gates(self) -> list[nn.Module]:
+        """The first layers of the UNet's gated feed-forward blocks, in the order of computation; the second half of
+        what they give is the gate."""
+        return [module.proj for module in self.unet.modules() if type(module).__name__ == "GEGLU"]
+
+    @property
     def compute(self) -> torch.dtype:
         """The precision the UNet and the text encoders compute in."""
         return self._compute or precision.compute_dtype(self.device, self.storage)

@@ -52,7 +52,8 @@ class UnetFacts:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture row. `base_version` and `v_base_version` are kohya's names for ε- and v-prediction."""
+    """An architecture row. `base_version` and `v_base_version` are kohya's names for ε- and v-prediction; `blocks`
+    are the names by which users choose parts of it."""
 
     name: str
     label: str
@@ -63,7 +64,13 @@ class Family:
     texts: tuple[TextRow, ...]
     sizes: bool
     matches: Callable[[UnetFacts], bool]
+    blocks: tuple[str, ...]
     often_v: bool = False
+
+
+def unet_blocks(count: int) -> tuple[str, ...]:
+    """BASE (the text encoders), the input blocks, the middle block and the output blocks of a UNet in LDM order."""
+    return ("BASE", *(f"IN{n:02d}" for n in range(count)), "M00", *(f"OUT{n:02d}" for n in range(count)))
 
 
 FAMILIES: Registry[Family] = Registry("architecture", "models.families")

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
+from ..contracts import Layer, Role
 from .base import Model
 from .keys import NameMap
 from .keys_unet import plan_of_diffusers, unet_names
+from .roles import text_role, unet_role
 from .spellings import flat, text_spellings, unet_spellings
 from .text import TextEncoder
 
 _OWNERS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
-BLOCKS = ("BASE", *(f"IN{n:02d}" for n in range(12)), "M00", *(f"OUT{n:02d}" for n in range(12)))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear, convolutional or normalisation layer.
-
-    `key`: its name in the LoRA files we write. `path`: its module name in diffusers (text: transformers 4) spelling.
-    `part`: unet, te1 or te2. `block`: BASE, IN00–IN11, M00 or OUT00–OUT11. `kind`: linear, conv1x1, conv3x3. `owner`:
-    class of the block around it. `attention`: attn1 (self), attn2 (cross) or "". `also`: other spellings of the key in
-    files of other programs. Normalisation layers have the kind groupnorm or layernorm and are their own owner, so that
-    no type takes them for a matrix by mistake.
-    """
-
-    key: str
-    path: str
-    module: nn.Module
-    part: str
-    block: str
-    kind: str
-    owner: str
-    attention: str = ""
-    also: tuple[str, ...] = ()
 
 
 def layers_of(model: Model) -> tuple[Layer, ...]:
@@ -57,33 +35,30 @@ def unet_layers(unet: nn.Module, key_style: str) -> Iterator[Layer]:
     alias)."""
     names = unet_names(plan_of_diffusers(name for name, _ in unet.named_parameters()))
     for path, module in unet.named_modules():
-        owner = type(module).__name__
-        if owner not in _OWNERS:
+        if type(module).__name__ not in _OWNERS:
             continue
         for inner, layer in module.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                yield _unet_layer(f"{path}.{inner}", layer, owner, names, key_style)
+                yield _unet_layer(f"{path}.{inner}", layer, unet_role(f"{path}.{inner}"), names, key_style)
             elif isinstance(layer, (nn.GroupNorm, nn.LayerNorm)) and layer.weight is not None:
-                yield _unet_layer(f"{path}.{inner}", layer, type(layer).__name__, names, key_style)
+                yield _unet_layer(f"{path}.{inner}", layer, Role.NORM, names, key_style)
 
 
-def _unet_layer(path: str, module: nn.Module, owner: str, names: NameMap, key_style: str) -> Layer:
+def _unet_layer(path: str, module: nn.Module, role: Role, names: NameMap, key_style: str) -> Layer:
     sgm = names.to_ldm(path)
     if sgm is None:
         raise RuntimeError(f"the UNet module {path} has no LDM name")
     key = f"lora_unet_{flat(sgm if key_style == 'sgm' else path)}"
     also = tuple(name for name in unet_spellings(path, sgm) if name != key)
-    attention = next((word for word in ("attn1", "attn2") if f".{word}." in path), "")
-    return Layer(key, path, module, "unet", _block(sgm), _kind(module), owner, attention, also)
+    return Layer(key, path, module, "unet", _block(sgm), _kind(module), role, also)
 
 
 def _text_layers(encoder: TextEncoder, single: bool) -> Iterator[Layer]:
     for path, module in encoder.transformer.named_modules():
         if isinstance(module, nn.Linear) and path.startswith("encoder.layers."):
             key, *also = text_spellings(encoder.row, path, single)
-            owner = "CLIPAttention" if ".self_attn." in path else "CLIPMLP"
-            part = encoder.row.part
-            yield Layer(key, f"text_model.{path}", module, part, "BASE", "linear", owner, "", tuple(also))
+            part, role = encoder.row.part, text_role(path)
+            yield Layer(key, f"text_model.{path}", module, part, "BASE", "linear", role, tuple(also))
 
 
 def _block(sgm: str) -> str:

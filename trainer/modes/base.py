@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from ..contracts import Layer
 from ..maths.schedule import NoiseSchedule
 from ..params.rules import Rule
 from ..registry import Registry
@@ -167,7 +168,7 @@ class Mode:
         """Prompts whose prediction must stay: every second row of the batches of a mode that learns from prompts."""
         return ()
 
-    def covers(self, layer: Any) -> bool:
+    def covers(self, layer: Layer) -> bool:
         """Whether its adapter may sit on this layer."""
         return True
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contracts import Layer, Placed, Role
 from ..errors import AdapterError, JobError, Problem
 from ..maths import concept
 from ..maths.weights import weight_of
@@ -31,8 +32,6 @@ PRESERVED = (
     "a bird", "a flower", "a tree", "a landscape", "a building", "a car", "food", "an object", "red", "green", "blue",
     "yellow", "black", "white",
 )  # fmt: skip
-ENDS = ("attn2_to_k", "attn2_to_v")
-"""How the keys of the edited layers end, in every spelling."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,11 @@ class InstantParams:
         0.01, "How much smaller changes are preferred, as a share of the size of the edited words.", "option",
         needs="instant", low=1e-6, high=100,
     )  # fmt: skip
+
+
+def edited(layer: Placed) -> bool:
+    """Whether a layer, or the adapter on it, is one that is edited: keys and values of the UNet's cross-attention."""
+    return layer.part == "unet" and layer.role in (Role.CROSS_K, Role.CROSS_V)
 
 
 def preserved(settings: Settings, originals: Iterable[str]) -> tuple[str, ...]:
@@ -113,9 +117,9 @@ class Instant(Mode):
         """What is preserved."""
         return ("", *preserved(self.settings, self._pairs[0]))
 
-    def covers(self, layer: Any) -> bool:
+    def covers(self, layer: Layer) -> bool:
         """Keys and values of the cross-attention."""
-        return str(layer.key).endswith(ENDS)
+        return edited(layer)
 
     def rank(self, model: Any) -> int:
         """One for every edited embedding, at most their width."""
@@ -207,7 +211,7 @@ def install(edit: Edit, network: Any, tell: Any) -> None:
     An adapter of smaller rank gets the best approximation on the embeddings at hand, one of larger rank keeps its
     random start in the rest. Raises AdapterError when the network has no such adapter.
     """
-    chosen = [adapter for adapter in network if adapter.key.endswith(ENDS) and "instant" in adapter.inits]
+    chosen = [adapter for adapter in network if edited(adapter) and "instant" in adapter.inits]
     if not chosen:
         raise AdapterError(
             "network_init instant: no key or value layer of the cross-attention has a plain LoRA. Choose network_type "

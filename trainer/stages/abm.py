@@ -89,7 +89,7 @@ class Abm(Stage):
         return self.settings[AbmParams].abm_batch_size or 0
 
     def prepare(self, at: Preparation) -> None:
-        own, gates = self.settings[AbmParams], _gates(at.model.unet)
+        own, gates = self.settings[AbmParams], at.model.gates
         if at.resumed:
             return
         if not gates:
@@ -160,11 +160,6 @@ def nudge(adapter: Any, generator: torch.Generator) -> None:
     ratio = NUDGE * weight_of(adapter.module, torch.float32).norm() / size.clamp(min=1e-12)
     for parameter in zeros:
         parameter.mul_(ratio.to(parameter.dtype))
-
-
-def _gates(unet: nn.Module) -> list[nn.Module]:
-    """The projections whose second half is a gate."""
-    return [module.proj for module in unet.modules() if type(module).__name__ == "GEGLU"]
 
 
 @contextmanager

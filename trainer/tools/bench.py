@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..adapters import null, universal
-from ..adapters.base import ADAPTERS, AdapterSpec, LayerLike
+from ..adapters.base import ADAPTERS, AdapterSpec
 from ..adapters.bases import Pair
 from ..adapters.network import Network, build_network
+from ..contracts import Layer
 from ..engine.flat import FlatParameters
 from ..errors import AtelierError
 from ..maths.weights import weight_matrix
-from ..models.layers import BLOCKS, unet_layers
+from ..models.layers import unet_layers
 from ..optim.optimizers import make_optimizer
+from ..params.names import BLOCKS
 from ..params.table import parameters_of
 
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
@@ -211,7 +213,7 @@ def _random_bases() -> Iterator[None]:
     takes minutes and has no part in a step.
     """
 
-    def drawn(layers: Sequence[LayerLike], counts: Mapping[str, tuple[int, int]], *_: Any) -> dict[str, Pair]:
+    def drawn(layers: Sequence[Layer], counts: Mapping[str, tuple[int, int]], *_: Any) -> dict[str, Pair]:
         generator, found = torch.Generator().manual_seed(0), {}
         for layer in layers:
             sizes = zip(reversed(weight_matrix(layer.module)), counts[layer.key], strict=True)

@@ -121,8 +121,9 @@ def _predict(model: Model, x: Tensor, t: Tensor, condition: Conditioning) -> tup
 def _listening(model: Model) -> Iterator[list[Tensor]]:
     """Inside the block the gate halves of the feed-forward layers are noted, in the order of computation."""
     heard: list[Tensor] = []
-    gates = [module.proj for module in model.unet.modules() if type(module).__name__ == "GEGLU"]
-    hooks = [gate.register_forward_hook(lambda _, __, out: heard.append(out.chunk(2, dim=-1)[1])) for gate in gates]
+    hooks = [
+        gate.register_forward_hook(lambda _, __, out: heard.append(out.chunk(2, dim=-1)[1])) for gate in model.gates
+    ]
     try:
         yield heard
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..family import FAMILIES, PAD_EOS, Family, TextRow
+from ..family import FAMILIES, PAD_EOS, Family, TextRow, unet_blocks
 
 SD1 = FAMILIES.register("sd1")(
     Family(
@@ -25,5 +25,6 @@ SD1 = FAMILIES.register("sd1")(
         ),
         sizes=False,
         matches=lambda facts: not facts.linear and not facts.sizes,
+        blocks=unet_blocks(12),
     )
 )

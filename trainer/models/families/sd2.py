@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..family import FAMILIES, PAD_ZERO, Family, TextRow
+from ..family import FAMILIES, PAD_ZERO, Family, TextRow, unet_blocks
 
 SD2 = FAMILIES.register("sd2")(
     Family(
@@ -26,6 +26,7 @@ SD2 = FAMILIES.register("sd2")(
         ),
         sizes=False,
         matches=lambda facts: facts.linear and not facts.sizes,
+        blocks=unet_blocks(12),
         often_v=True,
     )
 )

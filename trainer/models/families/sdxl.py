@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..family import FAMILIES, PAD_EOS, PAD_ZERO, Family, TextRow
+from ..family import FAMILIES, PAD_EOS, PAD_ZERO, Family, TextRow, unet_blocks
 
 SDXL = FAMILIES.register("sdxl")(
     Family(
@@ -39,5 +39,6 @@ SDXL = FAMILIES.register("sdxl")(
         ),
         sizes=True,
         matches=lambda facts: facts.linear and facts.sizes and set(facts.encoders) == {"te1", "te2"},
+        blocks=unet_blocks(9),
     )
 )
