@@ -25,7 +25,7 @@ def butterfly_sizes(outputs: int, limit: int) -> tuple[int, int] | None:
 class Boft(Rotation):
     """R is a product of as many block-diagonal stages as reach every output from every other."""
 
-    help = "Like oft, but the groups exchange among each other in several stages: finer, slower. Rank = group size."
+    help = "Like oft, with groups mixed in several stages: finer, slower. Rank is the group size."
     rules = (*ignores("boft", "network_alpha", "network_conv_alpha"), strength_of_one("boft", NO_PLACE))
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:

@@ -29,15 +29,15 @@ class DoraOptions:
 
     use_dora: bool = param(
         False,
-        "Train the length and the direction of each weight apart (DoRA): often better at low ranks, slower."
-        " Types universal and experts scale the rows of what they learn instead and stay a plain LoRA.",
+        "Train magnitude and direction of each weight apart (DoRA): often better at low ranks, slower. In universal and"
+        " experts it scales the rows of ΔW instead, and the file stays a plain LoRA.",
         "option",
         needs="dora",
     )
     network_dora_axis: str = param(
         "input",
-        "Which lengths DoRA trains: one for each input, which A1111, Forge and ComfyUI read right, or one for"
-        " each output, as PEFT and newer LyCORIS files have it.",
+        "DoRA magnitudes per input, which A1111, Forge and ComfyUI read correctly, or per output, as in files of PEFT"
+        " and newer LyCORIS.",
         "option",
         needs="dora_axis",
         choices=AXES,

@@ -48,7 +48,7 @@ class Dylora(Lora):
     The scale is alpha / rank at every b: a file cut to b ranks does the same with alpha·b / rank as its alpha.
     """
 
-    help = "A LoRA trained at many ranks at once, so that it can be cut down later. Give it a high rank."
+    help = "A LoRA trained at many ranks at once, so that it can be cut to a lower rank later. Use a high rank."
     network_module = "networks.dylora"
     needs = frozenset({"dylora"})
     sections = (DyloraOptions,)

@@ -39,7 +39,10 @@ class Eh(Direct):
     UNet whose sizes n divides.
     """
 
-    help = "One small matrix shared by groups of channels, on the linear layers of the UNet. Rank and alpha unused."
+    help = (
+        "One small matrix shared by groups of channels, on the linear layers of the UNet. Rank and alpha have no"
+        " effect."
+    )
     needs = frozenset({"eh"})
     sections = (EhOptions,)
     rules = ignores("eh", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")

@@ -53,7 +53,7 @@ class Experts(Factored):
     which only saves time, is left out.
     """
 
-    help = "Several up matrices per layer, mixed by learned gates, over one shared down matrix; saved as a LoRA."
+    help = "Several up matrices per layer, mixed by learned gates, over one shared down matrix. Saved as a LoRA."
     needs = frozenset({"dora", "experts"})
     sections = (ExpertParams, DoraOptions)
     rules = EXPERT_RULES

@@ -18,7 +18,7 @@ from .where import ignores, in_any_block
 class Full(Direct):
     """ΔW and Δb themselves, both starting at 0."""
 
-    help = "Trains every weight of the chosen layers: the most freedom, a file as large as the model, much memory."
+    help = "Trains every weight of the chosen layers: a file as large as the model, and much memory."
     rules = ignores("full", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")
     portable = True
     file_tensors = ("diff", "diff_b")

@@ -25,7 +25,7 @@ class Glora(Direct):
     1 and 2); A1111 does not count alpha, so the scale is inside the file's tensors and alpha is written as the rank.
     """
 
-    help = "Low-rank changes of each weight and of what goes into it. Linear layers only."
+    help = "Low-rank changes of each weight and of its input. Linear layers only."
     rules = ignores("glora", "network_conv_rank", "network_conv_alpha")
     portable = True
     file_tensors = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")

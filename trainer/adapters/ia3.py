@@ -24,7 +24,7 @@ class Ia3(Direct):
     As in LyCORIS: keys and values by rows, the second layer of each feed-forward by columns.
     """
 
-    help = "One number for each channel of a few layers: the smallest file. Learning rate 5e-3 to 1e-2; rank unused."
+    help = "One factor per channel in a few layers: the smallest file. Learning rate 5e-3 to 1e-2; rank has no effect."
     rules = ignores("ia3", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")
     file_tensors = ("weight", "on_input")
     exact = frozenset({"on_input"})

@@ -114,7 +114,7 @@ class HadamardProduct(Direct):
 class Loha(Decomposed, HadamardProduct):
     """LoHa, with DoRA when asked."""
 
-    help = "Two low-rank matrices multiplied number by number: finer changes for the same file size. Rank up to 32."
+    help = "The element-wise product of two low-rank matrices: higher rank for the same file size. Rank up to 32."
     needs = frozenset({"tucker", "dora", "dora_axis"})
     sections = (TuckerOptions, DoraOptions)
     rules = DORA_RULES

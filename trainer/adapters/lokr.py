@@ -36,7 +36,7 @@ class LokrOptions:
 
     network_factor: int = param(
         -1,
-        "Size of the small matrix: the largest divisor up to it; -1 makes both matrices as equal as possible.",
+        "Size of the small matrix: the largest divisor up to it. -1 is the most equal split, 8 a small file.",
         OPTION,
         needs="lokr",
         low=-1,
@@ -201,7 +201,7 @@ class KroneckerProduct(Direct):
 class Lokr(Decomposed, KroneckerProduct):
     """LoKr, with DoRA when asked; its file can then hold no strength, which scales rows or columns one by one."""
 
-    help = "A Kronecker product of two small matrices: large changes of every weight in a very small file."
+    help = "A Kronecker product of two small matrices: changes of high rank in a very small file."
     needs = frozenset({"tucker", "lokr", "dora", "dora_axis"})
     sections = (TuckerOptions, LokrOptions, DoraOptions)
     rules = (

@@ -264,7 +264,7 @@ class Convolved(Lora):
 class Lierla(Decomposed, Lora):
     """LoRA on the linear layers and 1×1 convolutions of transformer blocks and text encoders."""
 
-    help = "Plain LoRA on the attention blocks: small, fast, read by everything. Rank 4 to 128."
+    help = "Plain LoRA on the attention blocks: small, fast, read by every WebUI. Rank 4 to 128."
     needs = frozenset({"dora", "dora_axis", "timestep_rank"})
     sections = (DoraOptions, TimestepOptions)
     rules = (*TIMESTEP_RULES, *DORA_RULES, *ignores("lierla", "network_conv_rank", "network_conv_alpha"))

@@ -18,7 +18,10 @@ from .where import ignores
 class Norm(Direct):
     """Δw and Δb of group and layer normalisations, both starting at 0."""
 
-    help = "Trains only the scales of the normalisation layers: a tiny file that shifts tone and style. Rank unused."
+    help = (
+        "Trains only the scales of the normalisation layers: a tiny file that shifts tone and style. Rank has no"
+        " effect."
+    )
     rules = ignores("norm", "network_rank", "network_alpha", "network_conv_rank", "network_conv_alpha")
     portable = True
     file_tensors = ("w_norm", "b_norm")

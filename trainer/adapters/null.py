@@ -29,7 +29,7 @@ class Null(Factored):
     ordinary inputs do not reach, and A is kept out of the directions that they use most (2503.02659).
     """
 
-    help = "Trains half the numbers of a LoRA of the same rank, in directions the model hardly uses; saved as a LoRA."
+    help = "Trains half the parameters of a LoRA of this rank, in directions the model hardly uses. Saved as a LoRA."
     needs = frozenset({"null", "svd"})
     sections = (NullParams, SvdParams)
     rules = NULL_RULES

@@ -64,7 +64,10 @@ class Rotation(Direct):
 class Oft(Rotation):
     """R is block-diagonal; the blocks have at most `rank` rows (LyCORIS's rule)."""
 
-    help = "Rotates small groups of outputs and keeps their lengths: careful with what is known. Rank = group size."
+    help = (
+        "Rotates small groups of outputs and keeps their magnitudes: preserves what the model knows. Rank is the"
+        " group size."
+    )
     rules = (*ignores("oft", "network_alpha", "network_conv_alpha"), strength_of_one("oft", NO_PLACE))
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:

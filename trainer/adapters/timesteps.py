@@ -17,8 +17,8 @@ class TimestepOptions:
 
     network_timestep_rank: int = param(
         0,
-        "Ranks that are trained at the noisiest timestep; more take part the less noise there is (T-LoRA). The file"
-        " has them all. 0 is off.",
+        "Ranks trained at the noisiest timestep; more take part with less noise (T-LoRA, against overfitting). 0 is"
+        " off.",
         "option",
         needs="timestep_rank",
         low=0,

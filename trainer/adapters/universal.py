@@ -31,7 +31,7 @@ class UniversalParams:
 
     basis_path: str = param(
         "",
-        "File of bases, made by the basis tool from a folder of LoRAs; empty uses the main directions of the"
+        "File of bases, made by the basis command from a folder of LoRAs. Empty takes the main directions of the"
         " model's own weights.",
         "option",
         needs="universal",
@@ -39,7 +39,7 @@ class UniversalParams:
     )
     network_basis_mean: bool = param(
         False,
-        "Start at the mean of the LoRAs that the bases were made from, instead of at the bare model.",
+        "Start at the mean of the LoRAs that the bases were made from, instead of at the base model.",
         "option",
         needs="universal",
     )
@@ -65,7 +65,10 @@ def mean_of_something(job: Job, mode: ModeInfo) -> str:
 class Universal(Factored):
     """ΔW = (alpha/rank)·U_b·P·D_b with frozen orthonormal U_b (out, k) and D_b (k, in), k = rank; P (k, k) from 0."""
 
-    help = "Trains a small square per layer between two fixed bases: few numbers, strongly regularised; a LoRA file."
+    help = (
+        "Trains a small square per layer between two fixed bases: few parameters, strongly regularised. Saved as a"
+        " LoRA."
+    )
     needs = frozenset({"dora", "universal", "svd"})
     sections = (UniversalParams, SvdParams, DoraOptions)
     rules = (

@@ -35,7 +35,8 @@ class AddiftParams:
 
     diff_strength: float = param(
         0.25,
-        "Strength of the LoRA while it is trained; the smaller, the more the finished LoRA exaggerates.",
+        "Strength of the LoRA during training. The smaller, the more the finished LoRA exaggerates; 1 shows the change"
+        " as it was.",
         "option",
         needs="pair",
         low=0.01,
@@ -43,8 +44,8 @@ class AddiftParams:
     )
     diff_project: bool = param(
         False,
-        "Learn of each change only the part that points from one picture to the other at its place; what both show"
-        " keeps more of its colours.",
+        "Learn only what points from one image to the other at its place, so that other colours stay. One more forward"
+        " per step.",
         "option",
         needs="pair",
     )
@@ -93,7 +94,8 @@ class Addift(Mode):
     """Learns the difference of two pictures."""
 
     help = (
-        "Learns what two pictures differ in, in a few dozen steps. An empty target prompt is the same as the original."
+        "Learns the difference of two images in a few dozen steps, as a slider. An empty target prompt takes the"
+        " original one."
     )
     needs = frozenset({"prompts", "pictures", "trigger", "pair", "te_train", "run"})
     sections = (AddiftParams,)
@@ -179,8 +181,8 @@ class MultiAddift(Addift):
     """Learns the common difference of many pairs of pictures."""
 
     help = (
-        "Learns the common difference of many pairs of pictures in a folder, each with captions of its own; the prompts"
-        " stand in for captions that are missing."
+        "Learns the common difference of many image pairs in a folder, each with its own captions; the prompts replace"
+        " missing captions."
     )
     needs = frozenset({"prompts", "folder", "pair_name", "trigger", "size", "resume", "pair", "te_train", "run"})
     source = "pairs"

@@ -32,8 +32,8 @@ class Difference(LoRA):
     """Learns the difference of two pictures in two passes."""
 
     help = (
-        "Learns what two pictures differ in: first one by heart, then the other on top of it. An empty target prompt"
-        " is the same as the original."
+        "Overfits one image first, then learns the other on top of it: only the difference remains. An empty target"
+        " prompt takes the original one."
     )
     needs = frozenset({"prompts", "pictures", "trigger", "resume", "first_pass", "second", "te_train", "run"})
     second = frozenset({"te_train"})

@@ -36,14 +36,14 @@ class ILecoParams:
 
     ileco_anchors: str = param(
         "",
-        "Prompts that must stay as they are, one per line; empty takes a built-in list.",
+        "Prompts that must not change, one per line. Empty takes a built-in list.",
         "option",
         needs="ileco",
         holds="lines",
     )
     ileco_anchor_weight: float = param(
         1.0,
-        "How strongly the anchor prompts are held; 0 lets go and trains only the pairs.",
+        "Loss weight of the anchor prompts; 0 trains only the pairs.",
         "option",
         needs="ileco",
         low=0,
@@ -51,15 +51,15 @@ class ILecoParams:
     )
     ileco_guidance: float = param(
         0.0,
-        "How far the target is pushed away from the original; 0 aims at the target itself.",
+        "How far the target is pushed away from the original; 0 is the target itself, 1 helps to remove.",
         "option",
         needs="ileco",
         low=0,
         high=20,
     )
     ileco_bank: int = param(
-        0, "Noisy pictures kept from short drawings of the untouched model, with the answers to learn: steps take two "
-        "thirds of the time. 0 draws pure noise in each step.", "option", needs="ileco", low=0, high=100_000,
+        0, "Noisy images precomputed with their targets; with 256 a step takes two thirds of the time. 0 uses fresh"
+        " noise in each step.", "option", needs="ileco", low=0, high=100_000,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def weight_without_anchors(job: Job, mode: ModeInfo) -> str:
 class ILeco(Mode):
     """Makes one prompt mean another."""
 
-    help = "Makes one prompt mean another, without pictures. An empty target removes what the original prompt names."
+    help = "Makes one prompt mean another, without images. An empty target removes what the original prompt names."
     needs = frozenset({"prompts", "size", "te_train", "ileco", "instant", "run"})
     sections = (ILecoParams,)
     rules = (

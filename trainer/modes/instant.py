@@ -39,15 +39,17 @@ class InstantParams:
     """What the instant map adds to the table."""
 
     instant_method: str = param(
-        "uce", "uce weighs the change against the preserved words, speed keeps these exactly as they are.", "option",
+        "uce", "uce balances the change against the preserved prompts; speed preserves them exactly and changes less.",
+        "option",
         needs="instant", choices=("uce", "speed"),
     )  # fmt: skip
     instant_preserve: str = param(
-        "", "Prompts that must keep their meaning, one per line; empty takes a built-in list of common words.",
+        "", "Prompts that must keep their meaning, one per line. Empty takes a built-in list of common words.",
         "option", needs="instant", holds="lines",
     )  # fmt: skip
     instant_ridge: float = param(
-        0.01, "How much smaller changes are preferred, as a share of the size of the edited words.", "option",
+        0.01, "Regularisation: a higher value makes smaller changes. Relative to the size of the edited embeddings.",
+        "option",
         needs="instant", low=1e-6, high=100,
     )  # fmt: skip
 
@@ -98,7 +100,7 @@ class Edit:
 class Instant(Mode):
     """Solves instead of training."""
 
-    help = "Gives words another meaning in seconds, without pictures and without training. An empty target removes."
+    help = "Changes the meaning of words in seconds, without images or training. An empty target removes it."
     needs = frozenset({"prompts", "instant", "run"})
     sections = (InstantParams,)
     rules = (

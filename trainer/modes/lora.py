@@ -11,7 +11,7 @@ from .base import MODES, Batch, Kit, Mode
 class LoRA(Mode):
     """Learns from a folder of pictures with captions."""
 
-    help = "Learns from a folder of pictures and their captions: a character, a style, a thing."
+    help = "Learns a character, style or thing from a folder of images with captions."
     needs = frozenset({"folder", "size", "trigger", "resume", "te_rate", "run"})
     source = "pictures"
 

@@ -45,26 +45,27 @@ class Task:
     """What is trained, and on which model."""
 
     format: int = param(FORMAT, "Version of the settings file.", TASK, low=1, high=FORMAT)
-    mode: str = param("LoRA", "The way of training.", TASK, advanced=False)
+    mode: str = param("LoRA", "Training mode.", TASK, advanced=False)
     model: str = param(
-        "", "Base model to train on; empty takes the one that is loaded now.", TASK, advanced=False, holds="model")
+        "", "Base model to train on. Empty takes the loaded one.", TASK, advanced=False, holds="model")
     vae: str = param(
-        "", "VAE to use instead of the model's own; empty takes the one that is in use.", TASK, advanced=False,
+        "", "VAE to use instead of the model's own. Empty takes the one in use.", TASK, advanced=False,
         holds="vae")
     te: str = param(
         "", "Text encoder file to use instead of the model's own; for SDXL also two (clip_l;clip_g). Empty takes the"
         " model's own.", TASK, holds="te")
     original_prompt: str = param(
-        "", "What the picture shows before the change.", PROMPTS, key="original prompt", needs="prompts",
+        "", "What the image shows before the change.", PROMPTS, key="original prompt", needs="prompts",
         advanced=False, holds="lines")
     target_prompt: str = param(
-        "", "What the picture shows after the change.", PROMPTS, key="target prompt", needs="prompts", advanced=False,
+        "", "What the image shows after the change.", PROMPTS, key="target prompt", needs="prompts", advanced=False,
         holds="lines")
     original_image: str = param(
-        "", "Picture file before the change.", IMAGES, key="original image", needs="pictures", advanced=False,
+        "", "Image file before the change.", IMAGES, key="original image", needs="pictures", advanced=False,
         holds="picture")
     target_image: str = param(
-        "", "Picture file after the change.", IMAGES, key="target image", needs="pictures", advanced=False,
+        "", "Image file after the change, of the same size.",
+        IMAGES, key="target image", needs="pictures", advanced=False,
         holds="picture")
 
 
@@ -75,26 +76,29 @@ class Network:
     network_type: str = param(
         "lierla", "Type of adapter; lierla is plain LoRA.", REQUIRED, needs="steps", advanced=False)
     network_rank: int = param(
-        16, "Size of the adapter: a higher rank can learn more and makes a larger file.", REQUIRED, needs="steps",
+        16, "Capacity of the adapter: a higher rank learns more, makes a larger file and overfits sooner. Usually 8 to"
+        " 32.", REQUIRED, needs="steps",
         low=1, high=1024, advanced=False)
     network_alpha: float = param(
-        8.0, "Scale of the adapter: what it learns counts alpha / rank.", REQUIRED, needs="steps", low=2**-5, high=1024,
+        8.0, "ΔW is scaled by alpha / rank. Usually half the rank, or 1.",
+        REQUIRED, needs="steps", low=2**-5, high=1024,
         advanced=False)
     network_blocks: tuple[str, ...] = param(
         BLOCKS, "Blocks of the model that are trained; BASE is the text encoder.", BLOCK,
         key="network_blocks(BASE = TextEncoder)", choices=BLOCKS, advanced=False)
     network_targets: str = param(
-        "both", "Which part is trained: the UNet, the text encoder or both.", OPTION, needs="steps",
+        "both", "Trained part: the UNet, the text encoder or both.", OPTION, needs="steps",
         choices=("both", "unet", "text_encoder"))
-    network_resume: str = param("", "LoRA file to start from.", OPTION, needs="resume", holds="lora")
+    network_resume: str = param("", "LoRA file to continue training from.", OPTION, needs="resume", holds="lora")
     network_strength: float = param(
-        1.0, "Factor the finished LoRA is multiplied with when it is saved.", OPTION, low=-10, high=10)
+        1.0, "Factor the finished LoRA is multiplied by when it is saved; 1 leaves it as trained.",
+        OPTION, low=-10, high=10)
     network_conv_rank: int = param(
         0, "Rank of the 3x3 convolutions; 0 takes network_rank.", OPTION, needs="steps", low=0, high=1024)
     network_conv_alpha: float = param(
         0.0, "Alpha of the 3x3 convolutions; 0 takes network_alpha.", OPTION, needs="steps", low=0, high=1024)
     network_element: str = param(
-        "Full", "Layers of the UNet that are trained: all, only cross-attention (text) or only self-attention.", OPTION,
+        "Full", "Trained layers of the UNet: all, only cross-attention (text) or only self-attention.", OPTION,
         needs="steps",
         choices=ELEMENTS)
     network_train_text_encoder: bool = param(False, "Train the text encoder too.", OPTION, needs="te_train")
@@ -105,38 +109,42 @@ class Images:
     """The pictures and how they are cut into sizes."""
 
     lora_data_directory: str = param(
-        "", "Folder with the pictures and their caption files.", REQUIRED, needs="folder", advanced=False,
+        "", "Folder with the training images and their caption files.", REQUIRED, needs="folder", advanced=False,
         holds="folder")
     diff_target_name: str = param(
-        "", "What the file name of a target picture has more than that of its original.", REQUIRED,
+        "", "Suffix of the target's file name, as in _b for cat.png and cat_b.png.", REQUIRED,
         needs="pair_name", advanced=False)
     lora_trigger_word: str = param(
-        "", "Words put in front of every caption; they call the LoRA in a prompt.", REQUIRED, needs="trigger",
+        "", "Words put in front of every caption; use them in a prompt to call the LoRA.", REQUIRED, needs="trigger",
         advanced=False)
     image_size: tuple[int, int] = param(
-        (512, 512), "Size of the training pictures: one number, or height,width.", REQUIRED,
+        (512, 512), "Training resolution: one number, or height,width. 512 for SD 1.x, 1024 for SDXL.", REQUIRED,
         key="image_size(height, width)", needs="size", low=32, high=4096, multiple=8, unit="px", advanced=False)
     image_buckets_step: int = param(
-        256, "Distance between the picture sizes that pictures are sorted into.", OPTION,
+        256, "Distance between the sides of two aspect ratio buckets; smaller crops less and makes more buckets.",
+        OPTION,
         needs="folder", low=8, high=2048, multiple=8, unit="px")
     image_num_multiply: int = param(
-        1, "How many times each picture is used in one round.", OPTION, needs="folder", low=1, high=10_000)
+        1, "Repeats of each image per epoch.", OPTION, needs="folder", low=1, high=10_000)
     image_min_length: int = param(
-        512, "Shortest side a training picture may have.", OPTION, needs="folder", low=32, high=4096, multiple=8,
+        512, "Shortest side of a bucket.", OPTION, needs="folder", low=32, high=4096, multiple=8,
         unit="px")
     image_max_ratio: float = param(
-        2.0, "Largest ratio of long side to short side.", OPTION, needs="folder", low=1, high=16)
+        2.0, "Largest ratio of long to short side of a bucket.", OPTION, needs="folder", low=1, high=16)
     sub_image_num: int = param(
-        0, "How many smaller copies of each picture are trained too.", OPTION, needs="folder", low=0, high=100)
-    image_mirroring: bool = param(False, "Train mirrored copies too.", OPTION, needs="folder")
-    image_use_filename_as_tag: bool = param(False, "Take the caption from the file name.", OPTION, needs="folder")
+        0, "Smaller copies of each image that are trained too; 0 adds none.", OPTION, needs="folder", low=0, high=100)
+    image_mirroring: bool = param(False, "Train mirrored copies too; not for subjects whose sides differ.",
+        OPTION, needs="folder")
+    image_use_filename_as_tag: bool = param(False, "Take the caption from the file name instead of a text file.",
+        OPTION, needs="folder")
     image_disable_upscale: bool = param(
-        False, "Leave out pictures that would have to be enlarged.", OPTION, needs="folder")
+        False, "Skip images that would have to be enlarged.", OPTION, needs="folder")
     data_skip_broken: bool = param(
-        False, "Leave out pictures that cannot be read instead of stopping before the training.", OPTION,
+        False, "Skip images that cannot be read instead of refusing to start.", OPTION,
         needs="folder")
     data_cache: str = param(
-        "disk", "Where the encoded pictures and captions are kept during training.", OPTION, choices=("disk", "memory"))
+        "disk", "Where encoded images and captions are kept during training; memory is for small data sets.",
+        OPTION, choices=("disk", "memory"))
 
 
 @dataclass(frozen=True)
@@ -144,82 +152,90 @@ class Train:
     """How long, how fast and how exactly it is trained."""
 
     train_iterations: int = param(
-        1000, "Number of optimizer steps.", REQUIRED,
+        1000, "Number of optimizer steps; often 500 to 3000.", REQUIRED,
         needs="steps", low=0, high=10_000_000, unit="steps", advanced=False)
     train_epochs: int = param(
-        0, "Rounds through all pictures; if above 0 it is used instead of train_iterations.", OPTION,
-        needs="folder", low=0, high=1_000_000, unit="rounds")
+        0, "Number of epochs; above 0 it replaces train_iterations.", OPTION,
+        needs="folder", low=0, high=1_000_000, unit="epochs")
     train_batch_size: int = param(
-        2, "Pictures per step; more need more memory.", REQUIRED, needs="steps", low=1, high=4096, advanced=False)
+        2, "Images per step; more take more memory. Usually 1 to 4.",
+        REQUIRED, needs="steps", low=1, high=4096, advanced=False)
     train_gradient_accumulation: int = param(
-        1, "Batches added up before one optimizer step.", OPTION, needs="steps", low=1, high=4096, unit="batches")
+        1, "Batches whose gradients are summed before an optimizer step: a larger batch without more memory.",
+        OPTION, needs="steps", low=1, high=4096, unit="batches")
     train_learning_rate: float = param(
-        1e-4, "Size of the changes per step; for most optimizers far below 1.", REQUIRED, needs="steps",
+        1e-4, "Learning rate. Usually 1e-4 for AdamW, 1 for Prodigy and D-Adaptation.", REQUIRED, needs="steps",
         low=0, high=100, advanced=False)
     train_textencoder_learning_rate: float | None = param(
-        None, "Learning rate of the text encoder; empty takes train_learning_rate, 0 leaves it untrained (in"
-        " TrainTrain's files: as empty).", OPTION,
+        None, "Learning rate of the text encoder; empty takes train_learning_rate, 0 does not train it (in TrainTrain's"
+        " files: as empty).", OPTION,
         needs="te_rate", low=0, high=100)
     train_optimizer: str = param(
-        "AdamW", "Method that turns what was learned into changes of the LoRA.", REQUIRED, needs="steps",
+        "AdamW", "Optimizer. AdamW is the usual choice; 8bit variants save memory, Prodigy finds its own rate.",
+        REQUIRED, needs="steps",
         choices=OPTIMIZERS, advanced=False)
     train_optimizer_settings: str = param(
-        "", "Extra settings of the optimizer, as in betas=(0.9,0.99);weight_decay=0.01.", REQUIRED, needs="steps")
+        "", "Extra arguments of the optimizer, as in betas=(0.9,0.99);weight_decay=0.01.", REQUIRED, needs="steps")
     train_lr_scheduler: str = param(
-        "cosine", "How the learning rate changes during training.", REQUIRED,
+        "cosine", "Learning rate schedule. cosine or constant are the usual choices.", REQUIRED,
         needs="steps", choices=SCHEDULERS, advanced=False)
     train_lr_scheduler_settings: str = param(
-        "", "Extra settings of the schedule, as in eta_min=0.00001.", REQUIRED, needs="steps")
+        "", "Extra arguments of the schedule, as in eta_min=0.00001.", REQUIRED, needs="steps")
     train_lr_step_rules: str = param(
-        "", "Factors of the piecewise_constant schedule and the steps they last to, as in 1:10,0.1:20,0.01.", OPTION,
+        "", "Factors of piecewise_constant and their last steps: 1:10,0.1:20,0.01 is 1 to step 10, 0.1 to step 20, then"
+        " 0.01.", OPTION,
         needs="steps")
     train_lr_warmup_steps: int = param(
-        0, "Steps in which the learning rate rises to its full value.", OPTION,
+        0, "Warm-up: steps in which the learning rate rises from 0 to its full value. Often 5 % of all steps.", OPTION,
         needs="steps", low=0, high=10_000_000, unit="steps")
     train_lr_scheduler_num_cycles: int = param(
-        1, "How often schedules with restarts start again.", OPTION, needs="steps", low=1, high=100_000)
+        1, "Number of cycles of schedules with restarts.", OPTION, needs="steps", low=1, high=100_000)
     train_lr_scheduler_power: float = param(
-        1.0, "Exponent of the polynomial schedule.", OPTION, needs="steps", low=0, high=100)
+        1.0, "Exponent of the polynomial schedule; 1 is linear.", OPTION, needs="steps", low=0, high=100)
     train_max_grad_norm: float | None = param(
-        None, "Limit of the gradients' norm (clipping), 0 for none; empty is 1, and none by TrainTrain's rules and in"
-        " its files.", OPTION, needs="steps", low=0, high=1_000_000)
+        None, "Gradient clipping: largest norm, 0 for none. Empty is 1, and none by TrainTrain's rules and in its"
+        " files.", OPTION, needs="steps", low=0, high=1_000_000)
     train_seed: int = param(
-        -1, "Start number of all random draws; -1 draws one and writes it down.", OPTION,
+        -1, "Random seed; -1 chooses one and logs it.", OPTION,
         needs="steps", low=-1, high=2**63 - 1)
     train_min_timesteps: int = param(
-        0, "Least noise the training pictures get, as a timestep.", OPTION,
+        0, "Lowest timestep that is trained (least noise).", OPTION,
         needs="steps", low=0, high=999, unit="timesteps")
     train_max_timesteps: int = param(
-        1000, "Most noise the training pictures get, as a timestep (itself not included).", OPTION, needs="steps",
+        1000, "End of the trained timesteps (most noise), itself not included.", OPTION, needs="steps",
         low=0, high=1000, unit="timesteps")
     train_fixed_timsteps_in_batch: bool = param(
-        False, "Use one timestep for all pictures of a batch.", OPTION, needs="steps")
+        False, "Use one timestep for all images of a batch.", OPTION, needs="steps")
     train_loss_function: str = param(
-        "MSE", "How the distance to the right answer is measured.", OPTION, needs="steps", choices=LOSSES)
+        "MSE", "Loss function. MSE is the usual choice; L1 and Smooth-L1 weigh outliers less.",
+        OPTION, needs="steps", choices=LOSSES)
     train_snr_gamma: float = param(
-        5.0, "Limit of the weight of slightly noisy pictures (min-SNR); 0 weights all alike.", OPTION,
+        5.0, "Min-SNR gamma: limits the weight of low noise. 5 is usual, 0 is off.", OPTION,
         needs="steps", low=0, high=1000)
     train_loss_weighting: str = param(
-        "none", "How much very noisy pictures, which decide colours and shapes, count: none like others, debiased more,"
-        " velocity most.", OPTION,
+        "none", "Weight of high noise, which decides colours and shapes: debiased more, velocity most (at most 20"
+        " times).", OPTION,
         needs="steps", choices=LOSS_WEIGHTINGS)
     train_clip_skip: int = param(
-        1, "Layer of the text encoder that is used, counted from its end: 1 is the last, 2 the one before.", OPTION,
+        1, "Clip skip: text encoder layer counted from the end. 1 is the last; 2 for most anime models.", OPTION,
         low=1, high=12, unit="layers")
     train_model_precision: str = param(
-        "fp16", "Number format in which the base model is held; model leaves it as it is.", OPTION,
-        choices=MODEL_PRECISIONS)
+        "fp16", "Precision of the base model in memory; model keeps it as it is. fp16; bf16 if the loss becomes nan.",
+        OPTION, choices=MODEL_PRECISIONS)
     train_lora_precision: str = param(
-        "fp32", "Number format in which the LoRA is trained.", OPTION, needs="steps", choices=PRECISIONS)
+        "fp32", "Precision of the LoRA during training; fp32 is safest, bf16 and fp16 are faster on a GPU.",
+        OPTION, needs="steps", choices=PRECISIONS)
     train_VAE_precision: str = param(
-        "fp32", "Number format of the VAE; model takes it as it is loaded.", OPTION, choices=VAE_PRECISIONS)
-    use_gradient_checkpointing: bool = param(False, "Need less memory and take more time.", REQUIRED, needs="steps")
-    model_v_pred: bool = param(False, "The base model is a v-prediction model.", OPTION)
+        "fp32", "Precision of the VAE; model keeps it as loaded. fp32 is safest.", OPTION, choices=VAE_PRECISIONS)
+    use_gradient_checkpointing: bool = param(
+        False, "Gradient checkpointing: much less memory, slower steps. On for SDXL with 12 GB or less.", REQUIRED,
+        needs="steps")
+    model_v_pred: bool = param(False, "The base model is a v-prediction model and its file does not say so.", OPTION)
     model_zero_terminal_snr: bool = param(
-        False, "The base model's noise schedule ends in pure noise (zero-terminal SNR); needless where the model says"
-        " so.", OPTION)
+        False, "The base model's noise schedule ends in pure noise (zero-terminal SNR) and its file does not say so.",
+        OPTION)
     train_state_every: int = param(
-        100, "Steps between two states from which a broken run goes on; 0 writes none.", OPTION,
+        100, "Steps between two saved states, from which an interrupted run resumes; 0 saves none.", OPTION,
         needs="run", low=0, high=10_000_000, unit="steps")
     train_traintrain_compatible: bool = param(
         False, "Train by TrainTrain's rules where they differ from ours. Reproduced: no clipping unless a limit is"
@@ -238,15 +254,17 @@ class Pair:
     """Settings of the modes that compare two pictures."""
 
     diff_alt_ratio: float = param(
-        1.0, "Strength of the opposite direction in every second step; a negative value trains it on noise.", OPTION,
+        1.0, "Strength of the opposite direction, trained in the same step. 1 is equal, 0 omits it, below 0 trains it"
+        " on pure noise.", OPTION,
         needs="pair", low=-10, high=10)
     diff_revert_original_target: bool = param(False, "Swap original and target.", OPTION, needs="pair")
-    diff_use_diff_mask: bool = param(False, "Learn only where the two pictures differ.", OPTION, needs="pair")
+    diff_use_diff_mask: bool = param(False, "Learn only where the two images differ.", OPTION, needs="pair")
     diff_load_1st_pass: str = param(
-        "", "LoRA file that takes the place of the first pass.", OPTION, needs="first_pass", holds="lora")
-    diff_save_1st_pass: bool = param(False, "Save the LoRA of the first pass too.", OPTION, needs="first_pass")
+        "", "LoRA file to use instead of training the first pass.", OPTION, needs="first_pass", holds="lora")
+    diff_save_1st_pass: bool = param(False, "Save the LoRA of the first pass too, as NAME_copy.",
+        OPTION, needs="first_pass")
     diff_1st_pass_only: bool = param(False, "Stop after the first pass.", OPTION, needs="first_pass")
-    use_2nd_pass_settings: bool = param(False, "Use own settings for the second pass.", SECOND, needs="second")
+    use_2nd_pass_settings: bool = param(False, "Use separate settings for the second pass.", SECOND, needs="second")
 
 
 @dataclass(frozen=True)
@@ -254,18 +272,19 @@ class Save:
     """What is written, when, and under which name."""
 
     save_lora_name: str = param(
-        "", "File name of the LoRA, without ending; empty is untitled.", REQUIRED, needs="run", advanced=False)
+        "", "File name of the LoRA, without extension. Empty is untitled.", REQUIRED, needs="run", advanced=False)
     save_per_steps: int = param(
-        0, "Steps between two intermediate LoRA files; 0 writes none.", OPTION, needs="steps",
+        0, "Steps between two intermediate LoRA files; 0 saves none.", OPTION, needs="steps",
         low=0, high=10_000_000, unit="steps", advanced=False)
     save_per_epochs: int = param(
-        0, "Rounds between two intermediate LoRA files; 0 writes none.", OPTION,
-        needs="folder", low=0, high=1_000_000, unit="rounds")
-    save_overwrite: bool = param(False, "Replace a LoRA file of the same name.", OPTION)
-    save_as_json: bool = param(False, "Write these settings to a JSON file when the run starts.", OPTION, needs="run")
-    save_precision: str = param("fp16", "Number format of the LoRA file.", OPTION, choices=SAVE_PRECISIONS)
+        0, "Epochs between two intermediate LoRA files; 0 saves none.", OPTION,
+        needs="folder", low=0, high=1_000_000, unit="epochs")
+    save_overwrite: bool = param(False, "Overwrite a LoRA file of the same name.", OPTION)
+    save_as_json: bool = param(False, "Save these settings to a JSON file when the run starts.", OPTION, needs="run")
+    save_precision: str = param("fp16", "Precision of the LoRA file; fp16 is small and enough.",
+        OPTION, choices=SAVE_PRECISIONS)
     save_metadata: str = param(
-        "full", "How much about the training is written into the LoRA file; never a path of your machine.", OPTION,
+        "full", "Training information written into the LoRA file; never a path of your machine.", OPTION,
         needs="run", choices=("full", "minimal", "none"))
 
 
@@ -274,13 +293,14 @@ class Export:
     """In which form the adapter is written."""
 
     export_format: str = param(
-        "auto", "Write a plain LoRA always (lora), never (native), or where a WebUI needs it and it is close (auto).",
+        "auto", "Save as plain LoRA: always (lora), never (native), or where a WebUI needs it and the error is small"
+        " (auto).",
         OPTION, needs="steps", choices=("auto", "lora", "native"))
     export_rank: int = param(
-        0, "Rank of the LoRA that other types are written as; 0 takes the rank trained with.", OPTION,
+        0, "Rank of the plain LoRA that other types are saved as; 0 takes the trained rank.", OPTION,
         needs="steps", low=0, high=1024)
     export_max_error: float = param(
-        0.05, "Largest share of what was learned that a plain LoRA may miss before auto keeps the own form.", OPTION,
+        0.05, "Largest error of a plain LoRA, as a share of ΔW, up to which auto uses it.", OPTION,
         needs="steps", low=0, high=1)
 
 
@@ -288,10 +308,10 @@ class Export:
 class Log:
     """What is told during a run, and to whom."""
 
-    logging_save_csv: bool = param(True, "Write the losses to a CSV file, which Plot shows.", OPTION, needs="run")
-    logging_verbose: bool = param(False, "Tell more details in the log.", OPTION, needs="run")
+    logging_save_csv: bool = param(True, "Log the losses to a CSV file, which Plot shows.", OPTION, needs="run")
+    logging_verbose: bool = param(False, "Log more details.", OPTION, needs="run")
     logging_trackers: tuple[str, ...] = param(
-        (), "Programs that get the losses too.", OPTION, needs="run", choices=("tensorboard", "wandb"))
+        (), "Programs that the losses are also logged to.", OPTION, needs="run", choices=("tensorboard", "wandb"))
 
 
 @dataclass(frozen=True)
@@ -299,15 +319,15 @@ class Sample:
     """Previews that are drawn during training."""
 
     sample_prompts: str = param(
-        "", "Prompts of the previews, one per line; --n negative, --w width, --h height, --s steps, --d seed, --l CFG"
-        " may follow.", OPTION, needs="run", holds="lines")
+        "", "Prompts of the samples, one per line; may end with --n negative, --w width, --h height, --s steps, --d"
+        " seed, --l CFG.", OPTION, needs="run", holds="lines")
     sample_every: int = param(
-        0, "Steps between two rounds of preview pictures; 0 draws none.", OPTION,
+        0, "Steps between two sets of sample images; 0 generates none.", OPTION,
         needs="run", low=0, high=10_000_000, unit="steps")
     sample_steps: int = param(
-        20, "Sampling steps of a preview picture.", OPTION, needs="run", low=1, high=1000, unit="steps")
-    sample_cfg: float = param(7.0, "CFG scale of the preview pictures.", OPTION, needs="run", low=0, high=100)
-    sample_seed: int = param(0, "Seed of the preview pictures.", OPTION, needs="run", low=0, high=2**63 - 1)
+        20, "Sampling steps of a sample image; 20 is usual.", OPTION, needs="run", low=1, high=1000, unit="steps")
+    sample_cfg: float = param(7.0, "CFG scale of the sample images; 7 is usual.", OPTION, needs="run", low=0, high=100)
+    sample_seed: int = param(0, "Random seed of the sample images.", OPTION, needs="run", low=0, high=2**63 - 1)
 
 
 OF_THE_RUN: tuple[type, ...] = (Task, Images, Pair, Log, Sample)

@@ -25,33 +25,43 @@ class NetworkOptions:
 
     network_rslora: bool = param(
         False,
-        "Scale with alpha / sqrt(rank) instead of alpha / rank (rsLoRA): high ranks learn faster.",
+        "Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), for high ranks.",
         GROUP,
         needs="alpha",
     )
     network_freeze_down: bool = param(
         False,
-        "Train only the up matrices and leave the random down matrices as they are (LoRA-FA): less memory.",
+        "Train only the up matrices and keep the down matrices random (LoRA-FA): less memory, slower to learn.",
         GROUP,
         needs="freeze_down",
     )
     network_dropout: float = param(
-        0.0, "Chance that a number inside the adapter is left out of a step.", GROUP, needs="dropout", low=0, high=0.95
+        0.0,
+        "Dropout: probability that a value inside the adapter is zeroed in a step. 0.1 against overfitting.",
+        GROUP,
+        needs="dropout",
+        low=0,
+        high=0.95,
     )
     network_rank_dropout: float = param(
         0.0,
-        "Chance that a rank of a layer (or a row of types without one) is left out of a step.",
+        "Probability that a rank of a layer (or a row of types without ranks) is zeroed in a step.",
         GROUP,
         needs="dropout",
         low=0,
         high=0.95,
     )
     network_module_dropout: float = param(
-        0.0, "Chance that the whole adapter of a layer is left out of a step.", GROUP, needs="steps", low=0, high=0.95
+        0.0,
+        "Probability that the whole adapter of a layer is skipped in a step.",
+        GROUP,
+        needs="steps",
+        low=0,
+        high=0.95,
     )
     network_max_norm: float = param(
         0.0,
-        "Limit for the norm of what a layer has learned; beyond it, it is scaled back after the step. 0 sets none.",
+        "Max-norm: a layer's ΔW is scaled back to this norm after a step. 1 is usual, 0 is off.",
         GROUP,
         needs="max_norm",
         low=0,
@@ -59,7 +69,7 @@ class NetworkOptions:
     )
     loraplus_lr_ratio: float = param(
         1.0,
-        "Factor of the learning rate for the up matrices (LoRA+; 16 is common, with a lower rate); 1 is off.",
+        "Learning rate factor of the up matrices (LoRA+): 16 with a lower rate is usual, 1 is off.",
         GROUP,
         needs="loraplus",
         low=2**-10,
@@ -75,27 +85,26 @@ class NetworkOptions:
     )
     network_init: str = param(
         "default",
-        "How the adapter starts: random and without effect; from the largest (pissa) or smallest (milora)"
-        " directions of each weight, its QR factors (olora), the first gradient (lora_ga), or the closed-form answer"
-        " of a prompt pair (instant).",
+        "Initialisation: random (default), largest or smallest singular vectors (pissa, milora), QR (olora), first"
+        " gradient (lora_ga), or the closed-form result of a prompt pair (instant).",
         GROUP,
         needs="init",
         choices=INITS,
     )
     network_block_ranks: str = param(
-        "", "Ranks of single blocks, as in IN00=4;OUT*=8; the others have network_rank.", GROUP, needs="rank"
+        "", "Ranks of single blocks, as in IN00=4;OUT*=8. Other blocks have network_rank.", GROUP, needs="rank"
     )
     network_block_alphas: str = param(
-        "", "Alphas of single blocks, as in IN00=2;OUT*=4; the others have network_alpha.", GROUP, needs="alpha"
+        "", "Alphas of single blocks, as in IN00=2;OUT*=4. Other blocks have network_alpha.", GROUP, needs="alpha"
     )
     network_block_lrs: str = param(
         "",
-        "Factors of the learning rate in single blocks, as in M00=0.5;OUT*=2; the others have 1.",
+        "Learning rate factors of single blocks, as in M00=0.5;OUT*=2. Other blocks have 1.",
         GROUP,
         needs="steps",
     )
     network_name_filter: str = param(
-        "", "Patterns of layer names to train, as in *attn2*;!*to_out*: one must fit, none with ! may.", GROUP
+        "", "Patterns of layer names to train, as in *attn2*;!*to_out*: one must match, none with ! may match.", GROUP
     )
 
 

@@ -16,16 +16,15 @@ class NullParams:
 
     network_null_space: str = param(
         "weights",
-        "What the frozen halves lie in: the null space of the weights, or the directions that the model does"
-        " not use for ordinary prompts (activations), which disturbs those least.",
+        "Directions of the frozen halves: the null space of the weights, or those unused for ordinary prompts"
+        " (activations), which preserves these best.",
         "option",
         needs="null",
         choices=("weights", "activations"),
     )
     network_null_prompts: str = param(
         "",
-        "Prompts that must stay as they are, one per line, for network_null_space activations; empty takes a"
-        " built-in list.",
+        "Prompts that must not change, one per line, for network_null_space activations. Empty takes a built-in list.",
         "option",
         needs="null",
         holds="lines",
@@ -50,18 +49,19 @@ NULL_RULES = (
 class ExpertParams:
     """What the mixture of experts adds to the table."""
 
-    num_experts: int = param(4, "Up matrices that are mixed in every layer.", "option", needs="experts", low=1, high=64)
+    num_experts: int = param(
+        4, "Up matrices mixed in every layer; 4 is usual.", "option", needs="experts", low=1, high=64
+    )
     network_routing: str = param(
         "constant",
-        "What mixes them: learned numbers (constant), or the input until that fades out towards the end of"
-        " the training (input; slower).",
+        "What sets the gates: learned numbers (constant), or the input, faded out towards the end (input; slower).",
         "option",
         needs="experts",
         choices=("constant", "input"),
     )
     network_routing_balance: float = param(
         0.01,
-        "How strongly routing by the input is kept from using few experts only.",
+        "Weight of the balancing loss, which keeps routing by the input from using few experts only.",
         "option",
         needs="experts",
         low=0,

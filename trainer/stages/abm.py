@@ -43,19 +43,18 @@ class AbmParams:
 
     abm_enabled: bool = param(
         False,
-        "Train the adapter first to keep the activations of the untouched model on their side of zero (ABM,"
-        " experimental).",
+        "First train the adapter to keep the signs of the base model's activations (ABM, experimental).",
         "option",
     )
     abm_steps: int = param(
         500,
-        "Steps of that first training at most; it ends when the signs no longer improve.",
+        "Largest number of ABM steps; it ends earlier when the signs no longer improve.",
         "option",
         low=1,
         high=100_000,
         unit="steps",
     )
-    abm_lr: float = param(1e-4, "Learning rate of that first training.", "option", low=0, high=1)
+    abm_lr: float = param(1e-4, "Learning rate of the ABM steps.", "option", low=0, high=1)
     abm_margin: float = param(
         0.5,
         "How far from zero activations are pushed, in standard deviations of their channel.",
@@ -64,10 +63,10 @@ class AbmParams:
         high=10,
     )
     abm_weight_strategy: str = param(
-        "uniform", "How much later layers count more than earlier ones.", "option", choices=tuple(POWERS)
+        "uniform", "How much more later layers weigh than earlier ones.", "option", choices=tuple(POWERS)
     )
     abm_batch_size: int | None = param(
-        None, "Pictures per step of that first training; empty takes train_batch_size.", "option", low=1, high=4096
+        None, "Images per ABM step; empty takes train_batch_size.", "option", low=1, high=4096
     )
 
 

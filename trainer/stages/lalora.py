@@ -44,22 +44,20 @@ class LaloraParams:
 
     lalora_lambda: float = param(
         0.0,
-        "How strongly the adapter is held back where ordinary pictures depend on the weights; 1 counts their"
-        " change like the loss itself, 0 is off.",
+        "Strength of LaLoRA, which limits changes of weights that ordinary images depend on. Start with 1, 0 is off.",
         "option",
         low=0,
         high=1_000_000,
     )
     lalora_context_path: str = param(
         "",
-        "File made by the curvature tool, which says what ordinary pictures depend on; empty measures it before the"
-        " training.",
+        "File made by the curvature command. Empty measures before the training what ordinary images depend on.",
         "option",
         holds="file",
     )
     lalora_prompts: str = param(
         "",
-        "Prompts whose pictures count as ordinary when it is measured, one per line; empty takes a built-in list.",
+        "Prompts of the ordinary images for that measurement, one per line. Empty takes a built-in list.",
         "option",
         holds="lines",
     )

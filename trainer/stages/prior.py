@@ -32,41 +32,40 @@ class PriorParams:
 
     prior_loss_weight: float = param(
         0.0,
-        "How strongly ordinary prompts are held at what the untouched model makes of them, so that less is"
-        " forgotten; 1 counts them like the training pictures, 0 is off.",
+        "Prior preservation without images: keeps ordinary prompts as the base model has them. Start with 1, 0 is off.",
         "option",
         low=0,
         high=1000,
     )
     prior_prompts: str = param(
         "",
-        "The ordinary prompts, one per line: above all what resembles the concept without its word. Empty takes a"
+        "Prompts to preserve, one per line: above all those that resemble the concept, without its word. Empty takes a"
         " built-in list.",
         "option",
         holds="lines",
     )
     prior_states: int = param(
         256,
-        "Noisy pictures of the ordinary prompts, drawn once before the first step; each step takes some at random.",
+        "Noisy images of these prompts, generated once before the first step; each step uses some at random.",
         "option",
         low=1,
         high=100_000,
     )
     prior_max_timesteps: int = param(
         1000,
-        "Only noisy pictures of this timestep or below are held. With 500, and the training above 450, what"
-        " pictures are composed of changes and their colours stay.",
+        "Preserve only up to this timestep. 500, with train_min_timesteps 450, changes the composition and keeps the"
+        " colours.",
         "option",
         low=100,
         high=1000,
     )
     prior_both_directions: bool = param(
         False,
-        "Hold every second one at strength −1: for a LoRA that is used both ways, as those from pairs are.",
+        "Preserve at strength −1 too, in every second sample: for LoRAs used both ways, as those from pairs.",
         "option",
     )
     prior_batch_size: int = param(
-        0, "Ordinary prompts in each step; 0 takes as many as train_batch_size.", "option", low=0, high=1024
+        0, "Preserved prompts per step; 0 takes train_batch_size.", "option", low=0, high=1024
     )
 
 
