@@ -164,11 +164,17 @@ class Fake:
             "modules.processing": module("modules.processing", StableDiffusionProcessingTxt2Img=Drawing),
             "networks": module("networks", list_available_networks=lambda: self.calls.append("list loras")),
         }
-        found["modules.processing"].process_images = lambda drawing: types.SimpleNamespace(images=[drawing])
+        found["modules.scripts"] = module("modules.scripts", ScriptRunner=ScriptRunner)
+        found["modules.processing"].process_images = self._process_images
         for name, one in found.items():
             if name.startswith("modules."):
                 setattr(found["modules"], name.partition(".")[2], one)
         return found
+
+    def _process_images(self, drawing: Drawing) -> Any:
+        if self.kind == "reforge":  # without asking whether there are any, which the others do
+            assert not drawing.scripts.alwayson_scripts
+        return types.SimpleNamespace(images=[drawing])
 
     @property
     def data(self) -> Any:
@@ -194,11 +200,19 @@ class Fake:
         raise NotImplementedError
 
 
+class ScriptRunner:
+    """Scripts that act on a picture: none, until a WebUI fills it."""
+
+    def __init__(self) -> None:
+        self.alwayson_scripts: list[Any] = []
+
+
 class Drawing:
     """Keeps what a picture was asked with."""
 
     def __init__(self, **asked: Any) -> None:
         self.asked = asked
+        self.scripts: Any = None
 
     def close(self) -> None:
         self.closed = True

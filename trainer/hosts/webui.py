@@ -151,7 +151,7 @@ class WebUI(Folders):
         """A picture by the WebUI's own txt2img, with its current model. Raises BusyError while that is lent."""
         if self._lent:
             raise BusyError(f"{self.name} is training. Draw when the training is finished, or stop it first.")
-        from modules import call_queue, processing, shared
+        from modules import call_queue, processing, scripts, shared
 
         with call_queue.queue_lock:
             shared.state.begin(job="atelier")
@@ -169,6 +169,7 @@ class WebUI(Folders):
                     do_not_save_samples=True,
                     do_not_save_grid=True,
                 )
+                process.scripts = scripts.ScriptRunner()  # of no scripts: reForge looks into it without asking for one
                 with closing(process):
                     return processing.process_images(process).images[0]
             finally:
