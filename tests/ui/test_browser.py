@@ -255,6 +255,8 @@ def test_nothing_overlaps(place: Place, width: int, dark: bool) -> None:
     for mode in sorted(catalogue().modes, key="LoRA".__eq__):
         page.page.evaluate("mode => Atelier.form.set('mode', mode)", mode)
         over += page.page.evaluate(OVERLAPS)
+        over += page.page.evaluate(CUT_OFF)
+    assert page.page.evaluate(RED), "errors, also where the theme's text for them is nearly white"
     page.seen(f"{VERSION}-{width}-{'dark' if dark else 'light'}")
     page.page.evaluate("scrollTo(0, 900)")
     page.until("Start stays in view", "document.querySelector('#atelier_start').getBoundingClientRect().top > 0")
@@ -269,6 +271,23 @@ def test_nothing_overlaps(place: Place, width: int, dark: bool) -> None:
         page.until("English again", "document.querySelector('#atelier_tab_train').textContent === 'Train'")
     page.close()
 
+
+RED = """() => {
+    const error = getComputedStyle(document.querySelector('#atelier_network_rank_error')).color;
+    const [red, green, blue] = error.match(/[\\d.]+/g).map(Number);
+    return red > 1.5 * Math.max(green, blue);
+}"""
+
+CUT_OFF = """() => {
+    const pen = document.createElement('canvas').getContext('2d');
+    const room = (one, style) => one.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    return [...document.querySelectorAll('#atelier_root select')].filter((one) => {
+        const style = getComputedStyle(one);
+        pen.font = style.font;
+        return one.checkVisibility() && one.selectedOptions.length &&
+            pen.measureText(one.selectedOptions[0].text).width > room(one, style);
+    }).map((one) => `${one.id}: "${one.selectedOptions[0].text}" is cut off`);
+}"""
 
 OVERLAPS = """() => {
     const seen = [...document.querySelectorAll('#atelier_root input, #atelier_root select, #atelier_root textarea, ' +
