@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..contracts import Layer
 from ..errors import AdapterError
-from ..maths.lowrank import scaled, working_dtype
+from ..maths.lowrank import LowRank, scaled, working_dtype
 from ..params.network import NetworkOptions, parse_block_ranks, parse_blocks
 from ..params.rules import Rule
 from ..registry import Registry
@@ -91,17 +91,6 @@ class AdapterSpec:
 def is_wide(kind: str) -> bool:
     """Whether a kind of layer is a convolution with a kernel above 1×1."""
     return kind.startswith("conv") and kind != "conv1x1"
-
-
-class LowRank(NamedTuple):
-    """ΔW = scale·U·D: `down` (r, in[, k, k]), `up` (out, r), differentiable. `error`: of what they stand for, relative
-    (0: they are it exactly).
-    """
-
-    down: Tensor
-    up: Tensor
-    scale: float
-    error: float = 0.0
 
 
 class Strength:

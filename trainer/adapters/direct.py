@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from .base import ADAPTERS, Adapter
-from .checked import single
-
-ALPHA = "alpha"
+from .file_delta import ALPHA, scale_of
 
 
 class Direct(Adapter):
@@ -34,10 +32,6 @@ class Direct(Adapter):
         """Numbers in the file beside the parameters."""
         return {ALPHA: self.alpha} if self.ranked else {}
 
-    def file_scale(self, tensors: Mapping[str, Tensor]) -> float:
-        """What a file's ΔW is multiplied with: alpha / rank, where there is an alpha."""
-        return single(tensors[ALPHA]) / self.rank if self.ranked and ALPHA in tensors else 1.0
-
     def tensors(self) -> dict[str, Tensor]:
         own = {name: p.detach() for name, p in self.own().items()}
         return {**own, **{name: torch.tensor(value) for name, value in self.constants().items()}}
@@ -46,8 +40,9 @@ class Direct(Adapter):
         own = self.own()
         self.expect(tensors, tuple(own), tuple(self.constants()))
         found = {name: self.shaped(name, tensors[name], p).float() for name, p in own.items()}
-        own_scale = self.scale if self.ranked else 1.0
-        found = self.rescaled(found, factor * self.file_scale(tensors) / own_scale)
+        if self.ranked:
+            factor = factor * scale_of(tensors, self.rank) / self.scale
+        found = self.rescaled(found, factor)
         back = {given: name for name, given in self.named.items()}
         return {back.get(given, given): tensor for given, tensor in found.items()}
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ..contracts import Layer
 from ..errors import AdapterError
-from ..maths.lowrank import scaled
+from ..maths.lowrank import LowRank, scaled
+from ..maths.magnitude import SMALLEST, norms_along, on_axis
 from ..maths.weights import weight_of, weight_shape
 from ..params.field import param
 from ..params.rules import without_effect
-from .base import Adapter, AdapterSpec, LowRank, Strength
+from .base import Adapter, AdapterSpec, Strength
+from .file_delta import MAGNITUDE, delta_of
 
-MAGNITUDE = "dora_scale"
 DORA_RULES = (without_effect("use_dora", "network_dora_axis"),)
 AXES = ("input", "output")
-SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Decomposed(Adapter):
     parameter is m − ‖W‖, so that the start is the bare model in any precision.
 
     The type beneath defines beside what every type does: `update(x)`, V·x at strength 1 without bias;
-    `expanded(tensors)`, the V of file tensors; `sided(tensors, by, on_input)`, file tensors whose V has its inputs or
+    `sided(tensors, by, on_input)`, file tensors whose V has its inputs or
     outputs multiplied by these numbers; and, where there is a faster way than through V itself,
     `square_norms(on_input)`, ‖W + V‖² − ‖W‖² for each input or output.
     """
@@ -65,7 +65,6 @@ class Decomposed(Adapter):
     if TYPE_CHECKING:
 
         def update(self, x: Tensor) -> Tensor: ...
-        def expanded(self, tensors: Mapping[str, Tensor]) -> Tensor: ...
         def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]: ...
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
@@ -173,7 +172,8 @@ class Decomposed(Adapter):
             return super().rescaled(tensors, factor)
         if factor == 1.0:
             return dict(tensors)
-        weight, plain = weight_of(self.module, torch.float32).detach().cpu(), self.expanded(tensors)
+        weight = weight_of(self.module, torch.float32).detach().cpu()
+        plain = delta_of({n: t for n, t in tensors.items() if n != MAGNITUDE}, weight, self.key).delta
         gain = tensors[MAGNITUDE].float().flatten() / self._lengths(weight + plain).clamp_min(SMALLEST)
         outer = 1 - factor + factor * gain
         if not bool((outer.abs() > 1e-4).all()):
@@ -187,14 +187,11 @@ class Decomposed(Adapter):
 
     def _lengths(self, weight: Tensor) -> Tensor:
         """‖·‖ of a weight for each input or output."""
-        over = [axis for axis in range(weight.ndim) if axis != (1 if self.on_input else 0)]
-        return weight.square().sum(over).sqrt()
+        return norms_along(weight, 1 if self.on_input else 0)
 
     def _on_axis(self, values: Tensor) -> Tensor:
         """One number for each input (1, in[, 1, 1]) or output (out, 1[, 1, 1]), as files have it."""
-        shape = [1] * len(weight_shape(self.module))
-        shape[1 if self.on_input else 0] = -1
-        return values.view(shape)
+        return on_axis(values, len(weight_shape(self.module)), 1 if self.on_input else 0)
 
     def _on_channels(self, values: Tensor, like: Tensor) -> Tensor:
         """One number for each channel, to be multiplied with inputs or outputs, in their precision."""

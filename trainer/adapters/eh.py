@@ -16,7 +16,8 @@ from ..maths.lowrank import scaled
 from ..maths.weights import weight_shape
 from ..params.field import param
 from .base import ADAPTERS, AdapterSpec, Strength
-from .direct import ALPHA, Direct
+from .direct import Direct
+from .file_delta import ALPHA
 from .where import ignores, in_transformer
 
 W1, W2, OLD = "lokr_w1", "lokr_w2", "linear.weight"

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from ..contracts import Layer
 from ..errors import AdapterError
-from ..maths.lowrank import kaiming_down, per_sample
+from ..maths.lowrank import LowRank, kaiming_down, per_sample
 from ..maths.weights import weight_shape
 from ..params.spaces import EXPERT_RULES, ExpertParams
-from .base import ADAPTERS, AdapterSpec, LowRank, Strength
+from .base import ADAPTERS, AdapterSpec, Strength
 from .dora import DoraOptions
 from .factored import Factored
 from .lora import Lora

@@ -18,8 +18,9 @@ from ..params.field import ModeInfo
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import ADAPTERS, Adapter
-from .dora import MAGNITUDE, axis_args
-from .lora import ALPHA, DOWN, UP, Lora
+from .dora import axis_args
+from .file_delta import ALPHA, DOWN, MAGNITUDE, PLAIN, UP, plain_layers
+from .lora import Lora
 from .network import Network
 
 FORMATS = ("auto", "lora", "native")
@@ -95,8 +96,8 @@ def export_network(
     """
     settings = settings or ExportSettings()
     own, names = _own_error(network), {name for adapter in network for name in adapter.tensors()}
-    plain = names <= set(Lora.file_tensors)
-    portable = plain or (ADAPTERS.get(network.spec.type).portable and "dora_scale" not in names)
+    plain = names <= PLAIN
+    portable = plain or (ADAPTERS.get(network.spec.type).portable and MAGNITUDE not in names)
     if settings.format == "native" or (plain and settings.rank in (0, network.spec.rank)):
         return _as_it_is(network, dtype, strength, own, _said(own, settings))
     if portable and not plain and settings.format == "auto":
@@ -175,7 +176,7 @@ def _as_it_is(
     network: Network, dtype: torch.dtype | None, strength: float, error: float = 0.0, message: str = ""
 ) -> Exported:
     tensors = network.export(dtype, strength)
-    form = "lora" if all(name.endswith(Lora.file_tensors) for name in tensors) else "native"
+    form = "native" if plain_layers(tensors) is None else "lora"
     facts: dict[str, Any] = {**network.file_facts(), "export": _noted(network, form, error)}
     if any(name.endswith(MAGNITUDE) for name in tensors):
         facts["network_args"] = {**facts["network_args"], **axis_args(network.spec)}

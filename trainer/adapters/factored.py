@@ -14,9 +14,9 @@ from ..errors import AdapterError
 from ..maths.subspace import product_norm
 from ..maths.weights import weight_matrix, weight_shape
 from .base import Adapter, AdapterSpec, Strength
-from .checked import single
 from .dora import DoraOptions
-from .lora import ALPHA, DOWN, UP, Lora
+from .file_delta import DOWN, UP, alpha_of
+from .lora import Lora
 from .where import in_any_block
 
 LOST = 1e-2
@@ -105,7 +105,8 @@ class Factored(Lora):
                 f"{self.key} in the file is made for a layer of {up.shape[0]} × {down.shape[1]} numbers, this model's"
                 f" has {self.fan_out} × {self.fan_in}. The file was made for another kind of base model."
             )
-        alpha = single(found[ALPHA]) if ALPHA in found else float(len(down))
+        given = alpha_of(found)
+        alpha = float(len(down)) if given is None else given
         own = self.fit(down, up * (factor * alpha / len(down) / self.scale))
         return {**own, "rows": torch.zeros(self.fan_out)} if self.row_scaled else own
 

@@ -21,6 +21,7 @@ from ..jsontext import JsonError, parse, read_object
 from ..paths import is_file
 from .checked import LARGEST_ALPHA, check_forms
 from .file import read_lora
+from .file_delta import DOWN, MAGNITUDE, MID, RANK_AXES, UP
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
 """Metadata key under which diffusers keeps PEFT's settings of each part, as JSON text."""
@@ -35,12 +36,12 @@ _TEXT_ATTENTION = re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\.(down|up)\.weig
 _TAILS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern + "$"), name)
     for pattern, name in (
-        (r"\.lora_A(?:\.[^.]+)?(?:\.weight)?", ".lora_down.weight"),
-        (r"\.lora_B(?:\.[^.]+)?(?:\.weight)?", ".lora_up.weight"),
-        (r"\.(?:lora|lora_linear_layer)\.down\.weight", ".lora_down.weight"),
-        (r"\.(?:lora|lora_linear_layer)\.up\.weight", ".lora_up.weight"),
-        (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", ".dora_scale"),
-        (r"\.lora_mid\.[^.]+\.weight", ".lora_mid.weight"),
+        (r"\.lora_A(?:\.[^.]+)?(?:\.weight)?", f".{DOWN}"),
+        (r"\.lora_B(?:\.[^.]+)?(?:\.weight)?", f".{UP}"),
+        (r"\.(?:lora|lora_linear_layer)\.down\.weight", f".{DOWN}"),
+        (r"\.(?:lora|lora_linear_layer)\.up\.weight", f".{UP}"),
+        (r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", f".{MAGNITUDE}"),
+        (r"\.lora_mid\.[^.]+\.weight", f".{MID}"),
     )
 )
 
@@ -57,8 +58,8 @@ def in_our_names(
     renamed = {our_name(name): tensor for name, tensor in tensors.items()}
     check_forms(renamed)
     found = _ia3(renamed)
-    for name in [name for name in found if name.endswith(".dora_scale") and name not in tensors]:
-        found[name] = _as_column(found[name], found.get(f"{name.removesuffix('dora_scale')}lora_down.weight"))
+    for name in [name for name in found if name.endswith(f".{MAGNITUDE}") and name not in tensors]:
+        found[name] = _as_column(found[name], found.get(f"{name.removesuffix(MAGNITUDE)}{DOWN}"))
     parts = _parts(metadata, settings)
     if parts:
         found.update(_alphas(found, parts))
@@ -145,7 +146,7 @@ def _alphas(tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]
         alpha = settings.get("lora_alpha", settings.get("alpha"))
         alpha = _by_pattern(settings.get("alpha_pattern"), head.removeprefix(prefix), alpha)
         if isinstance(alpha, (int, float)) and 0 < abs(alpha) <= LARGEST_ALPHA:
-            rank = tensor.shape[1] if tail == "lokr_w1_a" else tensor.shape[0]
+            rank = tensor.shape[RANK_AXES[tail]]
             rooted = math.sqrt(rank) if settings.get("use_rslora") else 1.0
             made[f"{head}.alpha"] = torch.tensor(float(alpha) * rooted)
     return made
@@ -153,7 +154,7 @@ def _alphas(tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]
 
 def _layer_of(name: str) -> tuple[str, str]:
     """(layer, tensor) of the tensors that tell a rank; ("", "") for the others."""
-    for tail in ("lora_down.weight", "hada_w1_b", "lokr_w1_a", "lokr_w2_b"):
+    for tail in RANK_AXES:
         if name.endswith(f".{tail}"):
             return name[: -len(tail) - 1], tail
     return "", ""

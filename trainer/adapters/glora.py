@@ -13,7 +13,8 @@ from ..contracts import Layer
 from ..maths.lowrank import kaiming_down, per_sample
 from ..maths.weights import weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, Strength
-from .direct import ALPHA, Direct
+from .direct import Direct
+from .file_delta import ALPHA, glora_in_older_layout
 from .where import ignores, in_transformer
 
 
@@ -50,17 +51,8 @@ class Glora(Direct):
         return {**self.rescaled(own, self.scale), ALPHA: torch.tensor(float(self.rank))}
 
     def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
-        a1, a2 = tensors.get("a1.weight"), tensors.get("a2.weight")
-        newer = a1 is not None and a2 is not None and a1.shape[0] == a2.shape[1] != self.rank
-        if newer:  # W·a1·a2 + b1·b2
-            swap = {
-                "a1.weight": "a2.weight",
-                "a2.weight": "a1.weight",
-                "b1.weight": "b2.weight",
-                "b2.weight": "b1.weight",
-            }
-            tensors = {swap.get(name, name): tensor for name, tensor in tensors.items()}
-        return super().read(tensors, factor)
+        self.expect(tensors, tuple(self.own()), tuple(self.constants()))
+        return super().read(glora_in_older_layout(tensors, *weight_shape(self.module)), factor)
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         x = self.working_input(x)

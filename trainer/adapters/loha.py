@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..contracts import Layer
-from ..maths.hadamard import Factors, hadamard_layer, hadamard_norms, thin_pays
+from ..maths.hadamard import Factors, hadamard_delta, hadamard_layer, hadamard_norms, plain_factors, thin_pays
 from ..maths.lowrank import scaled, stride_area
 from ..maths.rebuild import rebuilt
 from ..maths.weights import weight_matrix, weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, Strength, is_wide
-from .direct import ALPHA, Direct, normal
-from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
+from .direct import Direct, normal
+from .dora import DORA_RULES, Decomposed, DoraOptions
+from .file_delta import ALPHA, CORES, HADAMARD, MAGNITUDE
 from .library import EAGER, functional
 from .tucker import TuckerOptions
 from .where import in_any_block
@@ -27,7 +28,7 @@ class HadamardProduct(Direct):
     """
 
     portable = True
-    file_tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "alpha", MAGNITUDE)
+    file_tensors = (*HADAMARD, *CORES, ALPHA, MAGNITUDE)
     factors = (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",))
     ups = ("hada_w1_a", "hada_w2_a")
 
@@ -49,8 +50,8 @@ class HadamardProduct(Direct):
 
     def _factors(self) -> Factors:
         """A₁ (out, r), B₁ (r, in·k·k), A₂, B₂ of ΔW = scale·(A₁·B₁) ⊙ (A₂·B₂); a core belongs to its B."""
-        own = self._parameters
-        return _plainly([own[name] for name in self.file_tensors[: 6 if self.tucker else 4]])  # type: ignore[misc]
+        names = HADAMARD + CORES if self.tucker else HADAMARD
+        return plain_factors([getattr(self, name) for name in names])
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         module, factors = self.module, self._factors()
@@ -77,11 +78,6 @@ class HadamardProduct(Direct):
         """‖W + ΔW‖² − ‖W‖² for each input or output."""
         return hadamard_norms(weight_of(self.module), self._factors(), self.scale, on_input)
 
-    def expanded(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """ΔW of file tensors, float32."""
-        factors = _plainly([tensors[name].float() for name in self.file_tensors if name in self.own()])
-        return self._product(*factors) * self.file_scale(tensors)
-
     def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]:
         """File tensors whose ΔW has its inputs or outputs multiplied by these numbers."""
         if on_input:
@@ -92,7 +88,7 @@ class HadamardProduct(Direct):
 
     def _product(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         """ΔW without its scale, in the shape of the weight."""
-        return ((a1 @ b1) * (a2 @ b2)).view(weight_shape(self.module))
+        return hadamard_delta(a1, b1, a2, b2).view(weight_shape(self.module))
 
     def delta_norm(self) -> Tensor:
         """‖ΔW‖, of which the factors take up a change."""
@@ -119,15 +115,3 @@ class Loha(Decomposed, HadamardProduct):
     sections = (TuckerOptions, DoraOptions)
     rules = DORA_RULES
     exact = frozenset({ALPHA, MAGNITUDE})
-
-
-def _plainly(parts: Sequence[Tensor]) -> Factors:
-    """The factors A₁, B₁, A₂, B₂ of a product from its tensors, of which the last two may be Tucker cores.
-
-    Σ_ij core[i, j, …]·outer[i, p]·inner[j, q] = (outerᵀ·(core·inner))[p, q …].
-    """
-    a1, b1, a2, b2, *cores = parts
-    if not cores:
-        return a1, b1, a2, b2
-    b1, b2 = (torch.einsum("ij...,jq->iq...", t, b).flatten(1) for t, b in zip(cores, (b1, b2), strict=True))
-    return a1.T, b1, a2.T, b2

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import Layer
-from ..maths.kron import kron_inner, kron_layer
+from ..maths.kron import kron_delta, kron_inner, kron_layer
 from ..maths.lowrank import kaiming_down, scaled
 from ..maths.weights import weight_of, weight_shape
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import ADAPTERS, AdapterSpec, Strength, is_wide
-from .direct import ALPHA, Direct
-from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
+from .direct import Direct
+from .dora import DORA_RULES, Decomposed, DoraOptions
+from .file_delta import ALPHA, MAGNITUDE
 from .library import EAGER, functional
 from .tucker import TuckerOptions
 from .where import in_any_block, strength_of_one
@@ -134,9 +135,6 @@ class KroneckerProduct(Direct):
         }  # fmt: skip
         return {name: str(value) for name, value in named.items()}
 
-    def file_scale(self, tensors: Mapping[str, Tensor]) -> float:
-        return 1.0 if {"lokr_w1", "lokr_w2"} <= set(tensors) else super().file_scale(tensors)
-
     def constants(self) -> dict[str, float]:
         return {ALPHA: self.alpha}
 
@@ -181,7 +179,7 @@ class KroneckerProduct(Direct):
         theirs = functional("lokr")
         if theirs is None:
             w1, w2 = (factor.float() for factor in self._pair())
-            return torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2).view(weight_shape(self.module)) * self.scale
+            return kron_delta(w1, w2).view(weight_shape(self.module)) * self.scale
         own = {name: p.float() for name, p in self._parameters.items() if p is not None}
         w1, w1a, w1b = (own.get(f"lokr_w1{end}") for end in ("", "_a", "_b"))
         w2, w2a, w2b = (own.get(f"lokr_w2{end}") for end in ("", "_a", "_b"))

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..contracts import Layer
 from ..errors import AdapterError
-from ..maths.lowrank import kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, scaled
+from ..maths.lowrank import LowRank, cored, kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, scaled
 from ..maths.weights import weight_of, weight_shape
 from ..params.core import Network
 from ..params.field import ModeInfo
@@ -22,23 +22,15 @@ from .base import (
     ADAPTERS,
     Adapter,
     AdapterSpec,
-    LowRank,
     Strength,
     is_wide,
 )
-from .checked import single
-from .dora import DORA_RULES, MAGNITUDE, Decomposed, DoraOptions
+from .dora import DORA_RULES, Decomposed, DoraOptions
+from .file_delta import ALPHA, DOWN, MAGNITUDE, MID, UP, alpha_of
 from .timesteps import RULES as TIMESTEP_RULES
 from .timesteps import TimestepOptions
 from .tucker import TuckerOptions
 from .where import ignores, in_any_block, in_transformer
-
-DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
-
-
-def cored(core: Tensor, down: Tensor) -> Tensor:
-    """Σ_b core[a, b, y, x]·down[b, i] as (a, i, y, x): the D of a Tucker form."""
-    return torch.einsum("abyx,bi->aiyx", core, down.flatten(1)).contiguous()
 
 
 def tucker_start(job: Job, mode: ModeInfo) -> str:
@@ -164,14 +156,6 @@ class Lora(Adapter):
         other = 2 * (weight @ down.T.to(weight.dtype)).float() + self.scale * up @ (down @ down.T)
         return self.scale * (up * other).sum(1)
 
-    def expanded(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """ΔW of file tensors, float32."""
-        down, up = tensors[DOWN].float(), tensors[UP].float().flatten(1)
-        if MID in tensors:
-            down = cored(tensors[MID].float(), down)
-        scale = single(tensors[ALPHA]) / len(up.T) if ALPHA in tensors else 1.0
-        return low_rank_delta(down, up, scale).view(weight_shape(self.module))
-
     def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]:
         """File tensors whose ΔW has its inputs or outputs multiplied by these numbers."""
         name, shape = (DOWN, (1, -1)) if on_input else (UP, (-1, 1))
@@ -191,7 +175,8 @@ class Lora(Adapter):
                 f"{self.key}: the file has rank {rank}, this network has rank {self.rank}."
                 f" Set {setting} to {rank}, or choose a file of rank {self.rank}."
             )
-        alpha = single(found[ALPHA]) if ALPHA in found else float(rank)
+        given = alpha_of(found)
+        alpha = float(rank) if given is None else given
         found = self.rescaled({DOWN: found[DOWN].float(), UP: found[UP].float()}, factor * alpha / self.alpha)
         return {"down": self._shaped(DOWN, found[DOWN], self.down), "up": self._shaped(UP, found[UP], self.up)}
 

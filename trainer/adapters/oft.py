@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from ..maths.lowrank import scaled
 from ..maths.rotation import cayley_minus_identity, turn
 from ..maths.weights import weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, Strength
-from .direct import ALPHA, Direct
+from .direct import Direct
+from .file_delta import ALPHA, alpha_of, limited
 from .library import EAGER, functional
 from .lokr import factor_pair
 from .where import ignores, in_any_block, strength_of_one
@@ -38,6 +40,12 @@ class Rotation(Direct):
     def constants(self) -> dict[str, float]:
         """In these files alpha limits the rotation; 0 sets no limit."""
         return {ALPHA: 0.0}
+
+    def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+        blocks, outputs = tensors.get("oft_blocks"), weight_shape(self.module)[0]
+        if blocks is not None:
+            tensors = {**tensors, "oft_blocks": limited(blocks.float(), (alpha_of(tensors) or 0.0) * outputs)}
+        return super().read(tensors, factor)
 
     @abstractmethod
     def turned(self, outputs: Tensor) -> Tensor:

@@ -7,22 +7,12 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from .base import is_wide
-from .checked import single
+from .file_delta import MAGNITUDE, MID, alpha_of, rank_of, recognised
 
 Seen = tuple[str, str, Mapping[str, Tensor]]
 """Kind and block of a layer, and what a file has for it."""
 
-_TYPES = (
-    ("hada_w1_a", "loha"),
-    ("lokr_w1", "lokr"),
-    ("lokr_w1_a", "lokr"),
-    ("a1.weight", "glora"),
-    ("w_norm", "norm"),
-    ("on_input", "ia3"),
-    ("diff", "full"),
-    ("linear.weight", "eh"),
-)
-_CORES = ("lora_mid.weight", "hada_t1", "lokr_t2")
+_CORES = (MID, "hada_t1", "lokr_t2")
 
 
 def described(layers: Iterable[Seen]) -> str:
@@ -34,7 +24,7 @@ def described(layers: Iterable[Seen]) -> str:
     if len(kinds) != 1:
         return f"The file mixes {', '.join(kinds)}." if kinds else ""
     settings = [f"network_type {kinds[0]}"]
-    if any("dora_scale" in tensors for _, _, tensors in layers):
+    if any(MAGNITUDE in tensors for _, _, tensors in layers):
         settings.append("use_dora true")
     if any(core in tensors for _, _, tensors in layers for core in _CORES):
         settings.append("network_tucker true")
@@ -44,12 +34,10 @@ def described(layers: Iterable[Seen]) -> str:
 
 
 def _type(kind: str, tensors: Mapping[str, Tensor]) -> str:
-    if "lora_down.weight" in tensors:
-        return "c3lier" if is_wide(kind) else "lierla"
-    blocks = tensors.get("oft_blocks")
-    if blocks is not None:
-        return "boft" if blocks.ndim == 4 else "oft"
-    return next((name for tensor, name in _TYPES if tensor in tensors), "")
+    form = recognised(tensors)
+    if form is None or form.name != "lora":
+        return "" if form is None else form.name
+    return "c3lier" if is_wide(kind) else "lierla"
 
 
 def _numbers(layers: list[Seen], prefix: str) -> list[str]:
@@ -70,13 +58,5 @@ def _numbers(layers: list[Seen], prefix: str) -> list[str]:
     return found
 
 
-def rank_of(tensors: Mapping[str, Tensor]) -> int:
-    """The rank a layer has in a file, 0 when it has none."""
-    for name, axis in (("lora_down.weight", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
-        if name in tensors:
-            return int(tensors[name].shape[axis])
-    return min(tensors["a1.weight"].shape) if "a1.weight" in tensors else 0
-
-
 def _alpha(tensors: Mapping[str, Tensor]) -> float:
-    return single(tensors["alpha"]) if "alpha" in tensors and rank_of(tensors) else 0.0
+    return (alpha_of(tensors) or 0.0) if rank_of(tensors) else 0.0

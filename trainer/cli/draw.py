@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..adapters.file import read_lora
+from ..adapters.file_delta import DOWN, plain_layers
 from ..adapters.foreign import read_any
 from ..adapters.metadata import JOB_KEY
 from ..adapters.network import Network
@@ -153,11 +154,10 @@ def _own_job(metadata: Mapping[str, str]) -> Job | None:
 
 def _plain_job(tensors: Mapping[str, torch.Tensor]) -> Job | None:
     """Settings of a plain LoRA of that rank on every layer; layers the file leaves out stay as they are."""
-    downs = [tensor for name, tensor in tensors.items() if name.endswith("lora_down.weight")]
-    ups = [name for name in tensors if name.endswith("lora_up.weight")]
-    others = [name for name in tensors if not name.endswith(("lora_down.weight", "lora_up.weight", ".alpha"))]
-    if not downs or len(downs) != len(ups) or others:
+    layers = plain_layers(tensors)
+    if layers is None:
         return None
+    downs = [own[DOWN] for own in layers.values()]
     wide = [len(down) for down in downs if down.dim() == 4 and down.shape[-1] > 1]
     narrow = [len(down) for down in downs if down.dim() == 2 or down.shape[-1] == 1]
     raw = {

@@ -10,7 +10,8 @@ import torch
 from ..adapters.base import AdapterSpec, Strength
 from ..adapters.choose import spelled, split_name
 from ..adapters.file import read_lora
-from ..adapters.lora import ALPHA, DOWN, UP, Lora
+from ..adapters.file_delta import DOWN, plain_layers, rank_of
+from ..adapters.lora import Lora
 from ..adapters.metadata import baked_strength
 from ..adapters.network import Network
 from ..errors import AdapterError
@@ -29,9 +30,11 @@ def written_network(job: Job, model: Model, path: Path, log: EventLog) -> Networ
     adapter of the job's last pass. Raises AdapterError when the file leaves a module of the adapter empty.
     """
     tensors, metadata = read_lora(path)
-    ranks = {name: len(tensor) for name, tensor in tensors.items() if name.endswith(f".{DOWN}")}
-    plain = all(name.endswith((f".{DOWN}", f".{UP}", f".{ALPHA}")) for name in tensors)
-    network = plain_network(model, ranks) if plain else make_network(plan_passes(job)[-1].job, model, 0, log)
+    plain = plain_layers(tensors)
+    if plain is None:
+        network = make_network(plan_passes(job)[-1].job, model, 0, log)
+    else:
+        network = plain_network(model, {f"{layer}.{DOWN}": rank_of(own) for layer, own in plain.items()})
     if network.load(tensors, baked=baked_strength(metadata)).matched != len(network):
         raise AdapterError(f"{path.name} does not fill every module of the adapter it was written from.")
     return network

@@ -6,6 +6,7 @@ of rank r². A (out, r), B (r, in·k·k).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,23 @@ from .lowrank import Geometry, LowRankConv, LowRankLinear, Scale
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 PIECE = 1 << 17  # numbers of a dense ΔW that are made at a time: they stay in a processor's cache
+
+
+def plain_factors(parts: Sequence[Tensor]) -> Factors:
+    """The factors A₁, B₁, A₂, B₂ of a product from its tensors, of which the last two may be Tucker cores.
+
+    Σ_ij core[i, j, …]·outer[i, p]·inner[j, q] = (outerᵀ·(core·inner))[p, q …].
+    """
+    a1, b1, a2, b2, *cores = parts
+    if not cores:
+        return a1, b1, a2, b2
+    b1, b2 = (torch.einsum("ij...,jq->iq...", t, b).flatten(1) for t, b in zip(cores, (b1, b2), strict=True))
+    return a1.T, b1, a2.T, b2
+
+
+def hadamard_delta(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """(A₁·B₁) ⊙ (A₂·B₂), (out, in·k·k)."""
+    return (a1 @ b1) * (a2 @ b2)
 
 
 def thin_pays(rows: int, fan_in: int, fan_out: int, rank: int) -> bool:

@@ -56,6 +56,13 @@ def kron_inner(weight: Tensor, w1: Tensor, w2: Tensor, on_input: bool) -> Tensor
     return (pieces.float() * w1[:, None].float()).sum(2).flatten()
 
 
+def kron_delta(w1: Tensor, w2: Tensor) -> Tensor:
+    """kron(w1, w2) as a weight (l·k, m·n[, kh, kw])."""
+    (fan_l, fan_m), (fan_k, fan_n, *kernel) = w1.shape, w2.shape
+    product = w1.reshape(fan_l, 1, fan_m, 1, *(1 for _ in kernel)) * w2.reshape(1, fan_k, 1, fan_n, *kernel)
+    return product.reshape(fan_l * fan_k, fan_m * fan_n, *kernel)
+
+
 class KronLinear(torch.autograd.Function):
     """See `kron_layer`. The pieces come first in every middle, (m, rows, k), so that all products are large ones."""
 

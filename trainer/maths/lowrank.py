@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ EXACT = (torch.float32, torch.float64)
 """Precisions in which a weight and a small change of it may be added."""
 
 
+class LowRank(NamedTuple):
+    """ΔW = scale·U·D: `down` (r, in[, k, k]), `up` (out, r), differentiable. `error`: of what they stand for, relative
+    (0: they are it exactly).
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    error: float = 0.0
+
+
 def kaiming_down(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A down matrix drawn as Kaiming-uniform with a = √5, that is U(−1/√fan_in, 1/√fan_in), in float32 on the CPU."""
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
@@ -36,6 +47,11 @@ def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     """ΔW = s·U·D in float32, of shape (out, in) or (out, in, k, k)."""
     delta = up.float() @ down.float().flatten(1)
     return delta.mul(scale).view(up.shape[0], *down.shape[1:])
+
+
+def cored(core: Tensor, down: Tensor) -> Tensor:
+    """Σ_b core[a, b, y, x]·down[b, i] as (a, i, y, x): the D of a Tucker form."""
+    return torch.einsum("abyx,bi->aiyx", core, down.flatten(1)).contiguous()
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters.basis_file import DOWN, MARK, MEAN, UP, VERSION, plain_name
-from ..adapters.checked import check_forms, single
+from ..adapters.checked import check_forms
 from ..adapters.file import checked_name, name_note, read_lora, write_lora
+from ..adapters.file_delta import ALPHA, lora_factors
+from ..adapters.file_delta import DOWN as LORA_DOWN
+from ..adapters.file_delta import UP as LORA_UP
 from ..adapters.foreign import our_name
-from ..adapters.lora import ALPHA
-from ..adapters.lora import DOWN as LORA_DOWN
-from ..adapters.lora import UP as LORA_UP
 from ..errors import AdapterError
 from ..maths.subspace import product_svd, truncated_svd
 from ..paths import expanded
@@ -63,10 +63,9 @@ class _File:
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """D (r, in) and U (out, r) of ΔW, the scale on U."""
-        names = self.layers[layer]
-        down, up = (self.handle.get_tensor(names[part]).float().flatten(1) for part in (LORA_DOWN, LORA_UP))
-        alpha = single(self.handle.get_tensor(names[ALPHA])) if ALPHA in names else float(len(down))
-        return down, up * (alpha / len(down))
+        own = {part: self.handle.get_tensor(name) for part, name in self.layers[layer].items()}
+        down, up, scale, _ = lora_factors({name: tensor.float() for name, tensor in own.items()})
+        return down.flatten(1), up * scale
 
 
 @torch.no_grad()
