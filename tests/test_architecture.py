@@ -167,6 +167,18 @@ def test_no_bare_except_and_no_assert() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_errors_of_the_system_are_put_into_words_in_one_place() -> None:
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = (
+                node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else ""
+            )
+            if named == "strerror" and path.name != "writing.py":
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} words an error of the system: use writing.why")
+    assert not wrong, "\n".join(wrong)
+
+
 PARSERS = {"jsontext.py", "adapters/file.py", "engine/state.py"}
 """Where JSON may be parsed directly: the guarded place itself, and headers that we have just written."""
 

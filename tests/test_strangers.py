@@ -23,7 +23,7 @@ from trainer.params.files import read_json, write_json
 @pytest.mark.parametrize(("text", "why"), [
     ("", "is not JSON: Expecting value in line 1"), ("[" * 150 + "]" * 150, "nested too deep"),
     ("[" * 150_000, "nested too deep"), ("9" * 401, "too long"), ("0." + "1" * 500, "too long"),
-    ("NaN", "not a number"),
+    ("NaN", "not a number"), ("1e999", "larger than any number"), ('{"a": [-1e400]}', "larger than any number"),
     ("[" + "{}," * 250_000 + "1]", "more parts"), ("[" + "1," * 1_000_001 + "1]", "more parts"),
     (b"\xff{}", "not text in UTF-8"), (" " * (jsontext.MOST_BYTES + 1), "larger than the 16 MiB"),
 ])  # fmt: skip
@@ -41,7 +41,7 @@ def test_json_within_them(tmp_path: Path) -> None:
     assert jsontext.parse('{"a": 1, "a": 2}') == {"a": 2}
     with pytest.raises(jsontext.JsonError, match="'a' more than once"):
         jsontext.parse('{"a": 1, "a": 2}', once=True)
-    with pytest.raises(jsontext.JsonError, match="cannot be read: No such file"):
+    with pytest.raises(jsontext.JsonError, match="cannot be read: there is no such file"):
         jsontext.read(tmp_path / "none.json")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NoReturn
+
+from .writing import why
 
 MOST_BYTES = 16 * 1024 * 1024
 MOST_PARTS = 1_000_000
@@ -65,7 +68,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         with open(path, "rb") as file:
             content = file.read(most + 1)
     except (OSError, ValueError) as fault:
-        raise JsonError(f"cannot be read: {getattr(fault, 'strerror', None) or fault}") from fault
+        raise JsonError(f"cannot be read: {why(fault)}") from fault
     if len(content) > most:
         raise JsonError(f"is larger than the {most // 2**20} MiB that are read")
     return content
@@ -96,7 +99,10 @@ def _whole(digits: str) -> int:
 def _real(digits: str) -> float:
     if len(digits) > LONGEST_NUMBER:
         raise JsonError(f"holds a number that is too long ({len(digits)} digits)")
-    return float(digits)
+    number = float(digits)
+    if not math.isfinite(number):
+        raise JsonError(f"holds {digits[:20]}, which is larger than any number that can be held")
+    return number
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -10,6 +10,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from .writing import why
+
 
 def expanded(text: str | os.PathLike[str]) -> Path:
     """The path of a text, `~` read as the home folder; a `~name` nobody has stays as it is."""
@@ -49,7 +51,7 @@ def why_absent(path: Path) -> str:
     except NotADirectoryError:
         return "does not exist: something above it is a file"
     except OSError as fault:
-        return f"cannot be used: {fault.strerror or fault}"
+        return f"cannot be used: {why(fault)}"
     except ValueError:
         return "is not a path: it holds a character that no path may hold"
     return ""

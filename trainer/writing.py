@@ -28,7 +28,7 @@ _WORDS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
-    errno.ENOENT: "there is no such folder, or it is gone",
+    errno.ENOENT: "there is no such file or folder",
     errno.ENOTDIR: "a file is where a folder should be",
     errno.EEXIST: "a file is where a folder should be",
     errno.EFBIG: "the file is larger than this system allows",

@@ -29,6 +29,7 @@ from trainer.engine.run import Result, run
 from trainer.engine.state import read_state
 from trainer.errors import AdapterError, DataError, JobError, TrainingError
 from trainer.events import Event, EventLog, Note, Step
+from trainer.params.core import Train
 
 pytestmark = pytest.mark.usefixtures("no_estimate")
 
@@ -130,6 +131,24 @@ def test_a_run_folder_is_of_one_process(case, tmp_path):
 
 
 # ---------------------------------------------------------------- the same run
+
+
+def test_a_refused_resume_leaves_its_folder_as_it_was(case, tmp_path):
+    run_folder = stopped(case, "untouched").folder
+    other = tmp_path / "other"
+    shutil.copytree(case.pictures, other)
+    (other / "more.png").write_bytes(next(case.pictures.glob("*.png")).read_bytes())
+
+    def held() -> dict[str, tuple[bytes, int]]:
+        files = [path for path in run_folder.rglob("*") if path.is_file()]
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before, written = held(), list(case.places.json.rglob("*"))
+    with pytest.raises(TrainingError, match="pictures, captions or image settings changed"):
+        resumed(case, run_folder, "train_iterations=9", f"lora_data_directory={other}", "save_as_json=True")
+    assert held() == before and list(case.places.json.rglob("*")) == written
+    resumed(case, run_folder, "train_iterations=9")
+    assert read_job(run_folder)[Train].train_iterations == 9
 
 
 def test_settings_that_were_edited_are_refused_by_name(case):

@@ -101,7 +101,7 @@ def test_new_numbers_that_break_off_leave_the_order(
         real(path, data)
 
     monkeypatch.setattr(store_module, "write_json", write)
-    with pytest.raises(Exception, match="No space left"):
+    with pytest.raises(Exception, match="the disk is full"):
         queue.move(queue.waiting()[3].id, 1)
     order = names(queue.waiting())
     assert [name for name in order if name != "d"] == ["a", "b", "c"] and len(order) == 4

@@ -168,6 +168,23 @@ def test_foreign_files_and_left_over_halves(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_left_over_that_cannot_be_removed_does_not_stop_the_queue(tmp_path: Path, monkeypatch) -> None:
+    """On Windows somebody, such as a virus scanner, may have it open."""
+    path = whole(tmp_path)
+    left = path.parent / f".{path.name}.1.0123abcd.tmp"
+    left.write_text("{")
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+
+    store = open_store(tmp_path / "queue")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        assert names(tuple(store.read())) == ["x"] and left.exists()
+    assert names(tuple(store.read())) == ["x"] and not left.exists()
+    store.close()
+
+
 def test_a_write_that_breaks_leaves_the_old_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queue, _ = make(tmp_path)
     a, b = queue.add(job("a")), queue.add(job("b"))
@@ -177,7 +194,7 @@ def test_a_write_that_breaks_leaves_the_old_entry(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(store_module, "write_json", full)
     for act in (lambda: queue.add(job("c")), lambda: queue.move(b.id, 0)):
-        with pytest.raises(AtelierError, match=r"No space left on device.*Make room"):
+        with pytest.raises(AtelierError, match=r"the disk is full.*Make room"):
             act()
     assert names(queue.waiting()) == ["a", "b"]
     queue.close()
@@ -198,7 +215,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(store_module, "write_json", full)
     gate.let_go("a")
     assert queue.wait(60) and queue.get(a.id).state == "done"
-    assert any("No space left" in problem for problem in queue.problems)
+    assert any("the disk is full" in problem for problem in queue.problems)
     queue.close()
 
 

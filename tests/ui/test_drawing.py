@@ -134,6 +134,33 @@ def test_dropped_pictures_are_kept_and_nothing_else(case: Case) -> None:
     assert len(list(images.rglob("*.*"))) == 2
 
 
+def test_pictures_of_one_name_that_come_at_once_are_all_kept(case: Case) -> None:
+    """And so are folders of one name."""
+    sent = []
+    for number in range(8):
+        data = io.BytesIO()
+        noise((12, 10), number).save(data, format="PNG")
+        sent.append(data.getvalue())
+    start, paths, folders = threading.Barrier(8), [], []
+
+    def drop(content: bytes) -> None:
+        body = {"name": "cat.png", "data": base64.b64encode(content).decode()}
+        wish = {"source": "", "resolutions": "8x8", "output": "small"}
+        client = Client(case.app)
+        start.wait()
+        path = client.post("/atelier/v1/upload", body).json["path"]
+        paths.append(path)
+        folders.append(client.post("/atelier/v1/images/resize", {**wish, "source": path}).json["folder"])
+        client.close()
+
+    threads = [threading.Thread(target=drop, args=(content,)) for content in sent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(Path(path).read_bytes() for path in paths) == sorted(sent) and len(set(folders)) == 8
+
+
 def test_pictures_of_prompts_are_checked_and_drawn(case: Case) -> None:
     asked: list[Wish] = []
 

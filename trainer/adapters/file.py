@@ -81,7 +81,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError as error:
         raise AdapterError(f"There is no LoRA file {path}. Check the name and the folder.") from error
     except OSError as error:
-        raise AdapterError(f"Could not read {path}: {error.strerror or error}.") from error
+        raise AdapterError(f"Could not read {path}: {writing.why(error)}.") from error
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(f"{path.name} is not a complete safetensors file ({error}). Get it again.") from error
     check_numbers(tensors, path.name)

@@ -19,6 +19,7 @@ from ..errors import AtelierError
 from ..hosts.guard import LOCAL_NAMES, Guard, Sending
 from ..places import Places
 from ..ui.service import Service
+from ..writing import why
 
 FIRST_PORT, PORTS = 7860, 100
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
@@ -54,8 +55,8 @@ def bind(address: str, port: int) -> socket.socket:
         except OSError as fault:
             found.close()
             if port or fault.errno not in (errno.EADDRINUSE, errno.EACCES):
-                why = fault.strerror or str(fault)
-                raise AtelierError(f"Port {candidate} cannot be used: {why}. Choose another with --port.") from fault
+                message = f"Port {candidate} cannot be used: {why(fault)}. Choose another with --port."
+                raise AtelierError(message) from fault
     raise AtelierError(f"The ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are in use. Choose one with --port.")
 
 

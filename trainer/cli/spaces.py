@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import AtelierError
 from ..places import Places
+from ..writing import why
 
 
 def add_basis(commands: Any) -> None:
@@ -77,5 +78,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise AtelierError(f"--prompts = {path.name!r}: cannot be read ({why}). Give a text file in UTF-8.") from error
+        reason = why(error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise AtelierError(
+            f"--prompts = {path.name!r}: cannot be read ({reason}). Give a text file in UTF-8."
+        ) from error

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ..errors import DataError
+from ..writing import why
 from .buckets import Placement, Size
 from .limits import ICON, LARGEST_FILE, formats, icon_refusal, refusal
 
@@ -254,6 +255,4 @@ def _reason(error: BaseException) -> str:
         return "not a picture of a kind that is read, or damaged at its start"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return "it has more pixels than are read. Make it smaller first"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+    return why(error)

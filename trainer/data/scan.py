@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..paths import is_dir, why_absent
+from ..writing import why
 from .buckets import Size
 from .images import BrokenPicture, read_size
 from .leftover import CAPTION_TYPES, PICTURE_TYPES, by_reason, reasons
@@ -158,7 +159,7 @@ def _files(root: Path, by_name: bool) -> tuple[list[_Found], list[str]]:
     """
 
     def stop(error: OSError) -> None:
-        text = f"The folder {error.filename!r} cannot be read: {error.strerror}. Check its permissions."
+        text = f"The folder {error.filename!r} cannot be read: {why(error)}. Check its permissions."
         raise DataError(text) from error
 
     seen, found, others = set(), [], []
@@ -226,7 +227,7 @@ def _captions(found: list[_Found], settings: ImageSettings) -> dict[str, tuple[s
             try:
                 text, captioned = read_caption(file.caption_file), True
             except (OSError, UnicodeError) as error:
-                reason = f"({error.strerror or error})" if isinstance(error, OSError) else _NOT_TEXT
+                reason = f"({why(error)})" if isinstance(error, OSError) else _NOT_TEXT
                 faults.append(f"{file.caption_file.relative_to(settings.folder).as_posix()} {reason}")
         captions[file.name] = with_trigger(settings.trigger, text), captioned
     if faults:

@@ -163,13 +163,14 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         check_room(passes.shares)
         if request.dry:
             return Result("checked", None, None, lines)
+        kept = Kept(held, job, weights, step)
         if held is not None:
-            held.keep_job(job)
-            _keep_settings(job, places, folder, log)
             sweep(places.loras)
             log.tell(Opened(str(folder)))
+            if saved is None:
+                kept.settings(places, log)
         for plan in passes.plans:
-            reason, path = _run_pass(passes, plan, saved, control, Kept(held, weights, step))
+            reason, path = _run_pass(passes, plan, saved, control, kept)
             if reason != "done":
                 break
         return Result(reason, path, folder, lines, step[0])
@@ -183,13 +184,22 @@ def _parts_in_use(job: Job, parts: Collection[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class Kept:
-    """What all passes of a run share: its folder (None where another process leads), the weights of the base model, and
-    the optimizer steps of the last pass.
+    """What all passes of a run share: its folder (None where another process leads), its job, the weights of the base
+    model, and the optimizer steps of the last pass.
     """
 
     folder: RunFolder | None
+    job: Job
     weights: Weights
     step: list[int]
+
+    def settings(self, places: Places, log: EventLog) -> None:
+        """Write the job into the run folder, and the settings JSON. Raises TrainingError. A run that goes on does so
+        once its state is accepted: one that is refused leaves its folder as it was.
+        """
+        if self.folder is not None:
+            self.folder.keep_job(self.job)
+            _keep_settings(self.job, places, self.folder.path, log)
 
 
 def _run_pass(
@@ -211,6 +221,7 @@ def _run_pass(
     ring = LossRing(passes.model.device)
     if saved and plan.number == resumed_pass:
         restore_state(session, ring, *saved)
+        kept.settings(places, log)
         if not comparable(saved[1]):
             log.warn(
                 "This run was begun by an older version, which identified model and pictures in another way: it is not "

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..errors import AtelierError, JobError
 from ..lock import Lock, take
 from ..params.files import read_json, write_json
+from ..writing import sweep, why
 from .entry import IDENTITY, INTERRUPTED, RUNNING, BadEntryError, Entry, read_entry
 
 LOCK = "owner.lock"
@@ -39,8 +40,7 @@ class Store:
         """All entries. A file that is not whole is set aside under another ending and never becomes an entry; a job
         that was running is one whose process has died, and comes back as interrupted.
         """
-        for left in self.folder.glob(".*.tmp"):  # written by a process that died before it could give it its name
-            left.unlink(missing_ok=True)
+        sweep(self.folder, all_ours=True)
         found = [entry for path in sorted(self.folder.glob("*.json")) if (entry := self._read(path)) is not None]
         return [self._wake(entry) for entry in found]
 
@@ -50,8 +50,7 @@ class Store:
             write_json(self._path(entry.id), entry.to_dict())
             _sync(self.folder)
         except OSError as fault:
-            why = fault.strerror or fault
-            message = f"The queue cannot be written to {self.folder}: {why}. Make room or free the folder."
+            message = f"The queue cannot be written to {self.folder}: {why(fault)}. Make room or free the folder."
             raise AtelierError(message) from fault
 
     def remove(self, identity: str) -> None:
@@ -60,7 +59,7 @@ class Store:
             self._path(identity).unlink(missing_ok=True)
             _sync(self.folder)
         except OSError as fault:
-            raise AtelierError(f"{identity}.json in {self.folder} cannot be deleted: {fault.strerror}.") from fault
+            raise AtelierError(f"{identity}.json in {self.folder} cannot be deleted: {why(fault)}.") from fault
 
     def close(self) -> None:
         """Give the folder back."""
@@ -86,7 +85,7 @@ class Store:
             return read_entry(read_json(path), path.stem)
         except (JobError, BadEntryError) as fault:
             if isinstance(fault.__cause__, OSError):
-                self._problems.append(f"{path.name} in the queue cannot be read: {fault.__cause__.strerror}.")
+                self._problems.append(f"{path.name} in the queue cannot be read: {why(fault.__cause__)}.")
                 return None
             aside = path.with_name(path.name + DAMAGED)
             with contextlib.suppress(OSError):
@@ -119,7 +118,7 @@ def open_store(folder: Path) -> Store:
         except OSError as fault:
             if own is not None:
                 continue
-            message = f"The queue cannot be kept in {candidate}: {fault.strerror or fault}. Free the folder."
+            message = f"The queue cannot be kept in {candidate}: {why(fault)}. Free the folder."
             raise AtelierError(message) from fault
         if lock is None:
             continue

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import JobError, Problem
 from ..paths import is_file
 from ..places import BASE_PICTURES
+from ..writing import why
 from .codec import Loaded, load
 from .files import name_problem, read_json, write_json
 from .job import NOTE, Job
@@ -78,7 +79,7 @@ class Presets:
         try:
             write_json(path, job.to_dict(full=True))
         except OSError as fault:
-            message = f"cannot be written to {path.parent}: {fault.strerror}."
+            message = f"cannot be written to {path.parent}: {why(fault)}."
             raise JobError([Problem("preset", name, message)]) from fault
         return path
 
@@ -91,7 +92,7 @@ class Presets:
         try:
             path.unlink()
         except OSError as fault:
-            raise JobError([Problem("preset", name, f"cannot be deleted: {fault.strerror}.")]) from fault
+            raise JobError([Problem("preset", name, f"cannot be deleted: {why(fault)}.")]) from fault
 
     def _find(self, name: str) -> Path | None:
         return None if name_problem(name) else _find(self._shipped, name) or _find(self._user, name)

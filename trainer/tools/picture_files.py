@@ -12,6 +12,7 @@ from ..data.images import BrokenPicture, decode_with_alpha, picture_bytes
 from ..data.leftover import PICTURE_TYPES
 from ..errors import DataError
 from ..paths import is_dir, is_file
+from ..writing import why
 
 OPAQUE_ONLY = frozenset({".jpg", ".jpeg", ".jfif", ".bmp", ".pcx"})
 SAVE_OPTIONS: dict[str, dict[str, object]] = {
@@ -70,7 +71,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         raise DataError(f"{path.name} is there already. Choose another name for the new folder.") from error
     except (OSError, ValueError, KeyError) as error:
         path.unlink(missing_ok=True)
-        raise DataError(f"{path.name} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+        raise DataError(f"{path.name} cannot be written: {why(error)}.") from error
 
 
 def companions(picture: Path) -> Iterator[Path]:
@@ -87,4 +88,4 @@ def copy_file(source: Path, target: Path) -> None:
     try:
         shutil.copyfile(source, target)
     except OSError as error:
-        raise DataError(f"{target.name} cannot be written: {error.strerror or error}.") from error
+        raise DataError(f"{target.name} cannot be written: {why(error)}.") from error

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import errno
 import io
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from ..tools.augment_pictures import AugmentSettings, augment_pictures, parse_au
 from ..tools.pair_preview import pair_views
 from ..tools.picture_files import check_picture, pictures_of, read_picture
 from ..tools.resize_pictures import ResizeSettings, name_at, parse_resize, resize_pictures, resized
+from ..writing import names, why, write_new
 from .fence import NotServedError
 from .http import Call
 from .plot import MOST_LOGS, Log, draw, live_log, load_log, parse_plot, read_log
@@ -90,8 +93,8 @@ def augment_preview(service: Service, call: Call) -> dict[str, object]:
 def augment(service: Service, call: Call) -> dict[str, object]:
     """Write turned or shrunk copies into a new folder below `logs/images`."""
     settings, source = _augment(call), _source(service, call)
-    target = _target(service, call, source)
-    return _written(augment_pictures(source, target, settings), target)
+    with _new_folder(service, call, source) as target:
+        return _written(augment_pictures(source, target, settings), target)
 
 
 def resize_preview(service: Service, call: Call) -> dict[str, object]:
@@ -108,8 +111,8 @@ def resize_preview(service: Service, call: Call) -> dict[str, object]:
 def resize(service: Service, call: Call) -> dict[str, object]:
     """Write the pictures at all resolutions into a new folder below `logs/images`."""
     settings, source = _resize(call), _source(service, call)
-    target = _target(service, call, source)
-    return _written(resize_pictures(source, target, settings), target)
+    with _new_folder(service, call, source) as target:
+        return _written(resize_pictures(source, target, settings), target)
 
 
 def upload(service: Service, call: Call) -> dict[str, object]:
@@ -127,12 +130,10 @@ def upload(service: Service, call: Call) -> dict[str, object]:
         raise JobError([Problem("picture", name, "was not sent whole; drop it again.")]) from error
     check_picture(name, content)
     folder = _images(service) / time.strftime("dropped-%Y-%m-%d")
-    path = _free(folder, Path(name).stem, Path(name).suffix.lower())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        path = write_new(folder / f"{Path(name).stem}{Path(name).suffix.lower()}", content, reuse=False)
     except OSError as error:
-        raise DataError(f"{name} cannot be kept in {folder.name}: {error.strerror or error}.") from error
+        raise DataError(f"{name} cannot be kept in {folder.name}: {why(error)}.") from error
     return {"path": str(path)}
 
 
@@ -158,20 +159,30 @@ def _images(service: Service) -> Path:
     return service.host.places().logs / IMAGES
 
 
-def _target(service: Service, call: Call, source: Path) -> Path:
+@contextlib.contextmanager
+def _new_folder(service: Service, call: Call, source: Path) -> Iterator[Path]:
+    """A folder below the images that nobody had: `<output>`, `<output>-1`, …; one that stays empty is removed."""
     name = _typed(call, "output").strip() or source.stem
     fault = name_problem(name)
     if fault:
         raise JobError([Problem("output", name, fault)])
-    return _free(_images(service), name, "")
+    made = _made(_images(service) / name)
+    try:
+        yield made
+    finally:
+        with contextlib.suppress(OSError):
+            made.rmdir()
 
 
-def _free(folder: Path, stem: str, suffix: str) -> Path:
-    """A path below `folder` that nothing has: `<stem><suffix>`, `<stem>-1<suffix>`, …"""
-    number = 0
-    while (path := folder / f"{stem}{f'-{number}' if number else ''}{suffix}").exists():
-        number += 1
-    return path
+def _made(wanted: Path) -> Path:
+    try:
+        for path in names(wanted):
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                return path
+        raise FileExistsError(errno.EEXIST, "too many folders of this name", str(wanted))
+    except OSError as error:
+        raise DataError(f"The folder {wanted.name} cannot be made in {wanted.parent}: {why(error)}.") from error
 
 
 def _written(paths: list[Path], target: Path) -> dict[str, object]:
