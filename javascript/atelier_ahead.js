@@ -63,9 +63,11 @@
         return value === null ? "" : String(value);
     }
 
+    const LABELS = { pictures: "images" }; // where the name in the answer is not the word that is shown
+
     function folderWords(found) {
         const rows = Object.entries(found).filter(([, value]) => text(value) !== "");
-        return rows.map(([name, value]) => `${Atelier.t(name)}: ${text(value)}`).join(" · ");
+        return rows.map(([name, value]) => `${Atelier.t(LABELS[name] || name)}: ${text(value)}`).join(" · ");
     }
 
     // ------------------------------------------------------------ what cannot be chosen

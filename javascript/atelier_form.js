@@ -325,7 +325,7 @@
         const badge = Atelier.$("start_count");
         badge.hidden = !form.problems.length;
         Atelier.say(badge, "{n}", { n: form.problems.length });
-        badge.title = Atelier.t("Settings to mend before anything starts");
+        badge.title = Atelier.t("Settings to fix before the start");
         markAll();
     };
 

@@ -14,7 +14,7 @@
     const [WIDE, HIGH] = [300, 90];
     const STATES = {
         idle: "Idle", preparing: "Preparing", running: "Training", stopping: "Stopping", done: "Finished",
-        saved_early: "Stopped", stopped: "Stopped", failed: "Failed", interrupted: "Broken off",
+        saved_early: "Stopped", stopped: "Stopped", failed: "Failed", interrupted: "Interrupted",
     };
 
     const live = (Atelier.live = { status: null });
@@ -160,8 +160,8 @@
     /** What concerns the whole tab: jobs that broke off with their process, and files of the queue that are wrong. */
     function showBanner(status) {
         const names = status.queue.interrupted.map((entry) => entry.name).join(", ");
-        const texts = names ? [Atelier.t("Broken off and able to go on: {names}. See the queue.", { names })] : [];
-        if (busy() && promptBox()) texts.push(Atelier.t("Pictures of the WebUI wait until this run is over."));
+        const texts = names ? [Atelier.t("Interrupted, can be resumed: {names}. See the queue.", { names })] : [];
+        if (busy() && promptBox()) texts.push(Atelier.t("Images of the WebUI wait until this run is over."));
         texts.push(...status.problems);
         const banner = Atelier.$("banner");
         banner.hidden = !texts.length;
@@ -235,7 +235,7 @@
 
     const ENDINGS = {
         done: "Written: {file}", saved_early: "Stopped and written: {file}", stopped: "Stopped, nothing written.",
-        failed: "{error}", interrupted: "Broken off; it can go on from the queue.",
+        failed: "{error}", interrupted: "Interrupted; it can be resumed from the queue.",
     };
 
     function showResult(now) {

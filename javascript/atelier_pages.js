@@ -153,7 +153,7 @@
             say(note, "Nothing is written yet.");
         }));
         onClick($(`${tool}_write`), () => work(`images/${tool}`, (answer) => {
-            say(note, "{n} pictures written to {folder}", { n: answer.written, folder: answer.folder });
+            say(note, "{n} images written to {folder}", { n: answer.written, folder: answer.folder });
             $(`${tool}_train`).hidden = false;
             $(`${tool}_train`).dataset.folder = answer.folder;
         }));
@@ -187,7 +187,7 @@
         grid.replaceChildren();
         $("draw_save").hidden = true;
         for (const [index, wish] of wishes.entries()) {
-            say($("draw_note"), "Drawing {n} of {all} …", { n: index + 1, all: wishes.length });
+            say($("draw_note"), "Generating {n} of {all} …", { n: index + 1, all: wishes.length });
             const { strengths, ...body } = { ...values, prompt: wish.prompt, lora: wish.lora || "" };
             body.strength = String(wish.strength);
             for (const key of OF_THE_MODEL) {

@@ -7,7 +7,7 @@
     let revision = -1;
 
     const WORDS = {
-        waiting: "", running: "running", stopped: "stopped", failed: "failed", interrupted: "broken off",
+        waiting: "", running: "running", stopped: "stopped", failed: "failed", interrupted: "interrupted",
         saved_early: "stopped and written", done: "written",
     };
     const ENDED_SHOWN = 5;

@@ -56,7 +56,7 @@ def take(page: Page, folder: Path) -> None:
     page.page.locator("#atelier_try > summary").click()
     page.fill(try_width=64, try_height=64, try_steps=12, try_cfg=2, try_prompt=SAMPLES.splitlines()[0], try_seed=3)
     page.id("compare_now").click()
-    page.until("four pictures", "document.querySelectorAll('#atelier_draw_grid img').length === 4", 2400)
+    page.until("four images", "document.querySelectorAll('#atelier_draw_grid img').length === 4", 2400)
     page.page.evaluate("scrollTo(0, 0)")
     keep(shoot(full_page=True, clip=clip(page, "try")), folder / "compare.png")
 

@@ -196,7 +196,7 @@ def test_interrupted_encoding_goes_on_where_it_stopped(folder: Path, tmp_path: P
         pass
 
     def stop_after_two(name: str, done: int, total: int) -> None:
-        if name == "encoding pictures" and done == 2:
+        if name == "encoding images" and done == 2:
             raise Stop
 
     chosen = ImageSettings(folder=folder, **SMALL)  # type: ignore[arg-type]
@@ -211,8 +211,8 @@ def test_progress_is_told(folder: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     chosen = ImageSettings(folder=folder, **SMALL)  # type: ignore[arg-type]
     build(chosen, PoolingEncoder(), "vae", TensorCache(None), lambda *told: heard.append(told))
-    assert heard == [("checking pictures", done, 4) for done in range(5)] + [
-        ("encoding pictures", done, 4) for done in range(5)
+    assert heard == [("checking images", done, 4) for done in range(5)] + [
+        ("encoding images", done, 4) for done in range(5)
     ]
 
 
@@ -242,7 +242,7 @@ def test_truncated_pictures_stop_before_encoding(folder: Path) -> None:
     for name in ("1.png", "2.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:3000])
     encoder = PoolingEncoder()
-    with pytest.raises(DataError, match=r"2 of 4 pictures cannot be read: 1\.png \(.*\); 2\.png .*data_skip_broken"):
+    with pytest.raises(DataError, match=r"2 of 4 images cannot be read: 1\.png \(.*\); 2\.png .*data_skip_broken"):
         made(folder, TensorCache(None), encoder)
     assert encoder.pictures == 0
 
@@ -260,13 +260,13 @@ def test_truncated_pictures_may_be_skipped(folder: Path) -> None:
 def test_all_truncated(folder: Path) -> None:
     for path in folder.glob("*.png"):
         path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match="No other picture is left"):
+    with pytest.raises(DataError, match="No other image is left"):
         made(folder, TensorCache(None), skip_broken=True)
 
 
 def test_picture_that_changes_under_our_hands(folder: Path) -> None:
     def change(name: str, done: int, total: int) -> None:
-        if name == "encoding pictures":
+        if name == "encoding images":
             write(folder / "0.png", seed=77)
 
     with pytest.raises(DataError, match=r"0\.png could be read a moment ago, but not now: it changed"):
@@ -298,8 +298,8 @@ def test_disable_upscale(folder: Path) -> None:
     dataset = made(folder, TensorCache(None), disable_upscale=True)
     assert [item.picture.name for item in dataset.items] == ["0.png", "1.png", "2.png", "3.png"]
     assert dataset.summary()["left out as too small"] == ["tiny.png"]
-    assert made(folder, TensorCache(None)).summary()["enlarged pictures"] == 1
-    with pytest.raises(DataError, match=r"All 5 pictures are smaller.*image_disable_upscale"):
+    assert made(folder, TensorCache(None)).summary()["enlarged images"] == 1
+    with pytest.raises(DataError, match=r"All 5 images are smaller.*image_disable_upscale"):
         made(folder, TensorCache(None), disable_upscale=True, size=(128, 128))
 
 

@@ -197,7 +197,7 @@ def test_truncated_others(tmp_path: Path, kind: str) -> None:
         load_rgb(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a"])
+@pytest.mark.parametrize("data", [b"", b"not an image at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a"])
 def test_not_a_picture(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(data)
@@ -250,7 +250,7 @@ def test_a_program_is_never_started_for_a_picture(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(subprocess, "Popen", None)
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     for read in (read_size, load_rgb):
-        with pytest.raises(BrokenPicture, match="not a picture of a kind that is read"):
+        with pytest.raises(BrokenPicture, match="not an image of a kind that is read"):
             read(tmp_path / "a.png")
 
 
@@ -292,7 +292,7 @@ def test_fit_of_a_line() -> None:
 
 
 def test_fit_refuses_another_size() -> None:
-    with pytest.raises(BrokenPicture, match="header says 64×64 pixels but the picture has 32×64"):
+    with pytest.raises(BrokenPicture, match="header says 64×64 pixels but the image has 32×64"):
         fit(noise((32, 64)), None, place((64, 64), (64, 64)))
 
 

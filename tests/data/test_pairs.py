@@ -65,7 +65,7 @@ def test_everything_that_is_wrong_is_told_by_name_at_once(tmp_path):
     text = str(caught.value)
     for words in (
         "a.png (no a_t beside it)", "b.png and b_t.png (they show the same", "64×64 and 64×48", "d_t.png (no d_t_t",
-        "e.bmp and e.png (two pictures of one name)", "f_t.png (it is the target of one",
+        "e.bmp and e.png (two images of one name)", "f_t.png (it is the target of one",
     ):  # fmt: skip
         assert words in text
     assert "diff_target_name" in text

@@ -77,7 +77,7 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_refusals() -> None:
     with pytest.raises(DataError, match="train_batch_size = 0"):
         Plan([[0]], 0, 0)
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         Plan([[]], 0, 1)
     with pytest.raises(ValueError, match="counted from 0"):
         Plan([[0]], 0, 1).batch(-1)

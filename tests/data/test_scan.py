@@ -30,8 +30,8 @@ def names(folder: Path, **values: object) -> list[str]:
 def test_recursive_sorted_case_insensitive_no_hidden(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "deep/er/c.WebP", "deep/b.Jpeg", ".hidden.png", ".git/x.png", "猫 été.png"):
         write(tmp_path / name)
-    (tmp_path / "notes.md").write_text("no picture")
-    (tmp_path / "Thumbs.db").write_bytes(b"no picture")
+    (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "Thumbs.db").write_bytes(b"no image")
     assert names(tmp_path) == ["a.jpg", "b.PNG", "deep/b.Jpeg", "deep/er/c.WebP", "猫 été.png"]
 
 
@@ -119,7 +119,7 @@ def test_no_repeats_when_one_folder_lacks_them(tmp_path: Path) -> None:
         write(tmp_path / folder / "a.png")
     found = scan(ImageSettings(folder=tmp_path))
     assert [picture.repeats for picture in found.pictures] == [1, 1, 1]
-    assert found.repeats_rule == "each picture counts once (not named like 10_name: 'others')"
+    assert found.repeats_rule == "each image counts once (not named like 10_name: 'others')"
 
 
 def test_zero_repeats_leave_a_folder_out(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_missing_empty_or_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(DataError, match="is a file"):
         scan(ImageSettings(folder=tmp_path / "file.txt"))
-    with pytest.raises(DataError, match=r"no picture in it or its sub-folders. Looked for jpg jpeg png"):
+    with pytest.raises(DataError, match=r"no image in it or its sub-folders. Looked for jpg jpeg png"):
         scan(ImageSettings(folder=tmp_path))
     with pytest.raises(JobError):
         scan(ImageSettings(folder=tmp_path, multiply=0))
@@ -161,15 +161,15 @@ def test_broken_files_stop_the_run_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         scan(ImageSettings(folder=tmp_path))
     assert str(caught.value) == (
-        "2 of 3 pictures cannot be read: empty.png (the file is empty); "
-        "sub/page.jpg (not a picture of a kind that is read, or damaged at its start). "
+        "2 of 3 images cannot be read: empty.png (the file is empty); "
+        "sub/page.jpg (not an image of a kind that is read, or damaged at its start). "
         "Repair or remove them, or switch data_skip_broken on to train without them."
     )
 
 
 def test_broken_files_may_be_skipped_but_not_all(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
-    with pytest.raises(DataError, match="No other picture is left"):
+    with pytest.raises(DataError, match="No other image is left"):
         scan(ImageSettings(folder=tmp_path, skip_broken=True))
     write(tmp_path / "good.png")
     found = scan(ImageSettings(folder=tmp_path, skip_broken=True))
@@ -215,15 +215,15 @@ def test_every_file_that_is_left_out_is_named_with_its_reason(tmp_path: Path) ->
     assert set(told) == {*texts} - {"dog.txt", "deep/owl.TXT", ".hidden.txt", "Thumbs.db"}
     assert "caption of cat.png is looked for as cat.txt" in told["cat.png.txt"]
     assert "another file holds the caption of dog.jpg" in told["dog.caption"]
-    assert "without a picture" in told["lost.txt"] == told["deep/cat.txt"] and "video" in told["film.mp4"]
-    assert "convert it" in told["phone.heic"] and "not a picture" in told["notes.md"]
+    assert "without an image" in told["lost.txt"] == told["deep/cat.txt"] and "video" in told["film.mp4"]
+    assert "convert it" in told["phone.heic"] and "not an image" in told["notes.md"]
     assert found.summary()["left out"] == list(found.left_out)
     by_name = scan(ImageSettings(folder=tmp_path, filename_as_tag=True))
     assert any("image_use_filename_as_tag" in line and "dog.txt" in line for line in by_name.left_out)
     for path in tmp_path.rglob("*"):
         if path.suffix in (".png", ".jpg", ".jfif"):
             path.unlink()
-    with pytest.raises(DataError, match="no picture in it.*1 .a picture type that is not read here"):
+    with pytest.raises(DataError, match="no image in it.*1 .an image type that is not read here"):
         scan(ImageSettings(folder=tmp_path))
 
 

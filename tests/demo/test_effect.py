@@ -12,7 +12,7 @@ def test_the_demo_teaches_its_word_and_measures_it(tmp_path, capfd):
     assert main(["demo", "--output-dir", str(tmp_path)]) == 0
     *lines, last = capfd.readouterr().out.strip().splitlines()
     named = dict(line.split(maxsplit=1) for line in lines[-3:])
-    assert all(Path(named[name]).is_file() for name in ("LoRA:", "Picture:", "Log:"))
+    assert all(Path(named[name]).is_file() for name in ("LoRA:", "Image:", "Log:"))
 
     found = json.loads(last)
     before, after = found["asked_before"], found["asked_after"]

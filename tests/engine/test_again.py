@@ -117,7 +117,7 @@ def test_a_run_folder_is_of_one_process(case, tmp_path):
     places = case.places.under(tmp_path)
     held = [new_folder(places, "same") for _ in range(3)]  # in one second, as a rule
     assert len({one.path for one in held}) == 3
-    with pytest.raises(TrainingError, match="going on in another process"):
+    with pytest.raises(TrainingError, match="running in another process"):
         open_folder(held[0].path)
     held[0].keep_job(case.job())
     for one in held:

@@ -111,7 +111,7 @@ def test_without_a_file_the_curvature_is_measured_and_a_resumed_run_goes_on_alik
     own |= {"train_state_every": 2, "network_targets": "unet", "network_type": "experts", "network_routing": "input"}
     whole = engine_case.Trace()
     case.run(whole, save_lora_name="measured", **own)
-    assert "was measured on drawings of 1 prompts" in told(whole)
+    assert "was measured on samples of 1 prompts" in told(whole)
     control, half = Control(), engine_case.Trace()
 
     def stop(event):

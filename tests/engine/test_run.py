@@ -127,10 +127,10 @@ def test_dry_run_reports_and_writes_nothing(case):
 @pytest.mark.parametrize(
     ("changes", "first"),
     [
-        ({"prior_loss_weight": 1, "prior_states": 1200}, ["Holds ordinary prompts at"]),
+        ({"prior_loss_weight": 1, "prior_states": 1200}, ["Keeps ordinary prompts"]),
         ({"abm_enabled": True}, ["keeps the signs of the gates"]),
-        ({"network_init": "pissa", "lalora_lambda": 0.5}, ["Starts the adapter from", "Holds the adapter back"]),
-        ({"lalora_lambda": 1.0}, ["Holds the adapter back"]),
+        ({"network_init": "pissa", "lalora_lambda": 0.5}, ["Starts the adapter from", "Limits changes of the weights"]),
+        ({"lalora_lambda": 1.0}, ["Limits changes of the weights"]),
         ({"mode": "iLECO", "ileco_bank": 24, "original prompt": "red"}, ["Makes the 24 states of ileco_bank."]),
         ({"mode": "Instant", "original prompt": "red", "target prompt": "blue"}, ["Solves for every layer"]),
         ({}, []),

@@ -116,7 +116,7 @@ def test_a_preview_that_does_not_fit_is_left_out_with_a_warning(case) -> None:
     with nothing_left_while(shortage.PREVIEW):
         result = case.run(listen, **settings, save_lora_name="pictureless")
     assert result.reason == "done" and result.path.is_file() and not pictures
-    assert "at step 1. The training goes on. " in notes[0].text and notes[1].text.endswith("2. Memory ran out again.")
+    assert "at step 1. The training continues. " in notes[0].text and notes[1].text.endswith("2. Memory ran out again.")
     assert "train_VAE_precision" in notes[0].text and "sample_every 0 (now 1)" in notes[0].text
 
 
@@ -262,6 +262,8 @@ def test_alone_it_gives_everything_back_after_runs_and_pictures(case, monkeypatc
     assert bench.picture(picture).size == (64, 64)
     assert given == ["run", "run", "picture"]
     monkeypatch.setattr("trainer.cli.draw.sample_latents", lambda *_: Full().__torch_dispatch__(torch.empty, (), (1,)))
-    with pytest.raises(MemoryShortageError, match="while drawing a picture .* Draw a smaller picture; or close other"):
+    with pytest.raises(
+        MemoryShortageError, match="while generating an image .* Generate a smaller image; or close other"
+    ):
         bench.picture(picture)
     assert given[3:] == ["picture"]

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(bool(library.missing()), reason=library.missing()),
 ]
 WITHIN = 0.15
-PHASES = {"encoding images", "encoding texts", "training", "drawing a preview"}
+PHASES = {"encoding images", "encoding texts", "training", "generating a preview"}
 
 
 def test_every_figure_of_the_memory_report_is_within_15_percent_of_what_is_counted():

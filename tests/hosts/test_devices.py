@@ -56,7 +56,7 @@ def test_another_device_than_the_webuis_is_reported(make, monkeypatch) -> None:
     told = Told()
     with host.borrow(host.resolve(job()), told.log) as model:
         assert model.device.type == "cpu"
-        assert "draws on cuda, but this training computes on cpu" in told
+        assert "generates on cuda, but this training computes on cpu" in told
 
 
 def test_a_webui_that_cannot_be_asked_gets_the_best_device(make, monkeypatch) -> None:

@@ -86,7 +86,7 @@ def test_the_facts_of_a_run() -> None:
     texts = [line["text"] for line in live.lines()]
     assert texts == [
         "before any run",
-        "Drew 20 sample picture(s) at step 4.",
+        "Generated 20 sample image(s) at step 4.",
         "Saved a_4steps.safetensors (step 4).",
         "the disk is full",
     ]

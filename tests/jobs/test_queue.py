@@ -155,7 +155,7 @@ def test_a_stopped_job_goes_on_from_its_folder(pair: tuple[Queue, Gate]) -> None
     assert queue.resume(a.id).resume
     assert queue.wait(60)
     assert gate.ran[1].resume and gate.ran[1].folder == folder and queue.get(a.id).state == "done"
-    with pytest.raises(QueueError, match="cannot go on"):
+    with pytest.raises(QueueError, match="cannot be resumed"):
         queue.resume(a.id)
 
 
@@ -170,7 +170,7 @@ def test_a_job_without_a_state_or_whose_name_is_taken_cannot_go_on(pair: tuple[Q
         queue.resume(a.id)
     queue.delete(b.id)
     (Path(queue.get(a.id).folder) / "state").unlink()
-    with pytest.raises(QueueError, match="has no state"):
+    with pytest.raises(QueueError, match="has no saved state"):
         queue.resume(a.id)
 
 

@@ -355,7 +355,7 @@ def test_an_instant_start_needs_words(case):
 def test_an_empty_original_is_warned_of(case):
     given = case.settings(**{**ILECO, "original prompt": "red\n\ncat", "target prompt": "a\nb\nc"})
     (line,) = (line for line in load(given, catalogue()).warnings if "prompt" in line)
-    assert "affect everything" in line
+    assert "affect every image" in line
 
 
 def test_traintrains_text_is_one_prompt(case):

@@ -93,7 +93,7 @@ def test_both_passes_have_their_own_settings_files_and_logs(case):
     # The same picture again: the first pass is taken from the cache, and the second is the same bit for bit.
     again = Watch()
     case.run(again, save_lora_name="again", data_cache="disk", **TWO)
-    assert again.passes == watch.passes[1:] and "same picture and settings" in again.notes
+    assert again.passes == watch.passes[1:] and "same image and settings" in again.notes
     # Another target on the same original shares it too, another prompt does not.
     other = Watch()
     changes = {**TWO, "target image": str(case.pictures / "b_t.png")}
@@ -118,7 +118,7 @@ def test_the_first_pass_alone_is_there_for_later_runs(case):
     case.run(alone, save_lora_name="first", **{**changes, "diff_1st_pass_only": True})
     case.run(both, save_lora_name="then", **changes)
     assert [len(one) for one in alone.passes] == [4] and [len(one) for one in both.passes] == [3]
-    assert "same picture and settings" in both.notes
+    assert "same image and settings" in both.notes
 
 
 SAME_COPY = [

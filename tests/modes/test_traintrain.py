@@ -217,7 +217,7 @@ def test_prompts_stand_in_for_captions_that_are_missing(case, tmp_path):
     assert not list(unused_prompts(job, found))
     (tmp_path / "p1.txt").write_text("a", encoding="utf-8")
     assert list(unused_prompts(job, find_pair_data(job))) == [
-        "original prompt has no effect: every picture has a caption of its own, which is used instead."
+        "original prompt has no effect: every image has a caption of its own, which is used instead."
     ]
 
 

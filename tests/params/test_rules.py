@@ -52,7 +52,7 @@ def test_folder_modes_need_a_folder():
 def test_modes_that_compare_two_pictures_need_both():
     for mode in ("Difference", "ADDifT"):
         assert refused(mode=mode).keys() == {"original image", "target image"}
-        assert "compares two pictures" in refused(mode=mode, original_image="a.png")["target image"]
+        assert "compares two images" in refused(mode=mode, original_image="a.png")["target image"]
         assert load({"mode": mode}, TABLE, complete=False)
 
 

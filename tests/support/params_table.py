@@ -12,11 +12,11 @@ MODES = {
     "iLECO": ModeInfo("iLECO", "From prompts.", RUN | {"prompts", "size", "te_train"}),
     "Difference": ModeInfo(
         "Difference",
-        "From two pictures, one after the other.",
+        "From two images, one after the other.",
         RUN | {"prompts", "pictures", "folder", "trigger", "resume", "first_pass"},
         second=frozenset({"second", "steps"}),
     ),
-    "ADDifT": ModeInfo("ADDifT", "From two pictures.", RUN | {"prompts", "pictures", "trigger", "pair"}),
+    "ADDifT": ModeInfo("ADDifT", "From two images.", RUN | {"prompts", "pictures", "trigger", "pair"}),
     "Multi-ADDifT": ModeInfo(
         "Multi-ADDifT", "From pairs.", RUN | {"folder", "pair_name", "trigger", "size", "resume", "pair"}
     ),

@@ -135,7 +135,7 @@ class PageWorker:
         log.note("Loading demo.")
         for done in range(1, 5):
             time.sleep(0.1)
-            log.tell(Stage("encoding pictures", done, 4))
+            log.tell(Stage("encoding images", done, 4))
         log.tell(Preflight({"model": "demo", "iterations": total}))
         folder = self._places.logs / "2026-01-01" / f"120000-{entry.name}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def test_each_size_is_made_from_the_original_and_keeps_its_middle(tmp_path: Path
     picture = noise((100, 60))
     picture.save(source / "cat.png")
     (source / "cat.txt").write_text("a cat")
-    (source / "dog.txt").write_text("no picture of this name")
+    (source / "dog.txt").write_text("no image of this name")
     order = parse_resize("32x32, 64X64,1000x1000")
     written = resize_pictures(source, target, order)
     assert [path.name for path in written] == ["cat+32x32.png", "cat+64x64.png", "cat+1000x1000.png"]
@@ -139,7 +139,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.txt").write_text("x")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    for source, words in (("empty", "no picture in"), ("gone", "neither a folder"), ("words.txt", "no picture file")):
+    for source, words in (("empty", "no image in"), ("gone", "neither a folder"), ("words.txt", "no image file")):
         with pytest.raises(DataError, match=words):
             augment_pictures(tmp_path / source, tmp_path / "out", AugmentSettings())
     with pytest.raises(DataError, match=r"broken\.png cannot be read"):

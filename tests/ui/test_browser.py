@@ -228,7 +228,7 @@ def test_picture_tools_and_comparison(page: Page, tmp_path: Path) -> None:
     page.until("twelve previews", count("#atelier_resize_grid img", 12))
     assert "32 × 32" in page.page.locator("#atelier_resize_grid figcaption >> nth=0").inner_text()
     page.id("resize_write").click()
-    written = "document.querySelector('#atelier_resize_note').textContent.startsWith('24 pictures')"
+    written = "document.querySelector('#atelier_resize_note').textContent.startsWith('24 images')"
     page.until("they are written", written)
     page.seen(f"{VERSION}-pictures")
     page.id("resize_train").click()

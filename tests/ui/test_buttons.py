@@ -102,7 +102,7 @@ def test_turned_copies_and_dropped_logs(page: Page, tmp_path: Path) -> None:
     page.id("augment_preview").click()
     page.until("twelve previews", count("#atelier_augment_grid img", 12))
     page.id("augment_write").click()
-    told = "document.querySelector('#atelier_augment_note').textContent.startsWith('12 pictures')"
+    told = "document.querySelector('#atelier_augment_note').textContent.startsWith('12 images')"
     page.until("they are written", told)
     page.id("tab_plot").click()
     log = tmp_path / "mine.csv"

@@ -175,7 +175,7 @@ def told_by_the_table() -> dict[str, set[str]]:
 def test_every_word_of_the_page_is_there_in_japanese() -> None:
     japanese = json.loads((ROOT / "localizations" / "ja_JP.json").read_text(encoding="utf-8"))
     stages = page_words.of_stages()
-    assert {"encoding pictures", "encoding captions"} <= stages
+    assert {"encoding images", "encoding captions"} <= stages
     own = page_words.of_page(TABLE) | page_words.of_scripts() | stages
     own |= {"Step", "Loss", "Learning rate"}  # the axes of the plot
     own |= {parameter.spec.unit for parameter in TABLE.parameters} - {"", "px"}

@@ -120,7 +120,7 @@ def compare(page: Page) -> None:
     page.page.locator("#atelier_try > summary").click()
     page.fill(try_width=64, try_height=64, try_steps=2, try_prompt="a flamingo circle")
     page.id("compare_now").click()
-    page.until("four pictures", "document.querySelectorAll('#atelier_draw_grid img').length === 4")
+    page.until("four images", "document.querySelectorAll('#atelier_draw_grid img').length === 4")
     assert page.page.locator("#atelier_draw_grid figcaption").all_inner_texts() == ["-1", "0", "0.5", "1"]
     pictures = shown_pictures(page)
     assert {one.size for one in pictures} == {(64, 64)} and len({one.tobytes() for one in pictures}) == 4

@@ -29,7 +29,7 @@ class SvdParams:
 
     svd_cache_path: str = param(
         "",
-        "File that keeps the decompositions of the model's weights for the next run. Empty computes them anew.",
+        "File that keeps the decompositions of the model's weights for the next run. Empty computes them in every run.",
         "option",
         needs="svd",
         holds="file",

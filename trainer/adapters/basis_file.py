@@ -79,7 +79,7 @@ def _ours(tensors: Mapping[str, Tensor], file: str) -> dict[str, Basis]:
     for name in names:
         basis = Basis(*(taken(tensors, f"{name}.{part}", 2, file) for part in (DOWN, UP, MEAN)))
         if not basis.down.shape[0] == basis.up.shape[1] == basis.mean.shape[0] == basis.mean.shape[1]:
-            raise AdapterError(f"{file}: the bases of {brief(name)} have different sizes. Make the file anew.")
+            raise AdapterError(f"{file}: the bases of {brief(name)} have different sizes. Make the file again.")
         found[plain_name(name)] = basis
     return found
 
@@ -95,7 +95,7 @@ def _of_fork(tensors: Mapping[str, Tensor], file: str) -> dict[str, Basis]:
             head = f"{name}.lora_{side}.weight"
             mean, components = taken(tensors, f"{head}.mean", 1, file), taken(tensors, f"{head}.basis", 2, file)
             if len(mean) != len(components):
-                raise AdapterError(f"{file}: {brief(head)} has a mean and a basis of two sizes. Make the file anew.")
+                raise AdapterError(f"{file}: {brief(head)} has a mean and a basis of two sizes. Make the file again.")
             sides[side] = mean, torch.linalg.qr(torch.cat([mean[:, None], components], dim=1)).Q
         (mean_down, down), (mean_up, up) = sides["down"], sides["up"]
         count = min(down.shape[1], up.shape[1])

@@ -63,7 +63,7 @@ def taken(tensors: Mapping[str, Tensor], name: str, axes: int, file: str) -> Ten
     found = tensors.get(name)
     if found is None or found.ndim != axes or not found.numel():
         form = "is missing" if found is None else f"has the shape {list(found.shape)}"
-        raise AdapterError(f"{file}: {brief(name)} {form}, and {axes} axes are needed. Make the file anew.")
+        raise AdapterError(f"{file}: {brief(name)} {form}, and {axes} axes are needed. Make the file again.")
     return found.float()
 
 

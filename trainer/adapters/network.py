@@ -233,7 +233,9 @@ class Network(nn.Module):
             raise AdapterError(f"{error} {seen}") from error
         large = next((key for key, own in values.items() if not all(map(_all_finite, own.values()))), None)
         if large is not None:
-            raise AdapterError(f"The LoRA file's numbers for {large} are too large to go on with. Choose another file.")
+            raise AdapterError(
+                f"The LoRA file's numbers for {large} are too large to continue from. Choose another file."
+            )
         self._refuse_disagreement(values)
         for key, value in values.items():
             self.adapters[key].assign(value)
@@ -251,7 +253,7 @@ class Network(nn.Module):
                 if not torch.allclose(before, value, rtol=1e-3, atol=1e-6):
                     raise AdapterError(
                         f"{first} and {key} have different down matrices in the file, and network_type {self.spec.type}"
-                        " has one for both. Choose network_type lierla to go on with a LoRA of another kind."
+                        " has one for both. Choose network_type lierla to continue from a LoRA of another kind."
                     )
 
     def _sort(

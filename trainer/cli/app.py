@@ -134,5 +134,5 @@ def greeting(port: int, options: AppOptions) -> str:
         if not options.login:
             lines.append("Whoever can reach it can use it: --auth NAME:PASSWORD sets a password.")
         if options.data_root is None:
-            lines.append("Only the demo's pictures may be trained on: --data-root FOLDER names a folder for others.")
+            lines.append("Only the demo's images may be trained on: --data-root FOLDER names a folder for others.")
     return "\n".join(lines)

@@ -36,10 +36,10 @@ def demo(places: Places, overrides: Sequence[str], control: Control) -> int:
     trained = time.perf_counter() - started
     if result.path is None or result.folder is None:
         return 130
-    log.note("Sampling 600 pictures with and without the LoRA.")
+    log.note("Sampling 600 images with and without the LoRA.")
     effect, picture = _after(job, places, result.path, result.folder, log)
     print(f"LoRA:    {result.path}")
-    print(f"Picture: {picture}")
+    print(f"Image:   {picture}")
     print(f"Log:     {result.folder / (job[core.Save].save_lora_name + '.csv')}")
     seconds = {"training": round(trained, 1), "whole": round(time.perf_counter() - started, 1)}
     print(json.dumps({**effect, "steps": job[core.Train].train_iterations, "seconds": seconds}))

@@ -115,7 +115,9 @@ def network_of(path: Path, model: Model) -> Network:
     tensors, metadata = read_any(path)
     jobs = [job for job in (_own_job(metadata), _plain_job(tensors)) if job is not None]
     if not jobs:
-        raise AdapterError(f"{path.name} is not a kind of LoRA that can be drawn with here. Use a WebUI for it.")
+        raise AdapterError(
+            f"{path.name} is a kind of LoRA that images cannot be generated with here. Use a WebUI for it."
+        )
     faults: list[AtelierError] = []
     for job in jobs:
         try:
@@ -124,7 +126,7 @@ def network_of(path: Path, model: Model) -> Network:
             return network
         except AtelierError as fault:
             faults.append(fault)
-    raise AdapterError(f"{path.name} cannot be drawn with: {faults[0]}") from faults[0]
+    raise AdapterError(f"{path.name} cannot generate images: {faults[0]}") from faults[0]
 
 
 def as_trained(wish: Wish, lora: Path) -> Wish:

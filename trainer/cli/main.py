@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}" if options.verbose else str(error), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("Ended at once.", file=sys.stderr)
+            print("Ended immediately.", file=sys.stderr)
             return STOPPED
 
 
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("small", "sd15"),
         help="sizes of the UNet, one after the other: 5.5 M and 860 M parameters",
     )
-    bench.add_argument("--steps", type=int, default=12, help="rounds that count (two more warm up)")
+    bench.add_argument("--steps", type=int, default=12, help="measured repeats (two more warm up)")
     bench.add_argument("--batch", type=int, default=None, help="samples per step (small: 8, sd15: 1)")
     bench.add_argument("--latents", type=int, default=8, help="side of the square latents")
     bench.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="wall, or CPU seconds of the process")

@@ -44,13 +44,15 @@ def add_curvature(
     commands: Any, add_places: Callable[[argparse.ArgumentParser], None], places: Callable[[argparse.Namespace], Places]
 ) -> None:
     """The command `curvature`; the flags of folders and what becomes of them are those of the other commands."""
-    found = commands.add_parser("curvature", help="measure what ordinary pictures depend on, for lalora_context_path")
+    found = commands.add_parser("curvature", help="measure what ordinary images depend on, for lalora_context_path")
     found.add_argument("--model", required=True, help="base model: a file, a name in the model folder, or demo")
     found.add_argument("--out", type=Path, required=True, help="file to write, ending in .safetensors")
-    found.add_argument("--pictures", default="", metavar="FOLDER", help="pictures to keep; else the model draws")
-    found.add_argument("--prompts", type=Path, metavar="FILE", help="prompts it draws, one per line")
+    found.add_argument(
+        "--pictures", default="", metavar="FOLDER", help="images to preserve; without them the model generates its own"
+    )
+    found.add_argument("--prompts", type=Path, metavar="FILE", help="prompts of these images, one per line")
     found.add_argument("--states", type=int, default=64, help="states that are measured (64)")
-    found.add_argument("--labels", choices=("model", "data"), default="model", help="data: the pictures' own noise")
+    found.add_argument("--labels", choices=("model", "data"), default="model", help="data: the images' own noise")
     found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the training")
     found.add_argument("--json", action="store_true", help="the report as one JSON object")
     add_places(found)

@@ -55,7 +55,7 @@ class Terminal:
         elif isinstance(event, Saved):
             self._line(f"Saved {event.path} (step {event.step}).")
         elif isinstance(event, Sampled):
-            self._line(f"Drew {len(event.paths)} sample picture(s) at step {event.step}.")
+            self._line(f"Generated {len(event.paths)} sample image(s) at step {event.step}.")
         elif isinstance(event, Finished):
             self.close()
             if event.reason == "stopped":

@@ -108,7 +108,7 @@ class Bench:
         try:
             self.host.refresh_loras()
         except Exception as error:
-            log.warn(f"The list of LoRAs could not be read anew ({error}). Refresh it in the WebUI.")
+            log.warn(f"The list of LoRAs could not be refreshed ({error}). Refresh it in the WebUI.")
 
     @contextlib.contextmanager
     def _watched(self, job: Job, log: EventLog, entry: Entry) -> Iterator[None]:
@@ -195,7 +195,7 @@ class Bench:
         raw = {"format": 1, "mode": "LoRA", "model": wish.model, "vae": wish.vae, "te": wish.te}
         task = self.host.resolve(load(raw, catalogue(), complete=False).job)[core.Task]
         if not self._turn.acquire(blocking=False):
-            raise QueueError("A training is running or a picture is being drawn. Draw when it has ended.")
+            raise QueueError("A training is running or an image is being generated. Try again when it has ended.")
         try:
             return self._easel.draw(wish, lora, task, self._device())
         finally:

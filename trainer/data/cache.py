@@ -113,8 +113,8 @@ class TensorCache:
         if not self._warned:
             self._warned = True
             self._warn(
-                f"The cache folder {str(self._folder)!r} cannot be written: {writing.why(error)}. What it does not "
-                "take stays in memory for this run and is encoded anew in the next one. Make room, or set data_cache = "
+                f"The cache folder {str(self._folder)!r} cannot be written: {writing.why(error)}. What does not "
+                "fit stays in memory for this run and is encoded again in the next. Make room, or set data_cache = "
                 "memory."
             )
 

@@ -80,7 +80,7 @@ class Arrangement:
         report: dict[str, object] = {
             "samples per epoch": sum(item.repeats for item in self.items),
             "buckets": self.bucket_report(),
-            "enlarged pictures": len({item.picture.name for item in self.items if _enlarged(item.placement)}),
+            "enlarged images": len({item.picture.name for item in self.items if _enlarged(item.placement)}),
         }
         if self.multiply > 1:
             report["repeats times image_num_multiply"] = self.multiply
@@ -105,7 +105,7 @@ def arrange(pictures: Sequence[Picture], settings: ImageSettings) -> Arrangement
             too_small.append(picture.name)
     if not items:
         raise DataError(
-            f"All {len(pictures)} pictures are smaller than their buckets and image_disable_upscale is on: "
+            f"All {len(pictures)} images are smaller than their buckets and image_disable_upscale is on: "
             f"{listed(too_small)}. Lower image_size(height, width) or switch image_disable_upscale off."
         )
     copies = (settings.sub_images, min(settings.sub_images, len(shrink)))

@@ -51,7 +51,7 @@ def check_pictures(
     """Key → whether it is of a picture with transparent parts."""
     for done, (picture, placements) in enumerate(work):
         if progress:
-            progress("checking pictures", done, len(work))
+            progress("checking images", done, len(work))
         try:
             data = picture_bytes(picture.path)
             content = hashlib.sha256(data).hexdigest()
@@ -74,7 +74,7 @@ def check_pictures(
             checked.transparent.append(picture.name)
         checked.pending += pending
     if progress:
-        progress("checking pictures", len(work), len(work))
+        progress("checking images", len(work), len(work))
     return checked
 
 
@@ -89,10 +89,10 @@ def encode_pending(
     """
     for done, item in enumerate(pending):
         if progress:
-            progress("encoding pictures", done, len(pending))
+            progress("encoding images", done, len(pending))
         _encode(item, encode_images, cache)
     if progress and pending:
-        progress("encoding pictures", len(pending), len(pending))
+        progress("encoding images", len(pending), len(pending))
 
 
 def latents_key(content: str, placement: Placement, vae: str) -> str:
@@ -129,7 +129,7 @@ def _encode(item: Pending, encode_images: EncodeImages, cache: TensorCache) -> N
         mean_BCHW, std_BCHW = encode_images(rgb_CHW[None])
     name = item.picture.name
     if mean_BCHW.dim() != 4 or len(mean_BCHW) != 1 or mean_BCHW.shape != std_BCHW.shape:
-        raise DataError(f"The VAE gave latents of shape {tuple(mean_BCHW.shape)} for one picture ({name}).")
+        raise DataError(f"The VAE gave latents of shape {tuple(mean_BCHW.shape)} for one image ({name}).")
     if not (torch.isfinite(mean_BCHW).all() and torch.isfinite(std_BCHW).all()):
         raise DataError(
             f"The VAE gave latents that are not finite for {name}. "

@@ -152,7 +152,7 @@ def fit(rgb: Image.Image, mask: Image.Image | None, placement: Placement) -> tup
     """
     if rgb.size != placement.size:
         told, found = (f"{width}×{height}" for width, height in (placement.size, rgb.size))
-        raise BrokenPicture(f"the header says {told} pixels but the picture has {found}")
+        raise BrokenPicture(f"the header says {told} pixels but the image has {found}")
     # Resizing only the part that stays gives the same pixels as cropping afterwards, also for a 1 × 5000 picture.
     rgb = rgb.resize(placement.bucket, Image.Resampling.LANCZOS, box=placement.box)
     if mask is not None:
@@ -198,7 +198,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if not (low >= 0 and high <= white):
         raise BrokenPicture(
             f"its grey levels run from {low:g} to {high:g}; 0 to 1 (floating point) or 0 to 65535 can be read. "
-            "Save it as an 8-bit picture"
+            "Save it as an 8-bit image"
         )
     grey = np.empty(levels.shape, np.uint8)
     for top in range(0, len(levels), _STRIP):
@@ -252,7 +252,7 @@ def _has_late_metadata(path: Path) -> bool:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture of a kind that is read, or damaged at its start"
+        return "not an image of a kind that is read, or damaged at its start"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return "it has more pixels than are read. Make it smaller first"
     return why(error)

@@ -17,9 +17,9 @@ _OTHER_PICTURES = (
     *(".cr2", ".nef", ".arw", ".dng", ".apng", ".jpe"),
 )
 _KINDS = {
-    **dict.fromkeys(_OTHER_PICTURES, "a picture type that is not read here; convert it to PNG or JPEG"),
+    **dict.fromkeys(_OTHER_PICTURES, "an image type that is not read here; convert it to PNG or JPEG"),
     **dict.fromkeys((".npz", ".safetensors", ".pt"), "latents or weights of another program"),
-    **dict.fromkeys((".mp4", ".webm", ".mov", ".avi", ".mkv"), "a video; give single pictures"),
+    **dict.fromkeys((".mp4", ".webm", ".mov", ".avi", ".mkv"), "a video; give single images"),
     **dict.fromkeys((".zip", ".rar", ".7z", ".tar", ".gz"), "an archive; unpack it"),
 }
 
@@ -35,12 +35,12 @@ def reasons(others: Iterable[str], pictures: Collection[str], by_name: bool) -> 
         if path.name.startswith(".") or path.name.lower() in _OF_THE_SYSTEM:
             continue
         if path.suffix.lower() not in CAPTION_TYPES:
-            yield name, _KINDS.get(path.suffix.lower(), "not a picture")
+            yield name, _KINDS.get(path.suffix.lower(), "not an image")
         elif (stem := str(path.with_suffix(""))) in pictures:
             own = PurePath(stem).with_suffix(path.suffix).name
             yield name, f"the caption of {PurePath(stem).name} is looked for as {own}; rename it"
         elif stem not in stems:
-            yield name, "a caption without a picture of its name"
+            yield name, "a caption without an image of its name"
         elif by_name:
             yield name, "image_use_filename_as_tag takes captions from file names"
         else:

@@ -67,7 +67,7 @@ def icon_refusal(data: bytes) -> str:
         png = inside.startswith(b"\x89PNG")
         width, height = struct.unpack(">II", inside[16:24]) if png else struct.unpack("<ii", inside[4:12])
         if abs(width) * abs(height) > LARGEST_ICON:
-            return f"a picture in it has {width}×{height} pixels; at most {LARGEST_ICON // 10**6} megapixels are read"
+            return f"an image in it has {width}×{height} pixels; at most {LARGEST_ICON // 10**6} megapixels are read"
     return ""
 
 

@@ -58,7 +58,7 @@ def single_pair(original: Path, target: Path, captions: tuple[str, str], masked:
             faults.append(f"{field} {path.name} ({_times(size)} pixels; each side needs {LEAST_EDGE})")
         sides.append(Picture(path, path.name, path.parent.name or "pictures", size, caption, bool(caption), 1))
     if faults:
-        raise DataError(f"The pictures cannot be used: {listed(faults)}. Choose others.")
+        raise DataError(f"The images cannot be used: {listed(faults)}. Choose others.")
     first, second = sides
     found = PairScan(*(Scan((side,), (), "one pair") for side in (first, second)))
     _refuse([*_unequal(first, second)] or [*_identical(first, second, masked)])
@@ -82,9 +82,9 @@ def find_pairs(settings: ImageSettings, suffix: str, masked: bool = False) -> Pa
         partner, source = stem + suffix, stem.removesuffix(suffix) if stem.endswith(suffix) else ""
         names = {*by_stem, *broken}
         if len(pictures) > 1:
-            faults.append(" and ".join(picture.name for picture in pictures) + " (two pictures of one name)")
+            faults.append(" and ".join(picture.name for picture in pictures) + " (two images of one name)")
         elif source in names and partner in names:
-            faults.append(f"{pictures[0].name} (it is the target of one picture and the original of another)")
+            faults.append(f"{pictures[0].name} (it is the target of one image and the original of another)")
         elif partner in by_stem:
             originals.append(pictures[0])
             targets.append(by_stem[partner][0])
@@ -94,7 +94,7 @@ def find_pairs(settings: ImageSettings, suffix: str, masked: bool = False) -> Pa
         faults += [*_unequal(one, other)] or [*_identical(one, other, masked)]
     _refuse(faults)
     if not originals:
-        raise DataError(f"No pair is left: every one has a picture that cannot be read. diff_target_name = {suffix!r}.")
+        raise DataError(f"No pair is left: every one has an image that cannot be read. diff_target_name = {suffix!r}.")
     rule = f"{found.repeats_rule}; {len(originals)} pairs"
     return PairScan(Scan(tuple(originals), found.broken, rule, found.left_out), Scan(tuple(targets), (), rule))
 
@@ -240,7 +240,7 @@ def build_pairs(
         if (key := (partner[item.picture.name], item.placement)) in places
     ]
     if not pairs:
-        raise DataError("No pair is left: of every one a picture cannot be read. Repair or replace them.")
+        raise DataError("No pair is left: of every one an image cannot be read. Repair or replace them.")
     masks = []
     if mask is not None:
         masks = [_mask(sides[0], sides[1], pair, encoding.cache, mask) for pair in pairs]
@@ -320,7 +320,7 @@ def _summed(one_CHW: torch.Tensor, other_CHW: torch.Tensor) -> torch.Tensor:
 def _refuse(faults: Sequence[str]) -> None:
     if faults:
         raise DataError(
-            f"{len(faults)} pictures or pairs cannot be used: {listed(list(faults))}. Both pictures of a pair need the"
+            f"{len(faults)} images or pairs cannot be used: {listed(list(faults))}. Both images of a pair need the"
             " same size and different content; in a folder, both the same name, the target's with diff_target_name at"
             " its end."
         )

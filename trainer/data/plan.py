@@ -33,7 +33,7 @@ class Plan:
             raise DataError(f"train_batch_size = {batch_size}: must be 1 or more.")
         self._pools = tuple(tuple(pool) for pool in pools if pool)
         if not self._pools:
-            raise DataError("There are no pictures to make batches from.")
+            raise DataError("There are no images to make batches from.")
         self._seed = seed
         self._batch_size = batch_size
         self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())

@@ -91,12 +91,12 @@ def scan(settings: ImageSettings) -> Scan:
     root = settings.folder
     if not is_dir(root):
         what = why_absent(root) or "is a file"
-        raise DataError(f"lora_data_directory = {str(root)!r} {what}. Give the folder that holds the pictures.")
+        raise DataError(f"lora_data_directory = {str(root)!r} {what}. Give the folder that holds the images.")
     found, others = _files(root, settings.filename_as_tag)
     left_out = tuple(by_reason(reasons(others, {file.name for file in found}, settings.filename_as_tag)))
     if not found:
         raise DataError(
-            f"lora_data_directory = {str(root)!r}: no picture in it or its sub-folders. Looked for "
+            f"lora_data_directory = {str(root)!r}: no image in it or its sub-folders. Looked for "
             f"{' '.join(kind[1:] for kind in PICTURE_TYPES)}, hidden files left out. Check the folder."
             + (f" What lies there: {'; '.join(left_out)}." if left_out else "")
         )
@@ -125,15 +125,15 @@ def refuse_broken(broken: list[Broken], whole: int, skip: bool) -> None:
         return
     if not broken:
         if not whole:
-            raise DataError("No picture is left: every folder is named 0_…, which counts its pictures zero times.")
+            raise DataError("No image is left: every folder is named 0_…, which counts its images zero times.")
         return
     advice = (
-        "No other picture is left. Repair or replace them."
+        "No other image is left. Repair or replace them."
         if skip or not whole
         else "Repair or remove them, or switch data_skip_broken on to train without them."
     )
     names = listed(map(str, broken))
-    raise DataError(f"{len(broken)} of {len(broken) + whole} pictures cannot be read: {names}. {advice}")
+    raise DataError(f"{len(broken)} of {len(broken) + whole} images cannot be read: {names}. {advice}")
 
 
 def listed(names: Iterator[str] | list[str]) -> str:
@@ -206,10 +206,10 @@ def _repeats(root: Path, found: list[_Found]) -> tuple[dict[str, int], str]:
     if not folders:
         own = _base_name(root)
         hint = f"; its own name {own!r} is not read as repeats: give the folder above it for that"
-        return {}, f"each picture counts once (no sub-folders{hint if _REPEATS.fullmatch(own) else ''})"
+        return {}, f"each image counts once (no sub-folders{hint if _REPEATS.fullmatch(own) else ''})"
     if others:
         shown = ", ".join(map(repr, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        return {}, f"each picture counts once (not named like 10_name: {shown})"
+        return {}, f"each image counts once (not named like 10_name: {shown})"
     repeats = {folder: int(match.group(1)) for folder, match in matches.items() if match}
     words = ", ".join(f"{folder} × {count}" + ("" if count else " (left out)") for folder, count in repeats.items())
     loose = sum(not _folder(file.name) for file in found)

@@ -45,9 +45,9 @@ class ImageSettings:
             if value <= 0 or value % PIXELS_PER_LATENT
         ]
         if self.folder == Path():  # what an empty field becomes; the folder the program was started in is never meant
-            found.insert(0, Problem("lora_data_directory", str(self.folder), "give the folder that holds the pictures"))
+            found.insert(0, Problem("lora_data_directory", str(self.folder), "give the folder that holds the images"))
         if not math.isfinite(self.max_ratio) or self.max_ratio < 1:
-            found.append(Problem("image_max_ratio", self.max_ratio, "must be 1 (square pictures only) or more"))
+            found.append(Problem("image_max_ratio", self.max_ratio, "must be 1 (square images only) or more"))
         if self.sub_images < 0:
             found.append(Problem("sub_image_num", self.sub_images, "must be 0 (no sub-images) or more"))
         if self.multiply < 1:

@@ -244,7 +244,7 @@ def unused_prompts(job: Job, found: PairScan) -> Iterator[str]:
     if all(picture.captioned for side in (found.originals, found.targets) for picture in side.pictures):
         for field, typed in (("original prompt", task.original_prompt), ("target prompt", task.target_prompt)):
             if typed.strip():
-                yield f"{field} has no effect: every picture has a caption of its own, which is used instead."
+                yield f"{field} has no effect: every image has a caption of its own, which is used instead."
 
 
 def limits(job: Job, batches_per_epoch: int | None, processes: int) -> Limits:

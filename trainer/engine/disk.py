@@ -32,7 +32,7 @@ _USUAL_RANK, _LARGE_RANK = 16, 64
 _ADVICE = {
     "save_lora_name": "save fewer intermediate files",
     "train_state_every": "set train_state_every = 0",
-    "sample_every": "draw fewer previews",
+    "sample_every": "generate fewer previews",
 }
 
 

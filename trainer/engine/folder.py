@@ -78,7 +78,9 @@ def open_folder(path: Path) -> RunFolder:
     try:
         held = _held(path, new=False)
     except OSError as error:
-        message = f"The run folder {path} cannot be written: {why(error)}. Free it; the run goes on in its own folder."
+        message = (
+            f"The run folder {path} cannot be written: {why(error)}. Free it; the run continues in its own folder."
+        )
         raise TrainingError(message) from error
     for folder in (path, *path.glob("samples*/")):
         sweep(folder, all_ours=True)
@@ -104,6 +106,6 @@ def _held(path: Path, new: bool) -> RunFolder:
     lock = take(path / LOCK_FILE)
     if lock is None:
         raise TrainingError(
-            f"The run in {path} is going on in another process. Wait until it has ended, or stop it there."
+            f"The run in {path} is running in another process. Wait until it has ended, or stop it there."
         )
     return RunFolder(path, lock, new)

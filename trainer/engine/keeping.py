@@ -68,7 +68,7 @@ class Keeper:
             reason = f"The run folder {self._folder.path} cannot be written: {why(error)}."
         except TrainingError as error:
             reason = str(error)
-        self._warn(f"{reason} The run goes on, and tries again at the next state.")
+        self._warn(f"{reason} The run continues, and tries again at the next state.")
         return reason
 
     def drop_state(self) -> None:
@@ -82,7 +82,7 @@ class Keeper:
         try:
             self.lora(f"_{self._session.step}steps", final=False)
         except (AdapterError, MemoryShortageError) as error:
-            self._warn(f"{error} The run goes on without this file.")
+            self._warn(f"{error} The run continues without this file.")
 
     def lora(self, steps: str = "", final: bool = True) -> Path:
         """Write the LoRA file, with `steps` at the end of its name; returns where it is. Raises AdapterError."""

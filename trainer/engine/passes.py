@@ -165,7 +165,7 @@ class Passes:
         if known is None or int(hit) < session.process.count:  # all processes, or none
             return ""
         _assign(session, known)
-        return "an earlier run with the same picture and settings"
+        return "an earlier run with the same image and settings"
 
     def settle(self, plan: PassPlan, session: Session, trained: bool) -> None:
         """A pass is over: its network stays attached, frozen, and its result is kept for resuming and for other runs.
@@ -182,7 +182,7 @@ class Passes:
         try:
             self.keep_results()
         except TrainingError as error:
-            self.site.log.warn(f"{error} The run goes on; it is tried again before each state.")
+            self.site.log.warn(f"{error} The run continues; it is tried again before each state.")
         session.network.requires_grad_(False)
         for parameter in session.network.parameters():
             parameter.grad = None
@@ -269,8 +269,8 @@ def _read_result(session: Session) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"{path.name}, the result of an earlier pass, cannot be read in {session.folder.name} ({error}). Start the"
-            " job anew."
+            " job again."
         ) from error
     if not _fits(session, tensors):
-        raise TrainingError(f"{path.name} in {session.folder.name} is not of this job. Start the job anew.")
+        raise TrainingError(f"{path.name} in {session.folder.name} is not of this job. Start the job again.")
     return tensors

@@ -220,7 +220,7 @@ def _absent_files(job: Job, resumed: bool) -> Iterator[Problem]:
     """Files that the job names, that its mode uses, and that are not there. A resumed run has its LoRA files inside."""
     needs = MODES.get(job[core.Task].mode).needs
     task, lora = job[core.Task], "there is no such file. Give the name of a LoRA, its path, or leave it empty."
-    picture = "there is no such file. Give the path of a picture."
+    picture = "there is no such file. Give the path of an image."
     named = (
         ("network_resume", job[core.Network].network_resume, "resume", lora),
         ("diff_load_1st_pass", job[core.Pair].diff_load_1st_pass, "first_pass", lora),

@@ -37,13 +37,13 @@ class Previewer:
                 pictures = self._draw(wanted)
         except MemoryShortageError as error:
             self._failed += 1
-            more = f"The training goes on. {error}" if self._failed == 1 else "Memory ran out again."
-            self._log.warn(f"No preview was drawn at step {session.step}. {more}")
+            more = f"The training continues. {error}" if self._failed == 1 else "Memory ran out again."
+            self._log.warn(f"No preview was generated at step {session.step}. {more}")
             return
         try:
             paths = write_samples(pictures, session.folder / f"samples{session.suffix}", f"{session.step:06d}")
         except OSError as error:
-            told = f"The sample images of step {session.step} cannot be written: {why(error)}. The run goes on."
+            told = f"The sample images of step {session.step} cannot be written: {why(error)}. The run continues."
             self._log.warn(told)
             return
         self._log.tell(Sampled(session.step, tuple(map(str, paths))))

@@ -143,10 +143,10 @@ def check_weights(facts: Mapping[str, Any], weights: Weights, model: str, parts:
         told = ", ".join(f"{name} as {before[name][0]}, now {weights.get(name, ['absent'])[0]}" for name in stored)
         raise TrainingError(
             f"The base model is stored in another precision than when this run was stopped: {told}. Load it as before, "
-            "or start the job anew."
+            "or start the job again."
         )
     if other:
         raise TrainingError(
             f"The base model has other weights than when this run was stopped: {', '.join(sorted(other))} of {model} "
-            f"(then {facts.get('model', 'unknown')}). Put the model it began with back, or start the job anew."
+            f"(then {facts.get('model', 'unknown')}). Restore the model it was started with, or start the job again."
         )

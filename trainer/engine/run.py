@@ -115,7 +115,7 @@ def _files() -> Iterator[None]:
         yield
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        message = f"The run had to end: {name}{why(error)}. Make room or free the file; a state that is kept goes on."
+        message = f"The run had to end: {name}{why(error)}. Make room or free the file; a saved state can be resumed."
         raise TrainingError(message) from error
 
 
@@ -224,7 +224,7 @@ def _run_pass(
         kept.settings(places, log)
         if not comparable(saved[1]):
             log.warn(
-                "This run was begun by an older version, which identified model and pictures in another way: it is not "
+                "This run was started by an older version, which identified model and images in another way: it is not "
                 "checked whether they are still the same."
             )
         log.note(f"Resuming after step {session.step} of {session.limits.total_steps}.")
@@ -276,7 +276,7 @@ def _keep_settings(job: Job, places: Places, folder: Path, log: EventLog) -> Non
     try:
         write_new(path, json_bytes(job.to_dict(full=True)))
     except OSError as error:
-        log.warn(f"The settings cannot be written to {path}: {why(error)}. The run goes on; its folder has them too.")
+        log.warn(f"The settings cannot be written to {path}: {why(error)}. The run continues; its folder has them too.")
 
 
 def _train(

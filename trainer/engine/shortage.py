@@ -17,10 +17,10 @@ from ..stages.abm import AbmParams
 from ..stages.prior import PriorParams
 
 LOADING, ADAPTER, IMAGES, TEXTS = "loading the model", "making the adapter", "encoding images", "encoding texts"
-PREPARING, TRAINING, PREVIEW = "preparing the training", "training", "drawing a preview"
+PREPARING, TRAINING, PREVIEW = "preparing the training", "training", "generating a preview"
 SAVING, WHOLE = "saving the LoRA", "running the job"
 """The phases of a run."""
-PICTURE = "drawing a picture"
+PICTURE = "generating an image"
 """Without a run."""
 
 _GIB = 2**30
@@ -119,7 +119,7 @@ def helps(name: str, job: Job | None, device: torch.device) -> list[str]:
     """What to change in this job so that a phase needs less, most helpful first."""
     others = "close other programs that use the GPU" if device.type != "cpu" else "close other programs"
     if job is None:
-        return ["draw a smaller picture", others]
+        return ["generate a smaller image", others]
     by_phase: dict[str, list[Callable[[Job], str]]] = {
         ADAPTER: [_type, _rank],
         IMAGES: [_vae, _size],
@@ -200,4 +200,4 @@ def _rank(job: Job) -> str:
 
 
 def _previews(job: Job) -> str:
-    return f"draw no previews: sample_every 0 (now {job[core.Sample].sample_every})"
+    return f"generate no previews: sample_every 0 (now {job[core.Sample].sample_every})"

@@ -128,7 +128,7 @@ def read_state(folder: Path) -> State:
     if not path.is_file():
         raise TrainingError(
             f"{folder.name} holds no resume state ({STATE_FILE}). A run writes one every train_state_every steps "
-            "and at a stop; start the job anew."
+            "and at a stop; start the job again."
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -140,7 +140,7 @@ def read_state(folder: Path) -> State:
         whole = metadata.get("digest") == _digest(tensors, metadata["state"])
     except (SafetensorError, LookupError, TypeError, ValueError, OSError, RuntimeError, RecursionError) as error:
         raise TrainingError(
-            f"The resume state in {folder.name} cannot be read ({error}). Start the job anew."
+            f"The resume state in {folder.name} cannot be read ({error}). Start the job again."
         ) from error
     if given not in (OLD_FORMAT, FORMAT):
         raise TrainingError(
@@ -149,12 +149,12 @@ def read_state(folder: Path) -> State:
     if not whole and not (given == OLD_FORMAT and "digest" not in metadata):
         raise TrainingError(
             f"The resume state in {folder.name} is damaged: its contents are not those that were written. Put "
-            f"{STATE_FILE} back from a copy, or start the job anew."
+            f"{STATE_FILE} from a copy, or start the job again."
         )
     wrong = [key for key, kinds in _FACTS.items() if type(facts.get(key)) not in kinds]
     wrong += [key for key, fits in _LATER.items() if key in facts and not fits(facts[key])]
     if wrong:
-        raise TrainingError(f"The resume state in {folder.name} is damaged: {', '.join(wrong)}. Start the job anew.")
+        raise TrainingError(f"The resume state in {folder.name} is damaged: {', '.join(wrong)}. Start the job again.")
     return tensors, facts
 
 
@@ -176,7 +176,7 @@ def fitting() -> Iterator[None]:
             raise
         raise TrainingError(
             f"The resume state does not fit this run ({type(error).__name__}: {error}). It is of other settings, of "
-            "other versions of the optimizers, or damaged. Start the job anew."
+            "other versions of the optimizers, or damaged. Start the job again."
         ) from error
 
 
@@ -188,7 +188,7 @@ def restore_state(session: Session, ring: LossRing, tensors: dict[str, Tensor], 
     """
     if comparable(facts) and facts["data"] != session.source.fingerprint():
         raise TrainingError(
-            "The pictures, captions or image settings changed since this run was stopped. Start the job anew."
+            "The images, captions or image settings changed since this run was stopped. Start the job again."
         )
     if facts["processes"] != session.process.count:
         raise TrainingError(f"The run used {facts['processes']} process(es), now there are {session.process.count}.")

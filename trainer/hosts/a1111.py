@@ -72,7 +72,7 @@ class A1111(WebUI):
         from modules import sd_unet
 
         if getattr(sd_unet, "current_unet", None) is not None:
-            raise NotAdoptable("another engine (such as TensorRT) draws in the place of its UNet")
+            raise NotAdoptable("another engine (such as TensorRT) runs in the place of its UNet")
 
     def make_room(self, restore: ExitStack) -> None:
         """All loaded models go to memory, and those that were on the device come back."""

@@ -69,7 +69,7 @@ class WebUI(Folders):
 
         lock = call_queue.queue_lock
         if not lock.acquire(False):
-            log.note(f"Waiting until {self.name} has finished what it is drawing.")
+            log.note(f"Waiting until {self.name} has finished generating.")
             lock.acquire()
         try:
             self._lent = True
@@ -134,7 +134,7 @@ class WebUI(Folders):
         theirs = self.device()
         if theirs is not None and not same_device(model.device, theirs):
             log.warn(
-                f"{self.name} draws on {theirs}, but this training computes on {model.device}, which can be far "
+                f"{self.name} generates on {theirs}, but this training computes on {model.device}, which can be far "
                 f"slower. Please report it with the version of {self.name}."
             )
         if copied >= 2**20:
@@ -150,7 +150,7 @@ class WebUI(Folders):
     def txt2img(self, prompt: str, negative: str, seed: int, size: tuple[int, int], steps: int, cfg: float) -> Any:
         """A picture by the WebUI's own txt2img, with its current model. Raises BusyError while that is lent."""
         if self._lent:
-            raise BusyError(f"{self.name} is training. Draw when the training is finished, or stop it first.")
+            raise BusyError(f"{self.name} is training. Generate when the training is finished, or stop it first.")
         from modules import call_queue, processing, scripts, shared
 
         with call_queue.queue_lock:

@@ -108,7 +108,7 @@ class Live:
             facts.folder = event.folder
         elif isinstance(event, Sampled):
             facts.samples, facts.sampled_at = event.paths[:PICTURES], event.step
-            self._line(Note(f"Drew {len(event.paths)} sample picture(s) at step {event.step}.", at=event.at))
+            self._line(Note(f"Generated {len(event.paths)} sample image(s) at step {event.step}.", at=event.at))
         elif isinstance(event, Saved):
             facts.saved.append(event)
             self._line(Note(f"Saved {_base_name(event.path)} (step {event.step}).", at=event.at))

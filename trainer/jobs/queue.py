@@ -125,8 +125,12 @@ class Queue(Listing):
             self._refuse_ending()
             entry = self.get(identity)
             if not self.can_resume(entry, finished=job is not None):
-                why = "it is finished; extend it" if self.can_resume(entry, True) else "it has no state. Start it anew"
-                raise QueueError(f"{entry.name} ({entry.state}) cannot go on: {why}.")
+                why = (
+                    "it is finished; extend it"
+                    if self.can_resume(entry, True)
+                    else "it has no saved state. Start it again"
+                )
+                raise QueueError(f"{entry.name} ({entry.state}) cannot be resumed: {why}.")
             self._again(entry if job is None else entry.replace(job=dict(job)))
             self.go()
             return self.get(identity)

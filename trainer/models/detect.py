@@ -69,7 +69,7 @@ def refuse_unsupported(tensors: Mapping[str, Tensor], where: str) -> None:
     if any(name.startswith("conditioner.embedders.0.model.") for name in tensors):
         raise ModelError(f"{where}: this is the SDXL refiner; train on the SDXL base model. {SUPPORTED}.")
     if any(name.startswith("embedder.model.visual.") for name in tensors):
-        raise ModelError(f"{where}: this is an unCLIP model, which reads pictures. {SUPPORTED}.")
+        raise ModelError(f"{where}: this is an unCLIP model, which takes images as input. {SUPPORTED}.")
 
 
 def refuse_channels(channels: object, where: str) -> None:

@@ -66,7 +66,7 @@ def mask_of_the_seed(job: Job, mode: ModeInfo) -> str:
         return "has no effect with train_traintrain_compatible: TrainTrain has no mask for a single pair."
     return (
         "is the transparency of the original with train_traintrain_compatible, as in TrainTrain, not where the two"
-        " pictures differ; without transparency it has no effect."
+        " images differ; without transparency it has no effect."
     )
 
 

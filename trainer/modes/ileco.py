@@ -128,7 +128,7 @@ class ILeco(Mode):
         began = time.perf_counter()
         self._bank = fill_bank(at, self._own.ileco_bank, self._own.ileco_guidance)
         at.tell(
-            f"Bank: {len(self._bank) * self._bank.share} noisy pictures in {len(self._bank)} states, "
+            f"Bank: {len(self._bank) * self._bank.share} noisy images in {len(self._bank)} states, "
             f"made in {time.perf_counter() - began:.1f} s."
         )
 
@@ -233,7 +233,7 @@ def fill_bank(at: Preparation, size: int, guidance: float) -> Bank:
         index += 1
         if index == len(ROLLOUTS) and not states:
             raise TrainingError(
-                "ileco_bank: no step of a drawing lies between train_min_timesteps and train_max_timesteps. Widen the "
+                "ileco_bank: no sampling step lies between train_min_timesteps and train_max_timesteps. Widen the "
                 "range, or set ileco_bank to 0."
             )
     return Bank(states, share)

@@ -73,7 +73,7 @@ def empty_original(job: Job, mode: ModeInfo) -> str:
     originals, targets = prompt_pairs(job)
     if not _of_words(mode) or all(originals) or originals == targets:
         return ""
-    return "has an empty line: the change will affect everything the model draws. Name what is to be changed."
+    return "has an empty line: the change will affect every image. Name what is to be changed."
 
 
 def of_the_seed(name: str, what: str, warning: bool = False) -> Rule:

@@ -83,7 +83,7 @@ def _never_due(what: str) -> Why:
     def why(job: Job, mode: ModeInfo) -> str:
         steps, every = _steps(job, mode), int(str(job.value(what)))
         if what == "sample_every":
-            return f"has no effect: the run has {steps} steps, so no preview is drawn." if 0 < steps < every else ""
+            return f"has no effect: the run has {steps} steps, so no preview is generated." if 0 < steps < every else ""
         return f"has no effect: the run has {steps} steps, and its end is not counted." if 0 < steps <= every else ""
 
     return why
@@ -145,7 +145,7 @@ def smaller_than_its_sides(job: Job, mode: ModeInfo) -> str:
     if images.image_min_length <= short:
         return ""
     if images.image_min_length > long:
-        return f"is above image_size, so that every picture is cut to {short}×{short}. Write {short} or less."
+        return f"is above image_size, so that every image is cropped to {short}×{short}. Write {short} or less."
     return f"is above the short side of image_size ({short}): some buckets are shorter. Write {short} or less."
 
 
@@ -187,13 +187,13 @@ def _one_sample(job: Job, mode: ModeInfo) -> str:
 
 
 def _no_steps(job: Job, mode: ModeInfo) -> str:
-    return "" if "steps" in mode.needs else f"has no effect: mode {mode.name} solves at once and takes no steps."
+    return "" if "steps" in mode.needs else f"has no effect: mode {mode.name} solves directly and takes no steps."
 
 
 def _no_pictures(job: Job, mode: ModeInfo) -> str:
     if mode.needs & {"folder", "pictures"} or (job[Sample].sample_every and "steps" in mode.needs):
         return ""
-    return f"has no effect: mode {mode.name} encodes no pictures, and no previews are drawn."
+    return f"has no effect: mode {mode.name} encodes no images, and no previews are generated."
 
 
 def _rules_never_reached(job: Job, mode: ModeInfo) -> str:

@@ -213,7 +213,7 @@ def norm_of_difference(job: Job, mode: ModeInfo) -> str:
     options = job[NetworkOptions]
     if not options.network_max_norm or options.network_init not in DIFFERENCE_INITS:
         return ""
-    return f"cannot be held with network_init {options.network_init}; set one of the two back."
+    return f"does not work with network_init {options.network_init}; set one of the two back."
 
 
 def high_ratio(job: Job, mode: ModeInfo) -> str:
@@ -222,7 +222,7 @@ def high_ratio(job: Job, mode: ModeInfo) -> str:
     fast = train.train_learning_rate * options.loraplus_lr_ratio
     if options.loraplus_lr_ratio <= 1 or fast < 0.02 or train.train_optimizer != "AdamW":
         return ""
-    return f"makes the rate of the up matrices {fast:g}, which easily breaks the picture; lower train_learning_rate."
+    return f"makes the rate of the up matrices {fast:g}, which easily breaks the image; lower train_learning_rate."
 
 
 RULES: tuple[Rule, ...] = (

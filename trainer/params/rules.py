@@ -92,7 +92,7 @@ def data_folder(job: Job, mode: ModeInfo) -> str:
     """A mode that learns from a folder (and not from a single pair of pictures) without a folder."""
     if job[Images].lora_data_directory.strip() or "folder" not in mode.needs or "pictures" in mode.needs:
         return ""
-    return f"is empty; mode {job[Task].mode} learns from a folder of pictures, so write the folder they are in."
+    return f"is empty; mode {job[Task].mode} learns from a folder of images, so write the folder they are in."
 
 
 def pictures(job: Job, mode: ModeInfo) -> str:
@@ -108,7 +108,7 @@ def target_picture(job: Job, mode: ModeInfo) -> str:
 def _picture(given: str, job: Job, mode: ModeInfo) -> str:
     if given.strip() or "pictures" not in mode.needs:
         return ""
-    return f"is empty; mode {job[Task].mode} compares two pictures of one size, so give both files."
+    return f"is empty; mode {job[Task].mode} compares two images of one size, so give both files."
 
 
 def length(job: Job, mode: ModeInfo) -> str:
@@ -187,7 +187,7 @@ def alpha(job: Job, mode: ModeInfo) -> str:
         return ""
     return (
         f"is more than four times network_rank ({network.network_rank}): every step counts "
-        f"{network.network_alpha / network.network_rank:g} times, which easily breaks the picture."
+        f"{network.network_alpha / network.network_rank:g} times, which easily breaks the image."
     )
 
 

@@ -76,7 +76,7 @@ def context_there(job: Job, mode: ModeInfo) -> str:
 class Lalora(Stage):
     """Adds ½λ·Σ F·ΔW² over all layers to the loss."""
 
-    help = "Holds the adapter back where ordinary pictures depend on the weights, so that less is forgotten."
+    help = "Limits changes of the weights that ordinary images depend on, so that less is forgotten."
     sections = (LaloraParams,)
     rules = (
         Rule(("lalora_context_path", "lalora_lambda"), context_there, complete=True),
@@ -107,7 +107,7 @@ class Lalora(Stage):
         self._factors = {
             key: (rows.to(at.model.device), columns.to(at.model.device)) for key, (rows, columns) in measured.items()
         }
-        at.tell(f"The curvature of {len(self._factors)} layers was measured on drawings of {len(prompts)} prompts.")
+        at.tell(f"The curvature of {len(self._factors)} layers was measured on samples of {len(prompts)} prompts.")
 
     def penalty(self, network: Any) -> Tensor | None:
         groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
@@ -175,7 +175,7 @@ def read_context(path: Path, network: Any) -> dict[str, tuple[Tensor, Tensor]]:
     if not is_file(path):
         raise AdapterError(
             f"lalora_context_path = {path.name!r}: there is no such file, and every step is measured with it, also"
-            f" those of a run that goes on. Put it back as {path}."
+            f" those of a resumed run. Put it back as {path}."
         )
     tensors, metadata = read_lora(path)
     if metadata.get(MARK) != VERSION:

@@ -24,7 +24,7 @@ STEPS, ROWS = 8, 1024
 class NullSpace(Stage):
     """Lets the untouched model draw ordinary prompts, and freezes Null-LoRA where the inputs of layers are weakest."""
 
-    help = "Finds the directions that the inputs of a layer do not use while the model draws ordinary prompts."
+    help = "Finds the directions that the inputs of a layer do not use for ordinary prompts."
 
     @classmethod
     def wanted(cls, settings: Settings) -> bool:
@@ -54,7 +54,7 @@ class NullSpace(Stage):
         changed = sum(adapter.calibrate(torch.cat(seen[adapter.key])) for adapter in adapters if seen[adapter.key])
         rest = len(adapters) - changed
         left = f" {rest} layers keep the null space they have." if rest else ""
-        at.tell(f"The inputs of {changed} layers were looked at while drawing {len(prompts)} ordinary prompts.{left}")
+        at.tell(f"The inputs of {changed} layers were measured while sampling {len(prompts)} ordinary prompts.{left}")
 
 
 def _keep(key: str, into: list[Tensor], count: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -73,7 +73,7 @@ class PriorParams:
 class Prior(Stage):
     """Adds the distance to the untouched model on its own drawings to the loss."""
 
-    help = "Holds ordinary prompts at what the untouched model makes of them, without any pictures."
+    help = "Keeps ordinary prompts as the base model has them, without images."
     sections = (PriorParams,)
     rules = (
         without_effect(
@@ -116,11 +116,11 @@ class Prior(Stage):
             if at.stopping():
                 break
             self._states.append(state.to("cpu"))  # the device has better uses for 32 MB and more
-            at.progress("drawing ordinary prompts", len(self._states), len(drawings) * each)
+            at.progress("sampling ordinary prompts", len(self._states), len(drawings) * each)
         named = len(set(drawings))
         megabytes = sum(state.nbytes for state in self._states) / 2**20
         at.tell(
-            f"{len(self._states)} noisy pictures of {named} ordinary prompts will be kept as they are; they take"
+            f"{len(self._states)} noisy images of {named} ordinary prompts will be kept as they are; they take"
             f" {megabytes:.0f} MB of main memory."
         )
 

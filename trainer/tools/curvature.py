@@ -78,7 +78,7 @@ def make_curvature(
     try:
         pictured = session.mode.source == "pictures"
         if by_data and not pictured:
-            raise AdapterError("Labels from data need pictures: give a folder of them, or take the model's labels.")
+            raise AdapterError("Labels from data need images: give a folder of them, or take the model's labels.")
         loss = partial(session.mode.loss, session.kit)
         at = Preparation(session.network, session.model, session.kit, session.source.batch, tell, session.seed, loss)
         states = _pictures(session, count) if pictured else _drawings(at, session, count)

@@ -25,15 +25,15 @@ def pictures_of(source: Path) -> list[Path]:
     if is_file(source):
         if source.suffix.lower() in PICTURE_TYPES:
             return [source]
-        raise DataError(f"{source.name} is no picture file. Known endings: {' '.join(PICTURE_TYPES)}.")
+        raise DataError(f"{source.name} is no image file. Known endings: {' '.join(PICTURE_TYPES)}.")
     if not is_dir(source):
-        raise DataError(f"{str(source)!r} is neither a folder nor a picture. Check the spelling.")
+        raise DataError(f"{str(source)!r} is neither a folder nor an image. Check the spelling.")
     found = sorted(
         path for path in source.iterdir()
         if path.is_file() and path.suffix.lower() in PICTURE_TYPES and not path.name.startswith(".")
     )  # fmt: skip
     if not found:
-        raise DataError(f"There is no picture in {str(source)!r}. Looked for {' '.join(PICTURE_TYPES)}.")
+        raise DataError(f"There is no image in {str(source)!r}. Looked for {' '.join(PICTURE_TYPES)}.")
     return found
 
 
@@ -48,7 +48,7 @@ def read_picture(path: Path) -> Image.Image:
 def check_picture(name: str, content: bytes) -> None:
     """Raises DataError when the bytes are no whole picture, or the name has no ending of one."""
     if Path(name).suffix.lower() not in PICTURE_TYPES:
-        raise DataError(f"{name} is no picture file. Known endings: {' '.join(PICTURE_TYPES)}.")
+        raise DataError(f"{name} is no image file. Known endings: {' '.join(PICTURE_TYPES)}.")
     try:
         decode_with_alpha(content)
     except BrokenPicture as error:

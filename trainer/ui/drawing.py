@@ -151,7 +151,7 @@ def _resize(call: Call) -> ResizeSettings:
 def _source(service: Service, call: Call) -> Path:
     given = _typed(call, "source").strip().strip('"')
     if not given:
-        raise JobError([Problem("source", given, "is empty; write a folder of pictures, or drop a picture.")])
+        raise JobError([Problem("source", given, "is empty; give a folder of images, or drop an image.")])
     return service.readable(given, "folder", "source")
 
 

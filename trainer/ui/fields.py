@@ -126,7 +126,7 @@ def _with_picture(widget: Widget, name: str) -> Child:
     return element(
         "button",
         element("img", alt="", hidden=True),
-        element("span", "Drop a picture here, or click to choose one"),
+        element("span", "Drop an image here, or click to choose one"),
         type="button",
         class_="atelier-drop",
         data_picture_for=name,

@@ -59,7 +59,7 @@ def _card(card: Card, held: list[Widget], catalogue: Catalogue) -> Html:
         heading = element(
             "div",
             element("h3", card.title),
-            button("", "lists_refresh", kind="small", sign="refresh", title="Look again for models and files"),
+            button("", "lists_refresh", kind="small", sign="refresh", title="Refresh models and files"),
             class_="atelier-row",
         )
     tries = [_pairs(), _tries()] if card is LEARN else None
@@ -84,7 +84,7 @@ def _pairs() -> Html:
 def _tries() -> Html:
     """Buttons that show what the model makes of the two prompts, for modes that have them."""
     names = {"original": "Generate Original", "target": "Generate Target", "both": "Generate Both"}
-    title = "Draw this now, without training; seed and size stand under Before and after"
+    title = "Generate this now, without training; seed and size are under Before and after"
     return element(
         "div",
         [button(text, f"draw_{name}", kind="small", title=title) for name, text in names.items()],
@@ -115,7 +115,7 @@ def _second(catalogue: Catalogue, switches: list[Widget], described: tuple[Widge
     skipped = {"mode", *(widget.attribute for widget in switches)}
     own = [widget for widget in described if widget.attribute not in skipped and _fits_second(widget, catalogue)]
     copy = button(
-        "Copy settings from 1st pass", "copy_first", sign="copy", title="Fill the 2nd pass with what stands above"
+        "Copy settings from 1st pass", "copy_first", sign="copy", title="Fill the 2nd pass with the settings above"
     )
     everyday = [widget for widget in own if not widget.advanced]
     folded = [widget for widget in own if widget.advanced]

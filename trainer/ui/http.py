@@ -201,7 +201,7 @@ def endpoint(handler: Handler, service: Any, log: Callable[[], None]) -> Callabl
         except AtelierError as error:
             return refusal(error, service.catalogue)
         except ClientDisconnect:  # nobody is there to read it
-            return answer({"error": "The request was broken off.", "problems": []}, 400)
+            return answer({"error": "The request was interrupted.", "problems": []}, 400)
         except Exception as error:
             log()
             return answer({"error": f"{type(error).__name__} inside; see the console.", "problems": []}, 500)

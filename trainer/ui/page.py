@@ -73,9 +73,9 @@ def _presets() -> Html:
         element("label", "Preset", for_="atelier_preset", class_="atelier-name"),
         element("select", id="atelier_preset", title="Settings under a name; choosing one fills the form"),
         button("", "preset_load", kind="small", sign="first", title="Fill the form with this preset again"),
-        button("", "preset_save", kind="small", sign="save", title="Save the form as a preset of yours"),
-        button("", "preset_delete", kind="small", sign="trash", title="Delete this preset of yours"),
-        button("", "preset_refresh", kind="small", sign="refresh", title="Look again for presets"),
+        button("", "preset_save", kind="small", sign="save", title="Save the form as a user preset"),
+        button("", "preset_delete", kind="small", sign="trash", title="Delete this user preset"),
+        button("", "preset_refresh", kind="small", sign="refresh", title="Refresh the presets"),
         element(
             "form",
             element("input", type="text", id="atelier_preset_name", placeholder="name",
@@ -125,9 +125,9 @@ def _run() -> Html:
             button("Start Training", "start", kind="primary", sign="play", title="Start now (Ctrl+Enter)",
                    more=element("b", id="atelier_start_count", hidden=True)),
             button("Add to Queue", "queue_add", sign="plus", title="Put these settings at the end of the queue"),
-            button("Stop", "stop", kind="stop", sign="stop", title="End the run; nothing is written", disabled=True),
+            button("Stop", "stop", kind="stop", sign="stop", title="End the run without saving a LoRA", disabled=True),
             button("Stop and Save", "stop_save", kind="stop", sign="stop",
-                   title="End the run and write the LoRA as it is", disabled=True),
+                   title="End the run and save the LoRA as it is", disabled=True),
             class_="atelier-actions",
         ),
         element("p", id="atelier_writes", class_="atelier-note"),
@@ -178,7 +178,7 @@ def _curve() -> Html:
     lines = element("svg", raw, ema, viewBox="0 0 300 90", preserveAspectRatio="none", role="img",
                     aria_label="Loss, smoothed")  # fmt: skip
     marks = [element("span", id=f"atelier_curve_{name}") for name in ("high", "low")]
-    return element("div", element("div", marks), lines, element("em", "The loss is drawn here."))
+    return element("div", element("div", marks), lines, element("em", "The loss curve appears here."))
 
 
 def _result() -> Html:
@@ -189,7 +189,7 @@ def _result() -> Html:
             "div",
             button("Open folder", "open_loras", kind="small", sign="folder", data_open="loras"),
             button("Use in prompt", "use_in_prompt", kind="small", title="Put this LoRA into the txt2img prompt"),
-            button("Compare", "compare_now", kind="small", title="Draw pictures with and without it"),
+            button("Compare", "compare_now", kind="small", title="Generate images with and without it"),
             class_="atelier-row",
         ),
         id="atelier_result",
@@ -205,7 +205,7 @@ def _queue() -> Html:
             "div",
             element("h3", "Queue"),
             button("Clear finished", "queue_clear", kind="small", hidden=True,
-                   title="Take jobs that are over out of the list; those that can go on stay"),
+                   title="Remove finished jobs from the list; those that can be resumed stay"),
             button("Run queue", "queue_go", kind="small", sign="play", title="Start the next job", hidden=True),
             class_="atelier-row atelier-queue-head",
         ),
@@ -218,7 +218,7 @@ def _queue() -> Html:
 
 def _templates() -> tuple[Html, ...]:
     actions = (("now", "play", "Run this one next"), ("up", "up", "Earlier"), ("down", "down", "Later"),
-               ("resume", "refresh", "Go on where it stopped"), ("extend", "plus", "Train longer"),
+               ("resume", "refresh", "Resume where it stopped"), ("extend", "plus", "Train longer"),
                ("delete", "trash", "Delete from the queue"))  # fmt: skip
     buttons = [
         element("button", icon(sign), type="button", class_="atelier-button atelier-small", data_action=action,

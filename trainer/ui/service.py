@@ -340,7 +340,9 @@ class Service:
         """
         entry = self.queue.get(identity)
         if not raw or not self.queue.can_resume(entry, finished=True):
-            why = "it has no state. Start it anew" if raw else "no setting was given, for example train_iterations"
+            why = (
+                "it has no saved state. Start it again" if raw else "no setting was given, for example train_iterations"
+            )
             raise QueueError(f"{entry.name} ({entry.state}) cannot be extended: {why}.")
         problems = tuple(self._fence().problems(raw, self.catalogue))
         if problems:

@@ -34,7 +34,7 @@ def try_card() -> Html:
     entries: list[Child] = [
         _entry("prompt", "try_prompt", class_="atelier-wide", title="Empty takes the prompt of the form"),
         _entry("negative prompt", "try_negative", class_="atelier-wide"),
-        _number("seed", "try_seed", 1, "The same for all pictures, so that only the LoRA makes a difference"),
+        _number("seed", "try_seed", 1, "The same for all images, so that only the LoRA makes a difference"),
         _number("steps", "try_steps", 20),
         _number("CFG scale", "try_cfg", 7),
         _number("width", "try_width", 512),
@@ -46,11 +46,11 @@ def try_card() -> Html:
             element("p", class_="atelier-error", id="atelier_try_lora_error", role="alert", hidden=True),
             class_="atelier-field atelier-two",
         ),
-        _entry("strengths", "try_strengths", "-1, 0, 0.5, 1", title="One picture each"),
+        _entry("strengths", "try_strengths", "-1, 0, 0.5, 1", title="One image each"),
     ]
     buttons = element(
         "div",
-        button("Compare strengths", "draw_compare", title="The same picture at each of these strengths"),
+        button("Compare strengths", "draw_compare", title="The same image at each of these strengths"),
         button("Take from txt2img", "draw_take", title="Seed, steps, size and negative prompt of the txt2img tab",
                hidden=True),
         button("Save grid", "draw_save", sign="save", hidden=True),
@@ -75,7 +75,7 @@ def plot_page() -> Html:
         element(
             "div",
             element("h3", "Logs"),
-            button("", "plot_refresh", kind="small", sign="refresh", title="Look again for logs"),
+            button("", "plot_refresh", kind="small", sign="refresh", title="Refresh the logs"),
             button("", "open_logs", kind="small", sign="folder", title="Open the folder of logs", data_open="logs"),
             class_="atelier-row",
         ),
@@ -104,9 +104,9 @@ def pictures_page() -> Html:
 
 def _source(name: str) -> Child:
     return [
-        _entry("folder or picture", f"{name}_source", class_="atelier-two",
-               title="A folder of pictures or one picture file"),
-        element("button", element("span", "Or drop a picture here"), type="button", class_="atelier-drop",
+        _entry("folder or image", f"{name}_source", class_="atelier-two",
+               title="A folder of images or one image file"),
+        element("button", element("span", "Or drop an image here"), type="button", class_="atelier-drop",
                 data_picture_for=f"atelier_{name}_source"),
         _entry("name of the new folder", f"{name}_output", class_="atelier-wide",
                title="Made below logs/images; empty takes the name of the source"),
@@ -117,7 +117,7 @@ def _tool(name: str, title: str, about: str, fields: Child) -> Html:
     buttons = element(
         "div",
         button("Preview", f"{name}_preview"),
-        button("Write pictures", f"{name}_write", kind="primary"),
+        button("Write images", f"{name}_write", kind="primary"),
         button("Open folder", f"{name}_open", kind="small", sign="folder", data_open="images"),
         button("Train on these", f"{name}_train", kind="small", hidden=True,
                title="Takes the new folder as lora data directory"),
@@ -148,7 +148,7 @@ def _augment() -> Html:
             element(
                 "div",
                 element("label", "keep at", for_="atelier_augment_side", class_="atelier-name",
-                        title="The side of the canvas a shrunk picture stays at"),
+                        title="Side of the canvas that a shrunk image stays at"),
                 element("select",
                         [element("option", side, value=side) for side in SIDES],
                         id="atelier_augment_side"),
@@ -165,7 +165,7 @@ def _resize() -> Html:
     return _tool(
         "resize",
         "Several resolutions",
-        "Writes each picture at several sizes, each made from the original and never enlarged.",
+        "Writes each image at several sizes, each made from the original, never enlarged.",
         [
             _entry("resolutions", "resize_resolutions", "512x512,384x384,256x256", class_="atelier-wide",
                    title="Largest areas, as width x height, with commas between them"),
