@@ -40,6 +40,10 @@ class AtelierError(Exception):
     """An error whose text is meant for the user, shown without a traceback."""
 
 
+class BusyError(AtelierError):
+    """A WebUI cannot draw now, because its model is lent to a training."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One fault of a form: `field` is the JSON key, `value` what was given, `message` what is right and what to do."""

@@ -17,9 +17,8 @@ from hosts_case import Told, addresses, digest, job, parameters, starter, weight
 from hosts_fakes import FAKES, checkpoint_file
 from safetensors.torch import load_file
 
-from trainer.errors import JobError
+from trainer.errors import BusyError, JobError
 from trainer.events import EventLog
-from trainer.hosts.base import BusyError
 from trainer.hosts.webui import WebUI
 from trainer.maths.rng import generator
 from trainer.models.base import Model

@@ -22,6 +22,7 @@ from PIL import Image
 from queue_case import step, until
 from service_case import Case, make, settings
 
+from trainer.errors import BusyError
 from trainer.ui.drawing import ASSETS
 from trainer.ui.plot import live_log
 from trainer.ui.wish import Wish
@@ -176,6 +177,13 @@ def test_pictures_of_prompts_are_checked_and_drawn(case: Case) -> None:
     bad = {**wish, "seed": "-1", "steps": "1.5", "width": "20", "height": "9000", "cfg": "x", "strength": "11"}
     assert sorted(fields(case.post("picture", bad))) == ["cfg", "height", "seed", "steps", "strength", "width"]
     assert len(asked) == 1
+
+    def training(wish: Wish) -> Image.Image:
+        raise BusyError("It trains.")
+
+    case.backend.picture = training  # type: ignore[attr-defined]
+    busy = case.post("picture", wish)
+    assert (busy.status, busy.json) == (409, {"error": "It trains.", "problems": []})
 
 
 def test_the_end_of_a_run_is_waited_for_without_a_thread(case: Case) -> None:

@@ -8,15 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import AtelierError
 from ..events import EventLog
 from ..models.base import Model
 from ..params.job import Job
 from ..places import Places
-
-
-class BusyError(AtelierError):
-    """The host cannot draw now, because its model is lent to a training."""
 
 
 class Host(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..engine.arguments import precision, text_files
-from ..errors import AtelierError
+from ..errors import AtelierError, BusyError
 from ..events import EventLog
 from ..models.base import Model
 from ..models.live import Live, NotAdoptable, adopt, copied_bytes
@@ -20,7 +20,6 @@ from ..models.room import give_back, same_device
 from ..params.core import Task, Train
 from ..params.job import Job
 from .access import gradio_lets_in
-from .base import BusyError
 from .folders import Folders
 from .names import same_file
 

@@ -19,7 +19,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from starlette.requests import ClientDisconnect
 
-from ..errors import AtelierError, JobError
+from ..errors import AtelierError, BusyError, JobError
 from ..jobs.listing import QueueError, UnknownJobError
 from ..jsontext import JsonError, parse
 from ..params.files import LARGEST_FILE
@@ -177,7 +177,7 @@ def refusal(error: AtelierError, catalogue: Catalogue) -> Response:
     elif isinstance(error, (NotServedError, UnknownJobError)):
         status = 404
     else:
-        status = 409 if isinstance(error, QueueError) else 422
+        status = 409 if isinstance(error, (BusyError, QueueError)) else 422
     return answer({"error": str(error), "problems": found}, status)
 
 
