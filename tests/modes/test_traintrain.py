@@ -1,4 +1,4 @@
-"""ADDifT by TrainTrain's rule, written down again from what its program does, beside ours: on real, tiny models."""
+"""TrainTrain's rules, written down again from what its program does, beside ours: on real, tiny models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ import torch
 from PIL import Image
 
 from trainer.data import pairs
+from trainer.data.cache import TensorCache
+from trainer.demo import world
 from trainer.engine import loop
 from trainer.engine.arguments import find_pair_data, pair_prompts, prompts, unused_prompts
 from trainer.engine.catalogue import catalogue
+from trainer.engine.passes import Passes, plan_passes
+from trainer.engine.preflight import check_before_loading
+from trainer.engine.process import Process
+from trainer.engine.site import Site
+from trainer.events import EventLog
 from trainer.maths import rng
 from trainer.params.codec import load
+from trainer.params.core import Train
 
 pytestmark = pytest.mark.usefixtures("no_estimate")
 
@@ -178,6 +186,97 @@ def test_traintrains_multi_addift_is_reproduced(case, tmp_path):
     few = engine_case.session(case, job.replace(image_mirroring=False), tiny.model("sd1"))
     few.network.eject()
     assert {len(batch) for batch in few.source.plan.epoch(0)} == {4}
+
+
+def train_pictures_as_traintrain(made, words=None, steps=4):
+    """Its loop for a folder, and for each pass of Difference (7b58929), every default left alone; losses of its steps.
+
+    `words`: the one prompt of all samples, encoded once; without it the captions are encoded in every step, by the
+    text encoder as it is trained then.
+    """
+    model, network, seed = made.model, made.network, made.seed
+    optimizer = torch.optim.AdamW(list(network.parameters()), lr=1e-3)
+    schedule = get_scheduler(optimizer, steps)
+    with network.at_strength(0.0), torch.no_grad():
+        fixed = None if words is None else model.encode_prompts([words])
+    losses = []
+    for step in range(steps):
+        batch = made.source.batch(step)
+        samples, shape = list(batch.samples), batch.mean.shape[1:]
+        latents = batch.mean + batch.std * rng.normal(shape, "posterior", seed, step, samples)
+        noise = rng.normal(shape, "noise", seed, step, samples)
+        one_for_all = made.job[Train].train_fixed_timsteps_in_batch
+        uniform = rng.uniform("timestep", seed, step, [0] * len(samples) if one_for_all else samples)
+        t = (uniform * 1000).long()  # 0 to 999, as torch.randint draws them
+        alpha = model.schedule.alphas_cumprod_T[t].double()
+        signal, sigma = (part.sqrt().float().view(-1, 1, 1, 1) for part in (alpha, 1 - alpha))
+        text = model.encode_prompts(list(batch.prompts)) if fixed is None else fixed.expand(len(samples))
+        ids = its_sizes(noise) if model.family.name == "sdxl" else None
+        predicted = model.predict(signal * latents + sigma * noise, t, text, ids)
+        v_pred = model.schedule.prediction == "v_prediction"
+        target = signal * noise - sigma * latents if v_pred else noise
+        weight = (5 * (1 - alpha) / alpha).clamp(max=1).float()
+        loss = (((predicted - target) ** 2).mean((1, 2, 3)) * weight).mean()
+        optimizer.zero_grad(set_to_none=False)  # the gradients are views that the engine reads
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+PLAIN = {"train_traintrain_compatible": True, "train_iterations": 4, "data_cache": "memory"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "v_pred", "changes"),
+    [
+        ("sd1", False, {}),
+        ("sd2", True, {"train_fixed_timsteps_in_batch": True, "lora_trigger_word": "trg"}),
+        ("sdxl", False, {}),
+    ],
+)
+def test_traintrains_lora_is_reproduced(case, tmp_path, kind, v_pred, changes):
+    """Losses and weights of four steps of a folder: captions after the trigger word, encoded by the text encoder that
+    is trained with the UNet, timesteps over the whole range, a bucket filled to whole batches, sizes in latents.
+    """
+    scenes = world.draw_scenes(3, np.random.default_rng(5), "base")
+    world.write_folder(tmp_path, scenes, seed=5)
+    given = {"mode": "LoRA", "lora_data_directory": str(tmp_path), "train_batch_size": 4, **PLAIN, **changes}
+    job = load(engine_case.Case.settings(case, **given), catalogue()).job
+    made = engine_case.session(case, job, tiny.model(kind, v_pred=v_pred))
+    try:
+        trigger = f"{changes['lora_trigger_word']}, " if changes else ""
+        captions = {trigger + path.read_text(encoding="utf-8").strip() for path in tmp_path.glob("*.txt")}
+        assert set(made.source.prompts()) == captions and made.kit.trains_text
+        assert made.limits.max_grad_norm == 0 and {len(batch) for batch in made.source.plan.epoch(0)} == {4}
+        start = [flat.clone() for flat in made.flat.values]
+        assert_the_same(made, start, train_pictures_as_traintrain(made))
+    finally:
+        made.network.eject()
+
+
+@pytest.mark.parametrize(("kind", "v_pred"), [("sd1", False), ("sd2", True), ("sdxl", False)])
+def test_traintrains_difference_is_reproduced(case, tmp_path, kind, v_pred):
+    """Losses and weights of four steps of each pass: the original by heart, then the target with the original's prompt
+    on top of the frozen first one; no trigger word, the text encoder left alone.
+    """
+    changes = {"mode": "Difference", "target prompt": "a circle", "lora_trigger_word": "trg", "train_batch_size": 2}
+    job = case.job(**PLAIN, **changes)
+    where = Site(case.places, Process(), EventLog(), tmp_path, TensorCache(None))
+    plans = plan_passes(job)
+    model = tiny.model(kind, v_pred=v_pred)
+    passes = Passes(plans, model, where, check_before_loading(job, case.places), drawn=False)
+    try:
+        for plan in plans:
+            made = passes.begin(plan, resumed=False)
+            assert made.limits.max_grad_norm == 0 and made.source.batch(0).prompts == ("a circle",) * 2
+            assert not made.kit.trains_text
+            start = [flat.clone() for flat in made.flat.values]
+            assert_the_same(made, start, train_pictures_as_traintrain(made, "a circle"))
+            passes.settle(plan, made, trained=True)
+    finally:
+        passes.close()
 
 
 def test_in_other_modes_sizes_are_in_latents_too_and_difference_has_one_prompt(case):
