@@ -137,19 +137,39 @@ def test_imported_names_are_there() -> None:
     assert not missing, missing
 
 
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _targets(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it."""
+    ours = (target for _, target, is_ours in imports(path) if is_ours)
+    return {target if target in known else target.rpartition(".")[0] for target in ours} & known - {_module(path)}
+
+
+def test_no_circle_of_imports() -> None:
+    """Not among those within functions or for type checkers alone either: each module stands on those below it."""
+    known = {_module(path) for path in FILES}
+    left = {_module(path): _targets(path, known) for path in FILES}
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"in circles, or on top of them: {sorted(left)}"
+
+
 def test_files_and_functions_stay_small() -> None:
-    """About 400 and 60 lines; here stands what is too much. Split by reason to change."""
+    """400 and 60 lines. Split by reason to change."""
     wrong = []
     for path in [*FILES, ROOT / "launch.py"]:
         text = path.read_text(encoding="utf-8")
-        if text.count("\n") > 450:
+        if text.count("\n") > 400:
             wrong.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 where = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 count = sum(arg.arg not in ("self", "cls") for arg in [*node.args.args, *node.args.kwonlyargs])
-                if length > 70:
+                if length > 60:
                     wrong.append(f"{where}: {length} lines")
                 if count > 9:
                     wrong.append(f"{where}: {count} parameters")

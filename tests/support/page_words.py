@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-from trainer.params.table import Catalogue
+from trainer.params.catalogue import Catalogue
 from trainer.places import ROOT
 from trainer.ui.page import page
 

@@ -12,9 +12,9 @@ import pytest
 from params_table import catalogue as small_catalogue
 
 from trainer.engine.catalogue import catalogue
+from trainer.params.catalogue import Catalogue
 from trainer.params.core import GROUPS
 from trainer.params.field import ModeInfo, param
-from trainer.params.table import Catalogue
 from trainer.params.widgets import widgets
 from trainer.places import ROOT
 from trainer.ui.cards import CARDS, card_of

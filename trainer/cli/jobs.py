@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import JobError, Problem
 from ..events import EventLog
+from ..params.catalogue import Catalogue
 from ..params.cli import add_flags, apply_overrides, collect_flags, lay_over, unknown_flag_hint
 from ..params.codec import beside, load, load_rest
 from ..params.files import read_json
 from ..params.job import NOTE
 from ..params.presets import Presets, brought
-from ..params.table import Catalogue
 from ..paths import expanded, is_file
 from ..places import ROOT, Places
 

@@ -46,15 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(verbose=False, takes_flags=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    app = commands.add_parser("app", help="the tab as a page of its own, on this machine")
-    app.add_argument("--port", type=_port, default=0, help="port to listen on; the first free one from 7860 on if left")
-    app.add_argument("--listen", action="store_true", help="let other machines reach it too")
-    app.add_argument("--data-root", type=Path, default=None, help="with --listen: the folder training data may lie in")
-    app.add_argument("--auth", default="", metavar="NAME:PASSWORD", help="ask for a password (or ATELIER_AUTH)")
-    app.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="name it is reached by (proxy)")
-    _add_places(app)
-    app.set_defaults(run=_app)
-
+    _add_app(commands)
     _add_train(commands)
 
     presets = commands.add_parser("presets", help="list the presets, or show one")
@@ -70,6 +62,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_places(demo)
     demo.set_defaults(run=_demo)
 
+    _add_bench(commands)
+    _add_evaluate(commands)
+    add_basis(commands)
+    add_curvature(commands, _add_places, _places)
+
+    test = commands.add_parser("test", help="run the tests", add_help=False)
+    test.set_defaults(run=_test)
+    test.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _add_app(commands: Any) -> None:
+    app = commands.add_parser("app", help="the tab as a page of its own, on this machine")
+    app.add_argument("--port", type=_port, default=0, help="port to listen on; the first free one from 7860 on if left")
+    app.add_argument("--listen", action="store_true", help="let other machines reach it too")
+    app.add_argument("--data-root", type=Path, default=None, help="with --listen: the folder training data may lie in")
+    app.add_argument("--auth", default="", metavar="NAME:PASSWORD", help="ask for a password (or ATELIER_AUTH)")
+    app.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="name it is reached by (proxy)")
+    _add_places(app)
+    app.set_defaults(run=_app)
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="time a training step against PEFT, LyCORIS and the bare UNet")
     bench.add_argument(
         "--size",
@@ -85,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--types", default="", help="adapter types against plain LoRA, as in loha,lokr+use_dora, or all")
     bench.set_defaults(run=_bench)
 
+
+def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="measure modes or adapter types on the painted world")
     evaluate.add_argument("suite", choices=("modes", "adapters"))
     evaluate.add_argument("--quick", action="store_true", help="one seed at the shipped settings")
@@ -100,14 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--output-dir", type=Path, default=ROOT / "logs" / "evaluate", help="where results are kept")
     evaluate.set_defaults(run=_evaluate)
-
-    add_basis(commands)
-    add_curvature(commands, _add_places, _places)
-
-    test = commands.add_parser("test", help="run the tests", add_help=False)
-    test.set_defaults(run=_test)
-    test.add_argument("arguments", nargs=argparse.REMAINDER)
-    return parser
 
 
 def _add_train(commands: Any) -> None:

@@ -198,28 +198,23 @@ def _build(
     plan: PassPlan, model: Model, site: Site, found: Any, beneath: Sequence[Network], resumed: bool, prepared: bool
 ) -> Session:
     job, seed = plan.job, draw_seed(plan.job)
-    train = job[core.Train]
     mode = MODES.get(job[core.Task].mode)(job)
     with phase(ADAPTER, model.device, job):
         network = make_network(job, model, seed, site.log, resumed)
     with phase(IMAGES, model.device, job):
         source = SOURCES[plan.kind.source](job, model, seed, site, found)
-    wanted = (stage for _, stage in STAGES.items() if mode.steps and stage.wanted(job))
-    stages = tuple(stage(job) for stage in sorted(wanted, key=lambda stage: stage.turn))
+    stages = _stages(job) if mode.steps else ()
     asked = (*source.prompts(), *mode.prompts(), *(prompt for stage in stages for prompt in stage.prompts()))
     with phase(TEXTS, model.device, job):
         text = make_text(job, model, network, beneath, (*asked, *arguments.previewed(job)), site)
     settle(model, model.unet, *(model.text_encoders if text.trained else ()))
     limits = arguments.limits(job, source.batches_per_epoch, site.process.count)
-    for line in idle_here(job, model, network):
-        site.log.warn(line)
-    if job[core.Log].logging_verbose:
-        site.log.note("Trained modules: " + ", ".join(adapter.key for adapter in network) + ".")
+    _report_layers(job, model, network, site.log)
     flat = FlatParameters(network)
     with flat.exact():
         optimizer, scheduler = make_optimizer_and_scheduler(job, network, limits.total_steps, site.log)
     scaled = torch.float16 in (model.compute, *(value.dtype for value in flat.values))
-    model.set_gradient_checkpointing(train.use_gradient_checkpointing, network.repeated)
+    model.set_gradient_checkpointing(job[core.Train].use_gradient_checkpointing, network.repeated)
     kit = Kit(model, network, text, seed, arguments.loss_settings(job))
     network.attach()
     try:
@@ -257,6 +252,20 @@ def _build(
         suffix=plan.kind.suffix,
         beneath=tuple(beneath),
     )
+
+
+def _stages(job: Job) -> tuple[Stage, ...]:
+    """The stages that a job asks for, in their turn."""
+    wanted = (stage for _, stage in STAGES.items() if stage.wanted(job))
+    return tuple(stage(job) for stage in sorted(wanted, key=lambda stage: stage.turn))
+
+
+def _report_layers(job: Job, model: Model, network: Network, log: EventLog) -> None:
+    """What has no effect on this model's layers, and with logging_verbose which of them are trained."""
+    for line in idle_here(job, model, network):
+        log.warn(line)
+    if job[core.Log].logging_verbose:
+        log.note("Trained modules: " + ", ".join(adapter.key for adapter in network) + ".")
 
 
 def _prepare(mode: Mode, stages: Sequence[Stage], at: Preparation, flat: FlatParameters, site: Site) -> None:

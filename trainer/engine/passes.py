@@ -23,8 +23,9 @@ from ..maths.schedule import EPSILON, NoiseSchedule
 from ..models.base import Model
 from ..modes.base import MODES
 from ..params import core
+from ..params.catalogue import Catalogue
 from ..params.job import Job
-from ..params.table import Catalogue, Parameter
+from ..params.table import Parameter
 from ..writing import replace, why
 from . import devices
 from .build import PassPlan, build

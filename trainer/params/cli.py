@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import JobError, Problem
 from . import kohya
+from .catalogue import Catalogue
 from .core import GROUPS, SECTIONS
 from .job import SECOND_PASS
-from .table import Catalogue, Parameter
+from .table import Parameter
 from .values import default_text, did_you_mean, expectation
 
 PREFIX = "param:"

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from ..errors import JobError, Problem
 from . import kohya
+from .catalogue import Catalogue
 from .core import FORMAT, OF_THE_RUN
 from .field import ModeInfo
 from .files import read_json
 from .idle import IDLE_RULES
 from .job import ALWAYS, NOTE, SECOND_PASS, TRAINTRAIN, Job
 from .rules import CORE_RULES, Rule
-from .table import Catalogue, Parameter, parameters_of
+from .table import Parameter, parameters_of
 from .traintrain import DEFAULTS as TRAINTRAIN_DEFAULTS
 from .traintrain import is_traintrain, z_image_key
 from .values import FORBIDDEN, BadValueError, coerce, did_you_mean

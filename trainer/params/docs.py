@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .catalogue import Catalogue
 from .core import GROUPS
-from .table import Catalogue, Parameter
+from .table import Parameter
 from .values import default_text, expectation
 
 HEAD = """# Parameters

@@ -9,10 +9,10 @@ from ..errors import JobError, Problem
 from ..paths import is_file
 from ..places import BASE_PICTURES
 from ..writing import why
+from .catalogue import Catalogue
 from .codec import Loaded, load
 from .files import name_problem, read_json, write_json
 from .job import NOTE, Job
-from .table import Catalogue
 
 USER = "user"
 DEMO = "demo"

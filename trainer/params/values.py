@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ..errors import brief
-from .table import Catalogue, Parameter
+from .catalogue import Catalogue
+from .table import Parameter
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 WHOLE = re.compile(r"[+-]?\d{1,100}", re.ASCII)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import AtelierError
+from .catalogue import Catalogue
 from .core import GROUPS
 from .field import ModeInfo
-from .table import Catalogue, Parameter
+from .table import Parameter
 from .values import did_you_mean
 
 KINDS = {"text": "text", "int": "number", "float": "number", "size": "text", "bool": "check", "list": "checks"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..params import core
-from ..params.table import Catalogue, Parameter
+from ..params.catalogue import Catalogue
+from ..params.table import Parameter
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import AtelierError, Problem
+from ..params.catalogue import Catalogue
 from ..params.job import SECOND_PASS
-from ..params.table import Catalogue
 from ..paths import exists, expanded, is_file
 from ..places import BASE_MODEL, BASE_PICTURES, Places
 

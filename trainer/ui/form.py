@@ -5,7 +5,7 @@ What is seen at a moment follows from tags, which the page's script compares as 
 
 from __future__ import annotations
 
-from ..params.table import Catalogue
+from ..params.catalogue import Catalogue
 from ..params.widgets import Widget, widgets
 from .cards import BLOCKS, CARDS, LEARN, SECOND, TASK, Card, card_of
 from .fields import Place, button, field

@@ -22,8 +22,8 @@ from starlette.requests import ClientDisconnect
 from ..errors import AtelierError, BusyError, JobError
 from ..jobs.listing import QueueError, UnknownJobError
 from ..jsontext import JsonError, parse
+from ..params.catalogue import Catalogue
 from ..params.files import LARGEST_FILE
-from ..params.table import Catalogue
 from .fence import NotServedError
 from .views import problems
 

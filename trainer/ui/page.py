@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..params.table import Catalogue
+from ..params.catalogue import Catalogue
 from .fields import button
 from .form import form, tags
 from .html import Child, Html, element

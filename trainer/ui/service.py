@@ -16,9 +16,9 @@ from ..jobs.entry import Entry
 from ..jobs.listing import QueueError
 from ..jobs.queue import Queue
 from ..params import core
+from ..params.catalogue import Catalogue
 from ..params.codec import Loaded, beside, load, load_rest
 from ..params.job import SECOND_PASS, Job
-from ..params.table import Catalogue
 from ..params.widgets import widgets
 from ..paths import expanded
 from ..places import Places

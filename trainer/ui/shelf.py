@@ -14,11 +14,11 @@ from ..adapters.metadata import JOB_KEY
 from ..errors import AtelierError, JobError, Problem
 from ..jobs.live import Facts
 from ..jsontext import JsonError, parse
+from ..params.catalogue import Catalogue
 from ..params.codec import Loaded, load
 from ..params.core import Save, Task
 from ..params.files import json_bytes, read_json
 from ..params.presets import Presets, brought
-from ..params.table import Catalogue
 from ..places import Places
 from ..writing import why, write_new
 from .fence import NotServedError, inside, served

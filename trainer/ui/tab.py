@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..params.table import Catalogue
+from ..params.catalogue import Catalogue
 from . import compat
 from .drawing import ASSETS
 from .html import Html, element, join

@@ -10,8 +10,9 @@ from pathlib import Path, PurePath
 from ..errors import Problem, brief
 from ..jobs.entry import Entry
 from ..jobs.live import Facts
+from ..params.catalogue import Catalogue
 from ..params.job import SECOND_PASS
-from ..params.table import Catalogue, Parameter
+from ..params.table import Parameter
 from ..params.values import shown
 from ..params.widgets import Widget
 from ..places import Places
