@@ -68,6 +68,10 @@ class ModelError(AtelierError):
     """A base model that cannot be used: file, architecture, vocabulary."""
 
 
+class NotAdoptable(ModelError):
+    """A loaded model whose tensors cannot be trained on as they are; the message says why. Its file has to be read."""
+
+
 class DataError(AtelierError):
     """Pictures, captions or caches that cannot be used."""
 

@@ -11,8 +11,9 @@ from hosts_case import Told, digest, job, starter
 from hosts_fakes import FAKES, LORA, Fake
 from torch import Tensor
 
+from trainer.errors import NotAdoptable
 from trainer.events import EventLog
-from trainer.models.live import Live, NotAdoptable, adopt
+from trainer.models.live import Live, adopt
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trainer.errors import ModelError
-from trainer.models.compare import NotAdoptable, compare, stored
+from trainer.errors import ModelError, NotAdoptable
+from trainer.models.compare import compare, stored
 from trainer.models.live import Live, adopt
 from trainer.models.load import load_model
 from trainer.models.single import source_of

@@ -27,9 +27,10 @@ STOPPED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped."""
     parser = _parser()
-    options, options.rest = parser.parse_known_args(argv)
-    if options.rest and not options.takes_flags:
-        parser.error(f"unknown words: {' '.join(options.rest)}")
+    options, rest = parser.parse_known_args(argv)
+    options.rest = rest
+    if rest and not options.takes_flags:
+        parser.error(f"unknown words: {' '.join(rest)}")
     with steady_streams():
         try:
             return int(options.run(options))

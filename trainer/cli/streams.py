@@ -46,7 +46,7 @@ def steady_streams() -> Iterator[None]:
     """Inside the block nothing is ended by a closed pipe on standard output or error."""
     before = sys.stdout, sys.stderr
     steady = [Steady(stream) if stream is not None else None for stream in before]  # None: pythonw has no terminal
-    sys.stdout, sys.stderr = steady  # type: ignore[assignment]
+    sys.stdout, sys.stderr = steady
     try:
         yield
     finally:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NotAdoptable
 from ..models.detect import VAE
-from ..models.live import Live, NotAdoptable
+from ..models.live import Live
 from .webui import WebUI
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
@@ -85,7 +86,8 @@ class A1111(WebUI):
 
 
 def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
+    found: torch.device = next(model.parameters()).device
+    return found
 
 
 def take_out_loras(model: Any) -> None:

@@ -108,7 +108,8 @@ class Folders(ABC):
         """The job with full paths for model and VAE; an empty model is the loaded one. Raises JobError."""
         from modules import sd_models, sd_vae
 
-        task, problems = job[Task], []
+        task = job[Task]
+        problems: list[Problem] = []
         here = self.loaded_path() or self.selected_path()
         theirs: Callable[[str], str | None] = lambda name: getattr(  # noqa: E731
             sd_models.checkpoint_aliases.get(name), "filename", None

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NotAdoptable
 from ..models.detect import TEXT_PREFIXES, UNET, VAE
-from ..models.live import Live, NotAdoptable, is_clip, is_vae
+from ..models.live import Live, is_clip, is_vae
 from .names import same_file
 from .webui import WebUI
 
@@ -124,7 +125,7 @@ class Forge(WebUI):
         """The loaded model without LoRA, moved off the device with everything else."""
         model = self._model()
         original = model.forge_objects_original
-        foreign = (VAE,) if self.loaded_vae() else ()
+        foreign: tuple[str, ...] = (VAE,) if self.loaded_vae() else ()
         if any(not is_vae(path) for path in self._modules()):
             foreign += TEXT_PREFIXES
         with torch.inference_mode():  # as Forge does it: its parameters are inference tensors

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..engine.arguments import text_files
+from ..errors import Problem
 from ..events import EventLog
 from ..models.base import Model
 from ..models.room import give_back
@@ -58,7 +59,8 @@ class Standalone:
 
     def resolve(self, job: Job) -> Job:
         """The job with paths; no model is the demo model. Raises JobError."""
-        task, problems = job[Task], []
+        task = job[Task]
+        problems: list[Problem] = []
         model = find(task.model or DEMO, "model", self._places.checkpoints, problems)
         vae = find(task.vae, "vae", self._places.vaes, problems) if task.vae else ""
         texts = [find(name, "te", self._places.text_encoders, problems) for name in text_files(job)]

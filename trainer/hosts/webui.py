@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..engine.arguments import precision, text_files
-from ..errors import AtelierError, BusyError
+from ..errors import AtelierError, BusyError, NotAdoptable
 from ..events import EventLog
 from ..models.base import Model
-from ..models.live import Live, NotAdoptable, adopt, copied_bytes
+from ..models.live import Live, adopt, copied_bytes
 from ..models.room import give_back, same_device
 from ..params.core import Task, Train
 from ..params.job import Job

@@ -212,7 +212,7 @@ def _laid_out(flat: Tensor, offset: object, size: object, stride: object) -> Ten
     if not right or math.prod(sizes) > len(flat):
         raise PickleError("one of its tensors has a shape that its weights do not fill")
     start = numbers[0]
-    last = start + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))  # type: ignore[operator]
+    last = start + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
     if math.prod(sizes) and last >= len(flat):
         raise PickleError("one of its tensors reaches beyond its weights")
-    return flat.as_strided(sizes, steps, start if math.prod(sizes) else 0)  # type: ignore[arg-type]
+    return flat.as_strided(sizes, steps, start if math.prod(sizes) else 0)

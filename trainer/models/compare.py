@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, NotAdoptable
 from ..jsontext import parse
 from .assemble import recognise, used_of_text
 from .detect import TEXT_PREFIXES, UNET, VAE
@@ -32,10 +32,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-class NotAdoptable(ModelError):
-    """A loaded model whose tensors cannot be trained on as they are; the message says why. Its file has to be read."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def stored(path: Path) -> Iterator[Stored]:
     # Read, not mapped: each mapped tensor would bring its neighbourhood into memory, tens of megabytes in all.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = parse(file.read(length))
+        header: Any = parse(file.read(length))
         shapes = {name: _empty(header[name]) for name in names}
         entries = {id(tensor): header[name] for name, tensor in shapes.items()}
         yield Stored(shapes, metadata, lambda tensor, count: _rows(file, 8 + length, entries, tensor, count))

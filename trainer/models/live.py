@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..errors import NotAdoptable
 from . import noise
 from .assemble import assemble
 from .base import Model
-from .compare import NotAdoptable, compare
+from .compare import compare
 from .detect import UNET, VAE
 from .load import replace_vae
 from .quantised import is_scale

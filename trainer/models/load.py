@@ -75,5 +75,5 @@ def _unrelated(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
     """Whether no encoder weight of two VAEs points even roughly the same way; those made from one another all do."""
     names = [name for name in one if name.startswith("encoder.") and name.endswith((".conv1.weight", "conv_in.weight"))]
     pairs = [(one[name], other[name]) for name in names[:8] if name in other and other[name].shape == one[name].shape]
-    vectors = [[side.detach().float().cpu().flatten() for side in pair] for pair in pairs]
-    return bool(pairs) and all(float(torch.cosine_similarity(*pair, dim=0)) < RELATED for pair in vectors)
+    vectors = [tuple(side.detach().float().cpu().flatten() for side in pair) for pair in pairs]
+    return bool(pairs) and all(float(torch.cosine_similarity(a, b, dim=0)) < RELATED for a, b in vectors)

@@ -226,14 +226,22 @@ def _given(self: Unpickler, given: Any) -> None:
     self._push(given)
 
 
+def _drop(self: Unpickler, _: Any) -> None:
+    self._pop()
+
+
+def _drop_to_mark(self: Unpickler, _: Any) -> None:
+    self._pop_mark()
+
+
 _STEPS: dict[str, Callable[[Unpickler, Any], None]] = {
     **dict.fromkeys(("PROTO", "FRAME"), _nothing),
     **dict.fromkeys(
         ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
          "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), _given),
     "MARK": lambda self, _: self._push(_MARK),
-    "POP": lambda self, _: self._pop() and None,
-    "POP_MARK": lambda self, _: self._pop_mark() and None,
+    "POP": _drop,
+    "POP_MARK": _drop_to_mark,
     "DUP": lambda self, _: self._push(self._stack[-1]),
     "NONE": lambda self, _: self._push(None),
     "NEWTRUE": lambda self, _: self._push(True),
@@ -259,5 +267,5 @@ _STEPS: dict[str, Callable[[Unpickler, Any], None]] = {
     "BINPERSID": lambda self, _: self._persistent(),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), _new),
     "NEWOBJ_EX": _new_extended,
-    "BUILD": lambda self, _: self._pop() and None,  # the state of something inert
+    "BUILD": _drop,  # the state of something inert
 }  # fmt: skip

@@ -30,7 +30,7 @@ def recompute(unet: nn.Module, on: bool, around: Around | None = None) -> None:
 
 
 def _repeated(forward: Callable[..., Any], around: Around | None) -> Callable[..., Any]:
-    contexts = {} if around is None else {"context_fn": around}
+    contexts: dict[str, Any] = {} if around is None else {"context_fn": around}
 
     def run(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():

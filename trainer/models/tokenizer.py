@@ -157,8 +157,8 @@ def read_vocabulary(place: Path) -> Vocabulary | None:
         if is_file(folder / "tokenizer.json"):
             model = _object(folder / "tokenizer.json").get("model")
             model = model if isinstance(model, dict) else {}
-            merges = [line.split() if isinstance(line, str) else line for line in _list(model.get("merges"))]
-            return _vocabulary(model.get("vocab"), merges, _pad_token(folder), folder)
+            pairs = [line.split() if isinstance(line, str) else line for line in _list(model.get("merges"))]
+            return _vocabulary(model.get("vocab"), pairs, _pad_token(folder), folder)
         if is_file(folder / BPE_FILE):
             return _from_bpe_file(folder / BPE_FILE)
     return None

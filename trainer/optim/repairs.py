@@ -14,7 +14,7 @@ def dadapt_adan(base: Any) -> Any:
     Xie et al. 2022 (arXiv 2208.06677), algorithm 1, with 1 - β for its β: n = β₃ n + (1 - β₃) (g + β₂ (g - g'))².
     """
 
-    class DAdaptAdan(base):
+    class DAdaptAdan(base):  # type: ignore[misc]  # the library has no types
         """D-Adaptation of Adan; the step size and the update are the library's."""
 
         def _can_use_foreach(self, group: Mapping[str, Any]) -> bool:

@@ -209,7 +209,8 @@ def _diffusers(function: str) -> Callable[[], Callable[..., Any]]:
     def load() -> Callable[..., Any]:
         from diffusers import optimization
 
-        return getattr(optimization, function)
+        found: Callable[..., Any] = getattr(optimization, function)
+        return found
 
     return load
 
@@ -241,10 +242,12 @@ def _cyclic(shape: Shape) -> dict[str, Any]:
 
 
 def _enter(
-    name: str, factory: Callable[[], Callable[..., Any]], *arguments: Callable[[Shape], dict[str, Any]],
+    name: str,
+    factory: Callable[[], Callable[..., Any]],
+    arguments: Callable[[Shape], dict[str, Any]] = lambda shape: {},
     restarts: bool = False,
-) -> None:  # fmt: skip
-    SCHEDULERS.register(name)(Recipe(factory, *arguments, restarts=restarts))
+) -> None:
+    SCHEDULERS.register(name)(Recipe(factory, arguments, restarts=restarts))
 
 
 # Numbers that torch leaves open or fixes at a few steps are tied to the length of the run.

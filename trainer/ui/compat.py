@@ -11,7 +11,7 @@ import gradio
 def page_block(markup: str) -> Any:
     """An HTML component that shows markup as it is, inside the Blocks that are open."""
     known = inspect.signature(gradio.HTML.__init__).parameters
-    wanted = {"apply_default_css": False, "padding": False, "js_on_load": None}
+    wanted: dict[str, Any] = {"apply_default_css": False, "padding": False, "js_on_load": None}
     return gradio.HTML(markup, elem_id="atelier_host", **{key: wanted[key] for key in wanted if key in known})
 
 

@@ -99,7 +99,12 @@ def _described(widget: Widget, name: str) -> dict[str, object]:
 
 
 def _text(widget: Widget, name: str) -> Child:
-    common = {"id": name, "placeholder": default_text(widget) or None, "autocomplete": "off", "spellcheck": "false"}
+    common: dict[str, object] = {
+        "id": name,
+        "placeholder": default_text(widget) or None,
+        "autocomplete": "off",
+        "spellcheck": "false",
+    }
     common |= _described(widget, name)
     if widget.holds == "lines":
         box: Child = element("textarea", default_text(widget), rows=2, **common)

@@ -153,7 +153,7 @@ def draw(logs: Sequence[Log], settings: PlotSettings) -> str:
             _draw_losses(axes[0], log, label, settings, number)
             if with_rates:
                 _draw_rates(axes[1], log, number)
-        _finish(axes, settings, len(logs))
+        _finish(list(axes), settings, len(logs))
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
     return _as_part_of_a_page(target.getvalue())
