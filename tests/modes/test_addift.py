@@ -74,7 +74,7 @@ def mode(**changes):
     from trainer.params.codec import load
 
     given = {"format": 1, "mode": "ADDifT", "original image": "a.png", "target image": "b.png", **changes}
-    return Addift(load(given, catalogue()).job)
+    return Addift.of(load(given, catalogue()).job)
 
 
 def pair_batch(count: int = 2, index: int = 0, mask=None) -> Batch:

@@ -191,7 +191,7 @@ def parts(job: Job, needs: Collection[str]) -> Collection[str]:
 
 def prompts(job: Job) -> PromptPairs:
     """The pairs of prompts of a job, and the anchors its mode holds."""
-    anchors, size = MODES.get(job[core.Task].mode)(job).anchors(), job[core.Images].image_size
+    anchors, size = MODES.get(job[core.Task].mode).of(job).anchors(), job[core.Images].image_size
     if job[core.Train].train_traintrain_compatible:
         size = (min(size), max(size))  # its pictures are never upright here
     return PromptPairs(*prompt_pairs(job), size, anchors)

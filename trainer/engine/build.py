@@ -56,7 +56,7 @@ def make_network(job: Job, model: Model, seed: int, log: EventLog, restored: boo
     One that will be `restored` asks for no file: every tensor of it comes from the state of its run.
     """
     wanted = job[core.Network]
-    mode = MODES.get(job[core.Task].mode)(job)
+    mode = MODES.get(job[core.Task].mode).of(job)
     spec = arguments.adapter_spec(job, restored) if mode.steps else arguments.solved_spec(job, mode.rank(model))
     network = build_network(
         [layer for layer in layers_of(model) if mode.covers(layer)],
@@ -198,7 +198,7 @@ def _build(
     plan: PassPlan, model: Model, site: Site, found: Any, beneath: Sequence[Network], resumed: bool, prepared: bool
 ) -> Session:
     job, seed = plan.job, draw_seed(plan.job)
-    mode = MODES.get(job[core.Task].mode)(job)
+    mode = MODES.get(job[core.Task].mode).of(job)
     with phase(ADAPTER, model.device, job):
         network = make_network(job, model, seed, site.log, resumed)
     with phase(IMAGES, model.device, job):

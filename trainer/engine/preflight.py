@@ -245,7 +245,7 @@ def long_prompts(job: Job, places: Places, model: Model | None) -> list[str]:
     `model` is the loaded model where there is one; else the vocabulary that its file will be read with is looked up.
     Raises JobError for modes without steps, which take one window.
     """
-    mode = MODES.get(job[core.Task].mode)(job)
+    mode = MODES.get(job[core.Task].mode).of(job)
     if "prompts" not in mode.needs:
         return []
     if model is None:

@@ -12,8 +12,8 @@ along z_t − z_o at its place is added to the untouched model's prediction on t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,12 +81,28 @@ def trigger_of_the_seed(job: Job, mode: ModeInfo) -> str:
 
 
 @dataclass(frozen=True)
-class _Half:
-    """One direction of a batch: what the teacher sees, what the student sees, and the student's strength."""
+class Direction:
+    """One direction of a batch: the latents the teacher sees, those the student is shown, the student's strength."""
 
-    teacher: Tensor
-    student: Tensor
+    seen: Tensor
+    shown: Tensor
     strength: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The directions of a batch below each other, (N, …), for one forward: what both sides see, with their prompts."""
+
+    count: int
+    seen: Tensor
+    shown: Tensor
+    noise: Tensor
+    t: Tensor
+    strength: float | Tensor
+    originals: tuple[str, ...]
+    targets: tuple[str, ...]
+    time_ids: Tensor | None
+    mask: Tensor | None
 
 
 @MODES.register("ADDifT")
@@ -109,71 +125,54 @@ class Addift(Mode):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        train = settings[Train]
-        self._compatible = train.train_traintrain_compatible
-        self._range = (train.train_min_timesteps, train.train_max_timesteps)
         self._own = settings[AddiftParams]
-        self._project = self._own.diff_project and not self._compatible
         self._ratio = settings[Pair].diff_alt_ratio
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """Mean over the directions of ‖ε_±κ(x_t, t, c_t) − ε_0(x_t', t, c_o)‖² per pair, students in one forward.
 
-        With `diff_project` towards ε_0(x_t, t, c_t) + P(ε_0(x_t', t, c_o) − ε_0(x_t, t, c_t)), P onto z_t − z_o.
-
         Where a forward cannot hold two strengths, the directions take turns, both with the same noise and timestep.
         """
-        turns = self._compatible or (self._ratio != 0 and not kit.per_sample)
-        draw = dataclasses.replace(batch, index=batch.index // 2) if turns and not self._compatible else batch
-        forward = batch.index % 2 == 0 or not turns
-        backward = batch.index % 2 == 1 if turns else self._ratio != 0  # TrainTrain's turn back counts at ratio 0 too
-        noise = kit.noise(draw)
-        halves = self._halves(kit, draw, noise, forward, backward)
-        t = self._scheduled(batch) if self._compatible else kit.timesteps(draw, STRATA)
-        return self._compare(kit, batch, halves, noise, t)
+        ways = (False, True) if self._ratio else (False,)
+        turns = len(ways) > 1 and not kit.per_sample
+        draw = dataclasses.replace(batch, index=batch.index // 2) if turns else batch
+        chosen = (ways[batch.index % 2],) if turns else ways
+        noise, t, pair = kit.noise(draw), kit.timesteps(draw, STRATA), kit.pair(draw)
+        rows = stacked(batch, [self.direction(kit, draw, noise, pair, back) for back in chosen], noise, t)
+        x = kit.schedule.add_noise(rows.shown, rows.noise, rows.t)
+        wanted = self.teacher(kit, rows, x)
+        with kit.strength(rows.strength):
+            predicted = kit.predict(x, rows.t, kit.text(rows.targets), rows.time_ids)
+        return kit.loss(predicted, wanted, rows.t, rows.mask).view(rows.count, -1).mean(0)
 
-    def _halves(self, kit: Kit, batch: Batch, noise: Tensor, forward: bool, backward: bool) -> list[_Half]:
-        original, target = kit.pair(batch)
-        halves = [_Half(original, target, self._own.diff_strength)] if forward else []
-        if backward and self._ratio < 0:
-            pure = noise if self._compatible else kit.noise(batch, purpose="no change")
-            halves.append(_Half(pure, pure, self._own.diff_strength * self._ratio))
-        elif backward:
-            halves.append(_Half(target, original, -self._own.diff_strength * self._ratio))
-        return halves
+    def direction(self, kit: Kit, batch: Batch, noise: Tensor, pair: tuple[Tensor, Tensor], back: bool) -> Direction:
+        """At strength κ the target picture is to be predicted as the original is; back, at −κ|ρ|, the other way round.
+        With ρ < 0 pure noise is to stay as it is instead.
+        """
+        original, target = pair
+        if not back:
+            return Direction(original, target, self._own.diff_strength)
+        if self._ratio < 0:
+            pure = self.pure_noise(kit, batch, noise)
+            return Direction(pure, pure, self._own.diff_strength * self._ratio)
+        return Direction(target, original, -self._own.diff_strength * self._ratio)
 
-    def _compare(self, kit: Kit, batch: Batch, halves: list[_Half], noise: Tensor, t: Tensor) -> Tensor:
-        count = len(halves)
-        seen, shown = (torch.cat([getattr(half, side) for half in halves]) for side in ("teacher", "student"))
-        noise, t = noise.repeat(count, 1, 1, 1), t.repeat(count)
-        ids, mask = _repeat(batch.time_ids, count), _repeat(batch.mask, count)
-        x = kit.schedule.add_noise(shown, noise, t)
+    def pure_noise(self, kit: Kit, batch: Batch, noise: Tensor) -> Tensor:
+        """What stands in for the pictures with ρ < 0."""
+        return kit.noise(batch, purpose="no change")
+
+    def teacher(self, kit: Kit, rows: Rows, x: Tensor) -> Tensor:
+        """ε_0(x_t', t, c_o) as a prediction at x_t. With `diff_project`
+        ε_0(x_t, t, c_t) + P(ε_0(x_t', t, c_o) − ε_0(x_t, t, c_t)), P onto z_t − z_o.
+        """
         with kit.teacher():
-            before = kit.schedule.add_noise(seen, noise, t)
-            wanted = kit.predict(before, t, kit.text(batch.prompts * count), ids)
-            if not self._compatible:  # TrainTrain compares v where it means ε
-                wanted = kit.schedule.follow(wanted, shown - seen, t)
-            if self._project:
-                here = kit.predict(x, t, kit.text(batch.targets * count), ids)
-                wanted = here + along(wanted - here, shown - seen)
-        with kit.strength(self._strengths(halves, batch)):
-            predicted = kit.predict(x, t, kit.text(batch.targets * count), ids)
-        if self._compatible and mask is not None:  # not normalised
-            predicted, wanted, mask = predicted * mask, wanted * mask, None
-        return kit.loss(predicted, wanted, t, mask).view(count, -1).mean(0)
-
-    @staticmethod
-    def _strengths(halves: list[_Half], batch: Batch) -> float | Tensor:
-        if len(halves) == 1:
-            return halves[0].strength
-        values = [half.strength for half in halves for _ in batch.samples]
-        return torch.tensor(values, device=batch.mean.device)
-
-    def _scheduled(self, batch: Batch) -> Tensor:
-        """TrainTrain's timesteps: five fixed values in turn, each for one step forward and one back, (B,)."""
-        low, high = self._range
-        at = low + (high - low) / 10 * (batch.index // 2 * 2 % 10 + 1)
-        return torch.full((len(batch.samples),), min(int(at), 999), device=batch.mean.device)
+            before = kit.schedule.add_noise(rows.seen, rows.noise, rows.t)
+            wanted = kit.predict(before, rows.t, kit.text(rows.originals), rows.time_ids)
+            wanted = kit.schedule.follow(wanted, rows.shown - rows.seen, rows.t)
+            if self._own.diff_project:
+                here = kit.predict(x, rows.t, kit.text(rows.targets), rows.time_ids)
+                wanted = here + along(wanted - here, rows.shown - rows.seen)
+        return wanted
 
 
 @MODES.register("Multi-ADDifT")
@@ -188,5 +187,26 @@ class MultiAddift(Addift):
     source = "pairs"
 
 
-def _repeat(rows: Any, count: int) -> Any:
+def stacked(batch: Batch, directions: Sequence[Direction], noise: Tensor, t: Tensor) -> Rows:
+    """The directions of a batch as the rows of one forward, each with the same noise and timesteps."""
+    count = len(directions)
+    strength: float | Tensor = directions[0].strength
+    if count > 1:
+        values = [direction.strength for direction in directions for _ in batch.samples]
+        strength = torch.tensor(values, device=batch.mean.device)
+    return Rows(
+        count,
+        torch.cat([direction.seen for direction in directions]),
+        torch.cat([direction.shown for direction in directions]),
+        noise.repeat(count, 1, 1, 1),
+        t.repeat(count),
+        strength,
+        batch.prompts * count,
+        batch.targets * count,
+        _repeat(batch.time_ids, count),
+        _repeat(batch.mask, count),
+    )
+
+
+def _repeat(rows: Tensor | None, count: int) -> Tensor | None:
     return None if rows is None else rows.repeat(count, *[1] * (rows.dim() - 1))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contracts import Layer
 from ..maths.schedule import NoiseSchedule
+from ..params.core import Train
 from ..params.rules import Rule
 from ..registry import Registry
 
@@ -140,8 +141,9 @@ class Pass:
 class Mode:
     """Base of all modes. `needs` are the tags of parameters its form shows, `sections` the parameter classes it
     declares itself, `rules` what must hold for them. `second`: the tags of its second pass, None when it has none.
-    `steps`: whether it trains by optimizer steps; one that does not writes its result in `prepare`, into an adapter of
-    its own `rank` on the layers it `covers`.
+    `by_traintrain`: the class that trains by TrainTrain's rule, where that is another. `steps`: whether it trains by
+    optimizer steps; one that does not writes its result in `prepare`, into an adapter of its own `rank` on the layers
+    it `covers`.
     """
 
     help: ClassVar[str] = ""
@@ -151,9 +153,17 @@ class Mode:
     second: ClassVar[frozenset[str] | None] = None
     source: ClassVar[str] = "pictures"
     steps: ClassVar[bool] = True
+    by_traintrain: ClassVar[type[Mode] | None] = None
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    @classmethod
+    def of(cls, settings: Settings) -> Mode:
+        """This mode for a job: with TrainTrain's own rule where the job asks for it and the mode has one."""
+        MODES.scan()
+        kind = cls.by_traintrain if settings[Train].train_traintrain_compatible else None
+        return (kind or cls)(settings)
 
     @classmethod
     def passes(cls) -> tuple[Pass, ...]:

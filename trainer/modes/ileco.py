@@ -109,12 +109,11 @@ class ILeco(Mode):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._own = settings[ILecoParams]
-        self._compatible = settings[Train].train_traintrain_compatible
         self._bank: Bank | None = None
 
     def anchors(self) -> tuple[str, ...]:
-        """The prompts that must stay; none without weight and by TrainTrain's rule."""
-        if self._compatible or not self._own.ileco_anchor_weight:
+        """The prompts that must stay; none without weight."""
+        if not self._own.ileco_anchor_weight:
             return ()
         originals = prompt_pairs(self.settings)[0]
         if "" in originals:  # everything is to change: whatever is held stands against it
@@ -135,7 +134,7 @@ class ILeco(Mode):
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """‖ε_1(x, t, c_o) − ε_0(x, t, c_t)‖² per sample; for an anchor c_t = c_o, and its weight counts."""
         if self._bank is None:
-            x, t = kit.noise(batch, fixed=self._compatible), kit.timesteps(batch)
+            x, t = self.noise(kit, batch), kit.timesteps(batch)
             with kit.teacher():
                 target = kit.predict(x, t, kit.text(batch.targets), batch.time_ids)
             target = pushed(kit, batch, (x, t), target, None, self._own.ileco_guidance)
@@ -143,6 +142,10 @@ class ILeco(Mode):
             batch, x, t, target = self._bank.rows(batch)
         losses = kit.loss(kit.predict(x, t, kit.text(batch.prompts), batch.time_ids), target, t)
         return losses * self._weights(batch).to(losses)
+
+    def noise(self, kit: Kit, batch: Batch) -> Tensor:
+        """What the model is asked about where there is no bank: fresh in every step."""
+        return kit.noise(batch)
 
     def _weights(self, batch: Batch) -> Tensor:
         held = self._own.ileco_anchor_weight
