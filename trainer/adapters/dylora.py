@@ -14,7 +14,7 @@ from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from .base import ADAPTERS, AdapterSpec, Strength
-from .lora import Lora
+from .plain_lora import Lora
 from .where import ignores
 
 

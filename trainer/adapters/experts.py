@@ -18,7 +18,7 @@ from ..params.spaces import EXPERT_RULES, ExpertParams
 from .base import ADAPTERS, AdapterSpec, Strength
 from .dora import DoraOptions
 from .factored import Factored
-from .lora import Lora
+from .plain_lora import Lora
 
 SPREAD = 0.1
 """How far the experts start apart, in units of a LoRA's down matrix."""

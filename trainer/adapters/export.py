@@ -20,8 +20,8 @@ from ..params.rules import Rule
 from .base import ADAPTERS, Adapter
 from .dora import axis_args
 from .file_delta import ALPHA, DOWN, MAGNITUDE, PLAIN, UP, plain_layers
-from .lora import Lora
 from .network import Network
+from .plain_lora import Lora
 
 FORMATS = ("auto", "lora", "native")
 NOTHING, ROUNDING = 1e-12, 1e-5

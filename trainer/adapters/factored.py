@@ -16,7 +16,7 @@ from ..maths.weights import weight_matrix, weight_shape
 from .base import Adapter, AdapterSpec, Strength
 from .dora import DoraOptions
 from .file_delta import DOWN, UP, alpha_of
-from .lora import Lora
+from .plain_lora import Lora
 from .where import in_any_block
 
 LOST = 1e-2

@@ -11,9 +11,9 @@ from ..adapters.base import AdapterSpec, Strength
 from ..adapters.choose import spelled, split_name
 from ..adapters.file import read_lora
 from ..adapters.file_delta import DOWN, plain_layers, rank_of
-from ..adapters.lora import Lora
 from ..adapters.metadata import baked_strength
 from ..adapters.network import Network
+from ..adapters.plain_lora import Lora
 from ..errors import AdapterError
 from ..events import EventLog
 from ..models.base import Model
