@@ -11,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from trainer.data.dataset import arrange
 from trainer.data.scan import scan
@@ -18,7 +19,7 @@ from trainer.engine.arguments import image_settings
 from trainer.engine.build import make_network
 from trainer.engine.catalogue import catalogue
 from trainer.engine.idle import idle_here
-from trainer.engine.preflight import too_few_copies
+from trainer.engine.preflight import cut_to_one_shape, too_few_copies
 from trainer.errors import JobError
 from trainer.events import EventLog
 from trainer.optim.schedulers import SCHEDULERS, make_scheduler
@@ -73,8 +74,8 @@ CASES = [  # settings, field that is told of, what mends it
      {"network_targets": "unet"}),
     ({"network_targets": "text_encoder", "train_textencoder_learning_rate": 0}, "train_textencoder_learning_rate",
      {"train_textencoder_learning_rate": 1e-4}),
-    ({"image_size(height, width)": 64}, "image_min_length", {"image_min_length": 64}),
-    ({"image_size(height, width)": "384,768"}, "image_min_length", {"image_min_length": 384}),
+    ({"image_size(height, width)": 64, "image_min_length": 256}, "image_min_length", {"image_min_length": 64}),
+    ({"image_size(height, width)": "384,768", "image_min_length": 448}, "image_min_length", {"image_min_length": 384}),
     ({"network_conv_rank": 4}, "network_conv_rank", {"network_type": "c3lier"}),
     ({"network_conv_alpha": 4, "network_type": "null"}, "network_conv_alpha", {"network_conv_rank": 4}),
     ({"network_conv_alpha": 4, "network_type": "dylora"}, "network_conv_alpha", {"network_type": "loha"}),
@@ -243,9 +244,24 @@ def test_names_of_kohyas_scripts_get_the_right_hint():
     with pytest.raises(JobError, match="kohya's network_dim is network_rank here"):
         apply_overrides({}, ["network_dim=8"], catalogue())
     assert "is network_rank here" in unknown_flag_hint(["--network_dim=8"], catalogue())
+    assert "--lora-dir" in kohya.hint("output_dir") and "network_element" in kohya.hint("LyCORIS_preset")
     keys = {parameter.key for parameter in catalogue().parameters}
     assert set(kohya.NAMES.values()) <= keys and not (set(kohya.NAMES) | kohya.WITHOUT | kohya.NEEDLESS) & keys
     assert not set(kohya.NAMES) & (kohya.WITHOUT | kohya.NEEDLESS)
+
+
+def test_the_default_of_the_shortest_side_is_warned_of_only_where_it_cuts_images(tmp_path):
+    case = engine_case.make(tmp_path)
+    unset = case.job(image_min_length=512)
+    assert not list(cut_to_one_shape(unset, scan(image_settings(unset)))), "square images lose nothing"
+    wide = next(case.pictures.glob("*.png"))
+    with Image.open(wide) as picture:
+        wider = picture.resize((96, 64))
+    wider.save(wide)
+    (line,) = cut_to_one_shape(unset, scan(image_settings(unset)))
+    assert line.startswith("1 of 6 images have another shape than 64×64") and "Set it to 64 or less" in line
+    chosen = case.job(image_min_length=64, image_buckets_step=32)
+    assert not list(cut_to_one_shape(chosen, scan(image_settings(chosen))))
 
 
 def test_toml_is_told_to_be_kohyas(tmp_path):

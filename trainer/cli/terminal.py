@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -18,6 +19,23 @@ def json_lines(stream: TextIO) -> Any:
         print(json.dumps(event.as_dict(), ensure_ascii=False), file=stream, flush=True)
 
     return listen
+
+
+def worded(value: object) -> str:
+    """A value of a report as a reader expects it, not as Python writes it."""
+    if value is None or (isinstance(value, (list, tuple, dict)) and not value):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {worded(part)}" for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(worded, value))
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+TO_A_FILE = 5.0
+"""Seconds between two lines of a bar where nobody watches it."""
 
 
 class Terminal:
@@ -45,7 +63,7 @@ class Terminal:
             self.close()
             width = max(map(len, event.report))
             for name, value in event.report.items():
-                self._line(f"  {name:<{width}}  {value}")
+                self._line(f"  {name:<{width}}  {worded(value)}")
         else:
             self._tell(event)
 
@@ -65,7 +83,12 @@ class Terminal:
         if self._bar is None or self._name != name:
             self.close()
             self._name = name
-            self._bar = tqdm(total=total, desc=name, unit=unit, file=self._stream, dynamic_ncols=True, leave=True)
+            watched = self._stream.isatty()
+            self._bar = tqdm(
+                total=total, desc=name, unit=unit, file=self._stream, leave=True, dynamic_ncols=watched,
+                mininterval=0.1 if watched else TO_A_FILE, miniters=1 if watched else 0,
+                delay=0 if watched or unit == "step" else TO_A_FILE,
+            )  # fmt: skip
         return self._bar
 
     def _advance(self, done: int) -> None:

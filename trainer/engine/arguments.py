@@ -44,6 +44,11 @@ def precision(name: str, field: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """The name of a precision as the settings have it, another one's as torch has it."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
 def folder(text: str) -> Path:
     """A folder as people paste it: quotes around it (Windows' "Copy as path") and `~` are understood."""
     return expanded(text.strip().strip('"'))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from ..data.buckets import shrink_buckets
+from ..data.buckets import full_buckets, shrink_buckets
 from ..data.pairs import PairScan
 from ..data.scan import Scan, scan
 from ..errors import AdapterError, DataError, JobError, Problem
@@ -193,6 +193,23 @@ def too_few_copies(job: Job, found: Found) -> Iterator[str]:
         )
 
 
+def cut_to_one_shape(job: Job, found: Found) -> Iterator[str]:
+    """A line to warn with: images that are cut to the only bucket which the default of image_min_length leaves."""
+    settings = arguments.image_settings(job)
+    short = min(settings.size)
+    if found is None or settings.min_length <= short or settings.min_length != core.Images.image_min_length:
+        return
+    buckets = full_buckets(settings)
+    pictures = () if isinstance(found, PairScan) else found.pictures
+    other = [one for one in pictures if one.size[0] * buckets[0][1] != one.size[1] * buckets[0][0]]
+    if len(buckets) == 1 and other:
+        width, height = buckets[0]
+        yield (
+            f"{len(other)} of {len(pictures)} images have another shape than {width}×{height} and are cut to it:"
+            f" image_min_length ({settings.min_length}) leaves no other bucket. Set it to {short} or less for more."
+        )
+
+
 def left_out(found: Found) -> Iterator[str]:
     """Lines to warn with: files of the data folder that are no part of the training."""
     scanned = found.originals if isinstance(found, PairScan) else found
@@ -302,8 +319,8 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
         "architecture": session.model.family.name,
         "prediction": schedule.prediction + (", zero-terminal SNR" if schedule.zero_snr else ""),
         "device": str(session.model.device),
-        "stored as": str(session.model.storage).removeprefix("torch."),
-        "computed in": str(session.model.compute).removeprefix("torch."),
+        "stored as": arguments.precision_name(session.model.storage),
+        "computed in": arguments.precision_name(session.model.compute),
         **session.source.report(),
         "modules": modules,
         "trainable parameters": sum(flat.numel() for flat in session.flat.values),

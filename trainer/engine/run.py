@@ -37,6 +37,7 @@ from .losses import LossRing
 from .passes import Passes, plan_passes
 from .preflight import (
     check_before_loading,
+    cut_to_one_shape,
     left_out,
     long_prompts,
     resolve_model,
@@ -132,7 +133,8 @@ def _run(request: Request, process: Process, log: EventLog, control: Control, st
         hint = "If the data were moved, resume with lora_data_directory = the new place (--set on the command line)."
         raise DataError(f"{error} {hint}") from error
     job = with_lora_files(job, places.loras)
-    for line in (*left_out(found), *too_few_copies(job, found), *long_prompts(job, places, request.model)):
+    of_data = (*left_out(found), *too_few_copies(job, found), *cut_to_one_shape(job, found))
+    for line in (*of_data, *long_prompts(job, places, request.model)):
         log.warn(line)
     drawn, job = job[core.Train].train_seed < 0, job.replace(train_seed=draw_seed(job))
     name = job[core.Save].save_lora_name or "untitled"

@@ -139,10 +139,10 @@ def element_without_unet(job: Job, mode: ModeInfo) -> str:
 
 
 def smaller_than_its_sides(job: Job, mode: ModeInfo) -> str:
-    """A shortest side above the sides of the pictures."""
+    """A shortest side above the sides of the pictures that somebody chose; what the default does the images show."""
     images = job[Images]
     short, long = sorted(images.image_size)
-    if images.image_min_length <= short:
+    if images.image_min_length <= short or images.image_min_length == default_of(job, "image_min_length"):
         return ""
     if images.image_min_length > long:
         return f"is above image_size, so that every image is cropped to {short}×{short}. Write {short} or less."

@@ -62,6 +62,14 @@ NEEDLESS = frozenset({
 """What need not be said here."""
 
 
+ELSEWHERE: dict[str, str] = {
+    "output_dir": "is not a setting here: the LoRA goes to the WebUI's LoRA folder, or to --lora-dir.",
+    "lycoris_preset": "is network_blocks, network_element and network_targets here.",
+    "preset": "is network_blocks, network_element and network_targets here.",
+}
+"""What is chosen in another way here."""
+
+
 def _plain(name: str) -> str:
     return name.strip().lstrip("-").replace("-", "_").lower()
 
@@ -76,6 +84,8 @@ def hint(name: str) -> str:
     plain = _plain(name)
     if plain in NAMES:
         return f" kohya's {plain} is {NAMES[plain]} here."
+    if plain in ELSEWHERE:
+        return f" kohya's {plain} {ELSEWHERE[plain]}"
     if plain in WITHOUT:
         return f" kohya's {plain} has no counterpart here."
     return f" kohya's {plain} need not be set here." if plain in NEEDLESS else ""
