@@ -148,6 +148,11 @@ def test_a_narrow_page_does_not_scroll_sideways_and_help_stays_inside(place: Pla
     as_in_forge = "{ overflow: visible !important; } .gradio-container .main { padding: 8px !important; }"
     narrow.page.add_style_tag(content=f".gradio-container {as_in_forge}")
     narrow.page.evaluate("document.querySelectorAll('#atelier_form details').forEach(box => box.open = true)")
+    top = "document.querySelector('{}').getBoundingClientRect().top"
+    run, queue, task = (
+        narrow.page.evaluate(top.format(name)) for name in (".atelier-run", ".atelier-queue-card", "#atelier_card_task")
+    )
+    assert run < queue < task, "the queue is not below the whole form"
     sideways = "document.documentElement.scrollWidth - innerWidth"
     assert narrow.page.evaluate(sideways) <= 1
     narrow.id("network_rank_label").hover()
