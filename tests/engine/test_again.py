@@ -144,7 +144,7 @@ def test_a_refused_resume_leaves_its_folder_as_it_was(case, tmp_path):
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
     before, written = held(), list(case.places.json.rglob("*"))
-    with pytest.raises(TrainingError, match="pictures, captions or image settings changed"):
+    with pytest.raises(TrainingError, match="images, captions or image settings changed"):
         resumed(case, run_folder, "train_iterations=9", f"lora_data_directory={other}", "save_as_json=True")
     assert held() == before and list(case.places.json.rglob("*")) == written
     resumed(case, run_folder, "train_iterations=9")
