@@ -42,7 +42,7 @@ EVERYWHERE: dict[str, set[str] | None] = {
     },
     "gpu": ALL,
     "jobs": ALL,
-    "maths": {"test_lowrank", "test_schedule"},
+    "maths": {"test_loss", "test_lowrank", "test_projection", "test_rng"},
     "modes": {"test_addift", "test_concept", "test_difference", "test_table", "test_traintrain"},
     "optim": ALL,
     "params": {"test_family", "test_fuzz", "test_load", "test_presets", "test_rules", "test_traintrain", "test_views"},

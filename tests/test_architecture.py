@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "optim": (ROW_2_BASE, TENSORS | LIBRARIES | {"pytorch_optimizer", "bitsandbytes"}),
     "modes": ({"maths", "registry", *DECLARING}, {"torch"}),
     "stages": ({"maths", "registry", "modes", "adapters.file", "adapters.checked", *DECLARING}, {"torch"}),
-    "engine": (BELOW_ENGINE, TENSORS | {"PIL", "accelerate", "diffusers", "psutil", "tensorboard", "wandb"}),
+    "engine": (BELOW_ENGINE, TENSORS | {"PIL", "accelerate", "psutil", "tensorboard", "wandb"}),
     "jobs": ({"params"}, set()),
     "demo": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL"}),
     "tools": (BELOW_ENGINE | {"engine"}, TENSORS | LIBRARIES | {"PIL", "peft", "lycoris"}),
@@ -280,3 +280,38 @@ def test_base_weights_are_read_through_weight_of_alone():
     ]
     assert not found, f"read the weight of a base layer with maths.weights.weight_of instead: {found}"
     assert all(any(weight_reads(PACKAGE / name)) for name in READS_THE_STORED_WEIGHT), "an exception nobody needs"
+
+
+ASKS_WHAT_IS_PREDICTED = {
+    "maths/process.py": "the noise process itself",
+    "models/noise.py": "reads what a file says of its model",
+}
+PREDICTIONS = {"epsilon", "v_prediction", "flow", "EPSILON", "V_PREDICTION", "FLOW"}
+
+
+def prediction_comparisons(path: Path) -> Iterator[int]:
+    """Lines that compare a prediction type, by the name of the variable or by what it is compared with."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
+            sides = [node.func.value, *node.args]
+        elif isinstance(node, ast.Compare) and not isinstance(node.ops[0], (ast.Is, ast.IsNot)):
+            sides = [node.left, *node.comparators]
+        else:
+            continue
+        for side in sides:
+            name = getattr(side, "attr", getattr(side, "id", getattr(side, "value", "")))
+            if name in PREDICTIONS or str(name).endswith(("prediction", "prediction_type")):
+                yield node.lineno
+
+
+def test_nothing_but_the_noise_process_asks_what_a_model_predicts():
+    """What depends on it is a method of `NoiseProcess`, so that another kind of process is one more class."""
+    found = [
+        f"{name}:{line}"
+        for path in FILES
+        if (name := path.relative_to(PACKAGE).as_posix()) not in ASKS_WHAT_IS_PREDICTED
+        for line in prediction_comparisons(path)
+    ]
+    assert not found, f"make it a method of maths.process.NoiseProcess: {found}"
+    needless = [name for name in ASKS_WHAT_IS_PREDICTED if not any(prediction_comparisons(PACKAGE / name))]
+    assert not needless, f"an exception nobody needs: {needless}"

@@ -85,7 +85,7 @@ def test_processes_prediction_and_schedule(written):
     assert said["ss_optimizer"] == "torch.optim.sgd.SGD" and said["ss_loss_type"] == "l2"
     assert said["modelspec.architecture"] == "stable-diffusion-v1/lora" and said["modelspec.prediction_type"] == "v"
     assert said["ss_text_encoder_lr"] == said["ss_unet_lr"] == "0.001"
-    made.model.schedule = made.model.schedule.ending_in_noise()
+    made.model.process = made.model.process.ending_in_noise()
     assert build_metadata(facts(made, "cat", {}))["ss_zero_terminal_snr"] == "True"
 
 

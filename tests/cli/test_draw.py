@@ -49,7 +49,7 @@ def test_what_is_asked_for_reaches_the_model(trained, monkeypatch):
     kept = draw.sample_latents
 
     def watched(model, *given, **named):
-        seen.append((model.schedule.prediction, model.schedule.zero_snr))
+        seen.append((model.process.prediction, model.process.zero_snr))
         return kept(model, *given, **named)
 
     encoded = []

@@ -23,7 +23,8 @@ from trainer.engine.catalogue import catalogue
 from trainer.engine.passes import plan_passes
 from trainer.engine.preflight import check_before_loading
 from trainer.events import EventLog
-from trainer.maths.schedule import NoiseSchedule, scaled_linear_alphas
+from trainer.maths.alphas import scaled_linear_alphas
+from trainer.maths.process import Diffusion
 from trainer.models.base import Conditioning
 from trainer.params.codec import load
 from trainer.params.core import Train
@@ -167,7 +168,7 @@ class Linear:
 
     def __init__(self, network, shift):
         self.network, self.shift = network, shift
-        self.schedule = NoiseSchedule(scaled_linear_alphas(), "epsilon")
+        self.process = Diffusion(scaled_linear_alphas(), "epsilon")
 
     def encode_prompts(self, prompts, clip_skip=1):
         return Conditioning(torch.tensor([[[float("red" in one), float("blue" in one)]] for one in prompts]))
@@ -210,7 +211,7 @@ def test_the_noise_of_a_run_is_the_one_its_first_step_drew(tmp_path):
     from trainer.engine.kit import Kit, LossSettings
     from trainer.modes.base import Batch
 
-    model = SimpleNamespace(latent_channels=4, latent_factor=8, device="cpu", schedule=None)
+    model = SimpleNamespace(latent_channels=4, latent_factor=8, device="cpu", process=None)
     zeros = torch.zeros(2, 4, 8, 8)
     batch = Batch(index=7, samples=(0, 1), share=2, prompts=("", ""), mean=zeros, std=zeros)
     drawn = Kit(model, None, None, 3, LossSettings()).noise(batch, fixed=True)

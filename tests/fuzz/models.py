@@ -22,7 +22,7 @@ from trainer.engine.preflight import _window
 from trainer.models.families.sd1 import SD1
 from trainer.models.live import is_clip, is_vae
 from trainer.models.load import load_model
-from trainer.models.noise import noise_of_file, noise_of_scheduler, schedule_of
+from trainer.models.noise import noise_of_file, noise_of_scheduler, process_of
 from trainer.models.single import read_single, read_tensors, read_vae
 from trainer.models.texts import replace_texts
 from trainer.models.tokenizer import Tokenizer, read_vocabulary, tokenizer_beside
@@ -233,11 +233,11 @@ class Schedules:
     def make(self, rng: Random) -> Callable[[], object]:
         config = mutate.changed(rng, {**self.CONFIG, "trained_betas": rng.choice([None, [0.1, 0.2, 0.3]])}, 0.2)
         if isinstance(config, dict) and rng.random() < 0.6:
-            return lambda: schedule_of(noise_of_scheduler(config), SD1, False)
+            return lambda: process_of(noise_of_scheduler(config), SD1, False)
         suffix = rng.choice([".yaml", ".yml", ".json"])
         text = b'parameterization: "v"\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n'
         data = mutate.as_json(rng, {"prediction_type": "v"}, 0.3) if suffix == ".json" else mutate.raw(rng, text)
         for left in self.path.parent.glob("beside.*"):
             left.unlink()
         self.path.with_suffix(suffix).write_bytes(data)
-        return lambda: schedule_of(noise_of_file({"x"}, {}, self.path), SD1, False)
+        return lambda: process_of(noise_of_file({"x"}, {}, self.path), SD1, False)

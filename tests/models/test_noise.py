@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.errors import ModelError
-from trainer.maths.schedule import EPSILON, V_PREDICTION, NoiseSchedule, scaled_linear_alphas, zero_terminal_snr
+from trainer.maths.alphas import scaled_linear_alphas, zero_terminal_snr
+from trainer.maths.process import EPSILON, V_PREDICTION, Diffusion
 from trainer.models.families.sd1 import SD1
 from trainer.models.families.sd2 import SD2
 from trainer.models.families.sdxl import SDXL
 from trainer.models.load import load_model
-from trainer.models.noise import NoiseFacts, noise_of_file, noise_of_scheduler, schedule_of
+from trainer.models.noise import NoiseFacts, noise_of_file, noise_of_scheduler, process_of
 
 LDM_V = 'model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: "v"\n'
 LDM_EPS = "model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    timesteps: 1000\n"
@@ -40,16 +41,16 @@ def test_the_order_of_trust(tmp_path):
     path.with_suffix(".yaml").write_text("something: else\n")
     path.with_suffix(".json").write_text("not json")
     assert noise_of_file((), said, path).prediction == V_PREDICTION
-    assert schedule_of(NoiseFacts(EPSILON), SD1, True)[0].prediction == V_PREDICTION
+    assert process_of(NoiseFacts(EPSILON), SD1, True)[0].prediction == V_PREDICTION
 
 
 def test_a_silent_model_is_epsilon_and_a_silent_sd2_is_warned_of():
-    schedule, warnings = schedule_of(NoiseFacts(), SD1, False)
-    assert schedule.prediction == EPSILON and not warnings
-    schedule, warnings = schedule_of(NoiseFacts(), SD2, False)
-    assert schedule.prediction == EPSILON and "model_v_pred" in warnings[0]
-    assert not schedule_of(NoiseFacts(), SD2, True)[1] and not schedule_of(NoiseFacts(V_PREDICTION), SD2, False)[1]
-    assert "although the model says" in schedule_of(NoiseFacts(EPSILON), SDXL, True)[1][0]
+    process, warnings = process_of(NoiseFacts(), SD1, False)
+    assert process.prediction == EPSILON and not warnings
+    process, warnings = process_of(NoiseFacts(), SD2, False)
+    assert process.prediction == EPSILON and "model_v_pred" in warnings[0]
+    assert not process_of(NoiseFacts(), SD2, True)[1] and not process_of(NoiseFacts(V_PREDICTION), SD2, False)[1]
+    assert "although the model says" in process_of(NoiseFacts(EPSILON), SDXL, True)[1][0]
 
 
 def test_marked_files_end_at_zero_signal(tmp_path):
@@ -57,9 +58,9 @@ def test_marked_files_end_at_zero_signal(tmp_path):
     tensors = {**tiny.checkpoint("sd1"), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(tensors, tmp_path / "model.safetensors")
     model = load_model(tmp_path / "model.safetensors", vocabularies=vocabulary)
-    assert model.schedule.prediction == V_PREDICTION and model.schedule.alphas_cumprod_T[-1] == 0
-    torch.testing.assert_close(model.schedule.alphas_cumprod_T, zero_terminal_snr(scaled_linear_alphas()))
-    assert tiny.model("sd1").schedule.alphas_cumprod_T[-1] > 0.004
+    assert model.process.prediction == V_PREDICTION and model.process.alphas_cumprod_T[-1] == 0
+    torch.testing.assert_close(model.process.alphas_cumprod_T, zero_terminal_snr(scaled_linear_alphas()))
+    assert tiny.model("sd1").process.alphas_cumprod_T[-1] > 0.004
 
 
 def test_versions_in_lora_files_follow_the_prediction():
@@ -73,7 +74,7 @@ def test_versions_in_lora_files_follow_the_prediction():
 def test_a_folders_scheduler_rules(tmp_path):
     folder = tiny.folder("sd2", tmp_path / "model", prediction="v_prediction")
     model = load_model(folder)
-    assert model.schedule.prediction == V_PREDICTION and model.family.base_version == "sd_v2_v" and not model.warnings
+    assert model.process.prediction == V_PREDICTION and model.family.base_version == "sd_v2_v" and not model.warnings
     betas = [0.1, 0.2, 0.5]
     assert noise_of_scheduler({"trained_betas": betas}).alphas_T.tolist() == pytest.approx([0.9, 0.72, 0.36])
     linear = noise_of_scheduler(
@@ -105,14 +106,14 @@ class Perfect(torch.nn.Module):
 def test_a_perfect_predictor_has_loss_zero(prediction, zero_snr):
     model = tiny.model("sd1")
     alphas = zero_terminal_snr(scaled_linear_alphas()) if zero_snr else scaled_linear_alphas()
-    model.schedule = NoiseSchedule(alphas, prediction)
+    model.process = Diffusion(alphas, prediction)
     rng = torch.Generator().manual_seed(2)
     latents, noise = (torch.randn(5, 4, 8, 8, generator=rng) for _ in range(2))
     t = torch.tensor([3, 100, 500, 998, 999])
     model.unet = Perfect(latents, alphas, prediction)
     cond = model.encode_prompts(["a"]).expand(5)
-    predicted = model.predict(model.schedule.add_noise(latents, noise, t), t, cond)
-    loss = (predicted - model.schedule.target(latents, noise, t)).square().mean((1, 2, 3))
+    predicted = model.predict(model.process.add_noise(latents, noise, t), t, cond)
+    loss = (predicted - model.process.target(latents, noise, t)).square().mean((1, 2, 3))
     assert loss.max() < 1e-8
 
 
@@ -143,8 +144,8 @@ def test_sdxl_sizes_enter_as_sinusoids_after_the_pooled_text():
     ("noobaiXLNAIXL_vPred10Version", True), ("some-v-prediction", True), ("vpred", True), ("average", False),
 ])  # fmt: skip
 def test_a_name_that_means_v_is_warned_of_unless_something_is_said(name, warned):
-    schedule, told = schedule_of(NoiseFacts(), SDXL, False, name)
-    assert bool(told) == warned and schedule.prediction == "epsilon"
+    process, told = process_of(NoiseFacts(), SDXL, False, name)
+    assert bool(told) == warned and process.prediction == "epsilon"
     assert not warned or ("model_v_pred" in told[0] and "model_zero_terminal_snr" in told[0])
-    assert not schedule_of(NoiseFacts("v_prediction"), SDXL, False, name)[1]
-    assert not schedule_of(NoiseFacts(), SDXL, True, name)[1]
+    assert not process_of(NoiseFacts("v_prediction"), SDXL, False, name)[1]
+    assert not process_of(NoiseFacts(), SDXL, True, name)[1]

@@ -81,12 +81,12 @@ def test_zero_terminal_snr_for_the_time_of_a_run(folder, v_pred):
     """The schedule ends in pure noise, and is what it was afterwards; with ε it is warned of."""
     case = engine_case.make(folder / str(v_pred))
     model = load_model(case.model, v_pred=v_pred)
-    before, told = model.schedule, []
+    before, told = model.process, []
     log = EventLog(lambda event: told.append(getattr(event, "text", "")))
     site = Site(case.places, Process(), log, case.root / "run", TensorCache(None))
     passes = Passes(plan_passes(case.job(model_zero_terminal_snr=True)), model, site, None, False)
     expected = zero_terminal_snr(before.alphas_cumprod_T)
-    assert torch.equal(model.schedule.alphas_cumprod_T, expected) and model.schedule.zero_snr and not before.zero_snr
+    assert torch.equal(model.process.alphas_cumprod_T, expected) and model.process.zero_snr and not before.zero_snr
     assert any("pure noise gives away" in line for line in told) != v_pred
     passes.close()
-    assert model.schedule is before
+    assert model.process is before

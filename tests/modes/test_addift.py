@@ -16,7 +16,8 @@ from trainer.adapters.base import ADAPTERS
 from trainer.engine import loop
 from trainer.engine.kit import Kit, LossSettings
 from trainer.errors import AtelierError, DataError, JobError
-from trainer.maths.schedule import NoiseSchedule, scaled_linear_alphas
+from trainer.maths.alphas import scaled_linear_alphas
+from trainer.maths.process import Diffusion
 from trainer.models.load import load_model
 from trainer.modes.addift import Addift
 from trainer.modes.base import MODES, Batch
@@ -30,7 +31,7 @@ class LinearModel:
     w, b = 0.7, {"before": 0.2, "after": -0.1}
 
     def __init__(self, d: float, prediction: str = "epsilon", distance: str = "MSE") -> None:
-        self.schedule = NoiseSchedule(scaled_linear_alphas(), prediction)
+        self.process = Diffusion(scaled_linear_alphas(), prediction)
         self.d = torch.tensor(d, dtype=torch.float64, requires_grad=True)
         self.kappa: object = 1.0
         self.per_sample = True
@@ -134,7 +135,7 @@ def test_a_negative_ratio_holds_pure_noise_where_it_is():
     loss = mode(diff_alt_ratio=-1).loss(kit, pair_batch())
     expected = (by_hand(0.0, [(1, 0.25)]) + 0.3**2) / 2
     np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-6)
-    a, s = (value.view(-1).double() for value in kit.schedule.signal(torch.tensor([600, 900]), torch.zeros(2, 1)))
+    a, s = (value.view(-1).double() for value in kit.process.signal(torch.tensor([600, 900]), torch.zeros(2, 1)))
     pure = a * -1.1 + s * 0.3  # x of the half at these timesteps, alike in every element
     kit = LinearModel(0.4)
     loss = mode(diff_alt_ratio=-0.5).loss(kit, pair_batch())

@@ -125,7 +125,7 @@ def test_the_loss_is_the_formula(session, guidance):
         student = predicted(made, x, t, ["red", anchor], 1.0)
         wanted = predicted(made, x, t, ["blue", anchor], 0.0)
         wanted[0] += guidance * (wanted[0] - predicted(made, x, t, ["red", anchor], 0.0)[0])
-        snr = made.model.schedule.snr(t)
+        snr = made.model.process.snr(t)
         expected = ((student - wanted) ** 2).mean((1, 2, 3)) * torch.clamp(5 / snr, max=1) * torch.tensor([1, 0.25])
         loss = made.mode.loss(made.kit, batch)
         assert torch.allclose(loss.detach(), expected, rtol=1e-4) and expected.min() > 0
@@ -138,7 +138,7 @@ def test_an_empty_target_removes_and_noise_is_fresh(session):
     x, t = drawn(made, 3)
     wanted = predicted(made, x, t, ["", ""], 0.0)
     expected = ((predicted(made, x, t, ["red", "red"], 1.0) - wanted) ** 2).mean((1, 2, 3))
-    expected *= torch.clamp(5 / made.model.schedule.snr(t), max=1)
+    expected *= torch.clamp(5 / made.model.process.snr(t), max=1)
     assert torch.allclose(made.mode.loss(made.kit, made.source.batch(3)).detach(), expected, rtol=1e-4)
     assert not torch.equal(drawn(made, 3)[0], drawn(made, 4)[0])
 
@@ -162,7 +162,7 @@ def test_the_seeds_rule_is_reproduced(case, model, session):
         _, t = drawn(made, step)
         wanted = predicted(made, noise, t, ["blue", "blue"], 0.0)
         student = made.model.predict(noise, t, made.model.encode_prompts(["red", "red"]))
-        loss = ((student - wanted) ** 2).mean((1, 2, 3)) * torch.clamp(5 / made.model.schedule.snr(t), max=1)
+        loss = ((student - wanted) ** 2).mean((1, 2, 3)) * torch.clamp(5 / made.model.process.snr(t), max=1)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
@@ -182,7 +182,7 @@ def test_the_seeds_min_snr_weight_is_that_of_epsilon_for_v_too(case, built):
         made = built(case, "sd2", v_pred=True, train_traintrain_compatible=compatible, ileco_anchor_weight=0)
         x, t = drawn(made, 0)
         error = predicted(made, x, t, ["red", "red"], 1.0) - predicted(made, x, t, ["blue", "blue"], 0.0)
-        snr = made.model.schedule.snr(t)
+        snr = made.model.process.snr(t)
         weight = torch.clamp(5 / snr, max=1) if compatible else snr.clamp(max=5) / (snr + 1)
         expected = (error**2).mean((1, 2, 3)) * weight
         assert torch.allclose(made.mode.loss(made.kit, made.source.batch(0)).detach(), expected, rtol=1e-4)
@@ -244,7 +244,7 @@ def test_sizes_are_pixels_and_every_prompt_has_its_own_pooled_text(case, built):
             return made.model.predict(x, t, made.model.encode_prompts(prompts), ids)
 
     wanted, student = at(["blue", "green"], 0.0), at(["red", "green"], 1.0)
-    expected = ((student - wanted) ** 2).mean((1, 2, 3)) * torch.clamp(5 / made.model.schedule.snr(t), max=1)
+    expected = ((student - wanted) ** 2).mean((1, 2, 3)) * torch.clamp(5 / made.model.process.snr(t), max=1)
     assert torch.allclose(made.mode.loss(made.kit, batch).detach(), expected, rtol=1e-4)
 
 

@@ -156,7 +156,7 @@ def test_what_a_cached_first_pass_depends_on(case, tmp_path):
     found.append(key())
     with torch.no_grad():
         weight[0, 0, 0, 0] -= 0.1
-    model.schedule = dataclasses.replace(model.schedule, prediction="v_prediction")
+    model.process = dataclasses.replace(model.process, prediction="v_prediction")
     found.append(key())
     assert len({plain, *found}) == 1 + len(found)
 

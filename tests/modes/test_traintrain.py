@@ -93,7 +93,7 @@ def train_as_traintrain(made, words, *, ratio=1.0, masks=None, revert=False, ste
         if not turn and ratio < 0:
             seen = shown = noise
         t = torch.tensor([550 + 100 * (step // 2)] * count)
-        alpha = model.schedule.alphas_cumprod_T[t].double().view(-1, 1, 1, 1)
+        alpha = model.process.alphas_cumprod_T[t].double().view(-1, 1, 1, 1)
         x_seen, x_shown = (alpha.sqrt().float() * z + (1 - alpha).sqrt().float() * noise for z in (seen, shown))
         original, target = (row.expand(count) for row in contexts)
         ids = its_sizes(noise) if made.model.family.name == "sdxl" else None
@@ -208,12 +208,12 @@ def train_pictures_as_traintrain(made, words=None, steps=4):
         one_for_all = made.job[Train].train_fixed_timsteps_in_batch
         uniform = rng.uniform("timestep", seed, step, [0] * len(samples) if one_for_all else samples)
         t = (uniform * 1000).long()  # 0 to 999, as torch.randint draws them
-        alpha = model.schedule.alphas_cumprod_T[t].double()
+        alpha = model.process.alphas_cumprod_T[t].double()
         signal, sigma = (part.sqrt().float().view(-1, 1, 1, 1) for part in (alpha, 1 - alpha))
         text = model.encode_prompts(list(batch.prompts)) if fixed is None else fixed.expand(len(samples))
         ids = its_sizes(noise) if model.family.name == "sdxl" else None
         predicted = model.predict(signal * latents + sigma * noise, t, text, ids)
-        v_pred = model.schedule.prediction == "v_prediction"
+        v_pred = model.process.prediction == "v_prediction"
         target = signal * noise - sigma * latents if v_pred else noise
         weight = (5 * (1 - alpha) / alpha).clamp(max=1).float()
         loss = (((predicted - target) ** 2).mean((1, 2, 3)) * weight).mean()

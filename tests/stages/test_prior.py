@@ -15,6 +15,8 @@ from trainer.engine.estimate import phase_bytes
 from trainer.engine.kit import Kit
 from trainer.engine.reload import written_network
 from trainer.events import EventLog, Note, Stage
+from trainer.maths.alphas import scaled_linear_alphas
+from trainer.maths.process import Diffusion
 from trainer.models.load import load_model
 from trainer.modes.base import Batch
 from trainer.modes.ileco import Bank, _answered
@@ -181,7 +183,8 @@ def test_ordinary_prompts_take_32_mb_of_main_memory_and_none_of_the_device(case,
 
     monkeypatch.setattr("trainer.stages.prior.trajectories", drawn)
     kit = SimpleNamespace(
-        predict=predict, text=lambda prompts: None, loss=lambda got, wanted, t: got - wanted, schedule=range(1000),
+        predict=predict, text=lambda prompts: None, loss=lambda got, wanted, t: got - wanted,
+        process=Diffusion(scaled_linear_alphas()),
     )  # fmt: skip
     notes: list[str] = []
     at = SimpleNamespace(

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..maths import rng
-
-STEPS = 1000
-"""The number of timesteps of every Stable Diffusion model."""
+from ..maths.process import TIMESTEPS
 
 
 class Draws:
@@ -74,8 +72,8 @@ class Draws:
 class Timesteps:
     """At which timesteps the base model predicts just now; one object shared by all adapters of a network.
 
-    `value`: (B,), None outside of predictions and for texts. `kept`: masks made for it, so that not every layer makes
-    its own.
+    `value`: (B,) as settings count them, None outside of predictions and for texts. `kept`: masks made for it, so
+    that not every layer makes its own.
     """
 
     __slots__ = ("kept", "value")
@@ -97,7 +95,8 @@ class Timesteps:
         if self.value is None:
             return None
         if (rank, lowest) not in self.kept:
-            active = lowest + (rank - lowest) * (STEPS - self.value.long()) // STEPS
+            more = ((rank - lowest) * (TIMESTEPS - self.value)).div(TIMESTEPS, rounding_mode="floor")
+            active = lowest + more  # exact: whole numbers below 2²⁴ at whole timesteps
             self.kept[rank, lowest] = (torch.arange(rank, device=active.device) < active[:, None]).float()
         return self.kept[rank, lowest]
 

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..errors import AdapterError
+from ..maths.process import V_PREDICTION
 
 JOB_KEY = "atelier_job"
 STRENGTH_KEY = "atelier_baked_strength"
@@ -42,6 +43,9 @@ _PROSE = ("prompt", "trigger", "caption", "tag", "anchors")
 _LISTS = ("te",)
 """Keys of several files, separated by ; or line ends."""
 _PATHS = ("directory", "folder", "path", "file", "resume", "load", "model", "vae", "image")
+
+_PREDICTIONS = {V_PREDICTION: "v"}
+"""modelspec's names where they are not ours."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def _modelspec(facts: FileFacts) -> dict[str, Any]:
         "modelspec.title": facts.name,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": date,
-        "modelspec.prediction_type": "v" if facts.prediction.startswith("v") else "epsilon",
+        "modelspec.prediction_type": _PREDICTIONS.get(facts.prediction, facts.prediction),
         "modelspec.encoder_layer": facts.clip_skip if facts.clip_skip > 1 else "",
         "modelspec.timestep_range": "{},{}".format(*facts.timestep_range) if facts.timestep_range else "",
         "modelspec.trigger_phrase": facts.trigger_word,

@@ -101,7 +101,7 @@ class Network(nn.Module):
 
     @contextmanager
     def at_timesteps(self, timesteps_B: Tensor | None) -> Iterator[Network]:
-        """Inside the block the base model predicts at these timesteps (B,)."""
+        """Inside the block the base model predicts at these timesteps (B,), 0 clean to 1000 noise."""
         before = self.timesteps.value
         self.timesteps.change(timesteps_B)
         try:

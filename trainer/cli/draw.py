@@ -74,7 +74,7 @@ class Easel:
             storage = torch.float16 if device.type == "cuda" else None
             model = load_model(path, vae_path=vae, text_paths=texts, v_pred=wish.v_pred, storage=storage, device=device)
             if wish.zero_snr:
-                model.schedule = model.schedule.ending_in_noise()
+                model.process = model.process.ending_in_noise()
             self._held = (key, model)
         return self._held[1]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.network import Network
-from ..engine.samples import SampleSettings, sample, sample_latents
+from ..engine.samples import SampleSettings, sample
+from ..engine.samples import states as sampled
 from ..maths import rng
 from ..models.base import Conditioning, Model
 from . import world
@@ -75,7 +76,7 @@ class State:
     """A batch of noisy latents x_t (B, C, H, W) at one timestep."""
 
     x: Tensor
-    t: int
+    t: float
 
 
 def held_out_states(
@@ -87,17 +88,15 @@ def held_out_states(
     """
     shape = (model.latent_channels, size[0] // 8, size[1] // 8)
     noise = rng.normal(shape, "held-out", seed, 0, range(count)).to(model.device)
-    states = [State(noise, t) for t in torch.linspace(lowest, len(model.schedule) - 1, 4).round().int().tolist()]
+    states = [State(noise, t) for t in torch.linspace(lowest, model.process.last, 4).round().tolist()]
     with torch.no_grad():
         rows = model.encode_prompts([prompt, ""])
     settings = SampleSettings(size=size, steps=12, cfg=4.0)
 
-    def watch(x: Tensor, t: int, predicted: Tensor) -> bool:
-        if t >= lowest:
-            states.append(State(x.clone(), t))
-        return t < lowest
-
-    sample_latents(model, rows[:1].expand(count), rows[1:].expand(count), noise, settings, watch)
+    for state in sampled(model, rows[:1].expand(count), rows[1:].expand(count), noise, settings):
+        if state.time < lowest:
+            break
+        states.append(State(state.x, state.time))
     return states
 
 
@@ -126,7 +125,7 @@ class Probe:
             condition: Conditioning = self._model.encode_prompts([prompt])
             out = []
             for state in self._states:
-                t = torch.full((len(state.x),), state.t, dtype=torch.int64, device=state.x.device)
+                t = torch.full((len(state.x),), state.t, device=state.x.device)
                 ids = self._model.time_ids(*self._sizes(state))
                 rows = None if ids is None else ids.expand(len(state.x), -1).to(state.x.device)
                 out.append(self._model.predict(state.x, t, condition.expand(len(state.x)), rows).float())

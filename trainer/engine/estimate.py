@@ -124,7 +124,7 @@ class _Phases:
                 return torch.zeros(())
             x, ids = batch.mean[:1].expand(rows, -1, -1, -1), batch.time_ids
             ids = None if ids is None else ids[:1].expand(rows, -1)
-            t = torch.zeros(rows, dtype=torch.int64, device=x.device)
+            t = torch.zeros(rows, device=x.device)
             predicted = kit.predict(x, t, kit.text(batch.prompts[:1] * rows), ids)
             return predicted.float().square().mean((1, 2, 3))
 
@@ -146,7 +146,7 @@ class _Phases:
                 text: Conditioning = self._session.kit.text([""]).expand(rows)
                 ids = model.time_ids(settings.size, (0, 0), settings.size)
                 x = torch.zeros(rows, model.latent_channels, height, width, device=model.device)
-                t = torch.zeros(rows, dtype=torch.int64, device=model.device)
+                t = torch.zeros(rows, device=model.device)
                 return model.predict(x, t, text, None if ids is None else ids.expand(rows, -1))
 
         return self._known(PREVIEW, self._modules(), predict, rows=rows, size=settings.size)

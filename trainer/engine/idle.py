@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..adapters.network import Network
-from ..maths.schedule import V_PREDICTION
 from ..models.base import Model
 from ..models.layers import layers_of
 from ..params import core
@@ -15,7 +14,7 @@ from ..params.network import NetworkOptions, idle_entries, unused_patterns
 
 def idle_here(job: Job, model: Model, network: Network) -> Iterator[str]:
     """Lines to warn with."""
-    if job[core.Train].train_loss_weighting == "velocity" and model.schedule.prediction == V_PREDICTION:
+    if job[core.Train].train_loss_weighting == "velocity" and model.process.is_flat("velocity"):
         yield "train_loss_weighting velocity has no effect: the loss of a v-prediction model is weighted so already."
     options = job[NetworkOptions]
     if options.network_name_filter.strip():

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..adapters.network import Network
 from ..data.text import TextOutputs
-from ..maths import loss as losses
 from ..maths import rng
+from ..maths.loss import distance
 from ..models.base import Conditioning, Model
 from ..modes.base import Batch
-from .samples import SampleSettings, sample_latents
+from .samples import SampleSettings, states
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Kit:
     """See `modes.base.Kit`. All draws are keyed by (seed, micro batch, position in the global batch)."""
 
     def __init__(self, model: Model, network: Network, text: Text, seed: int, settings: LossSettings) -> None:
-        self.model, self.network, self.schedule = model, network, model.schedule
+        self.model, self.network, self.process = model, network, model.process
         self._text, self._seed, self._settings = text, seed, settings
 
     @property
@@ -111,7 +111,7 @@ class Kit:
         return self._normal(purpose, batch, batch.mean)
 
     def timesteps(self, batch: Batch, strata: int = 1) -> Tensor:
-        """Timesteps in the job's range, (B,) int64; all alike when the job fixes them in a batch.
+        """Times in the job's range of timesteps, (B,); all alike when the job fixes them in a batch.
 
         The range falls into `strata` equal parts; of as many consecutive samples each part gets one, in random order.
         """
@@ -122,28 +122,27 @@ class Kit:
             step = 1 if settings.fixed_timesteps else batch.share
             parts = rng.strata(strata, self._seed, [batch.index * step + key for key in keys])
             uniforms = (parts + uniforms) / strata
-        return losses.uniform_timesteps(uniforms, settings.low, settings.high).to(self.model.device)
+        return self.process.draw_times(uniforms, settings.low, settings.high).to(self.model.device)
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, conditioning: Any, time_ids: Tensor | None = None) -> Tensor:
         """The model's prediction at x_t with the adapter at its current strength."""
-        with self.network.at_timesteps(t_B):
+        with self.network.at_timesteps(self.process.timesteps(t_B)):
             return self.model.predict(x_BCHW, t_B, conditioning, time_ids)
 
     def rollout(self, batch: Batch, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """See `modes.base.Kit`."""
-        low, high = self._settings.low, max(self._settings.high, self._settings.low + 1)
+        edges = self._settings.low, max(self._settings.high, self._settings.low + 1)
+        low, high = map(self.process.time, edges)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-
-        def watch(x: Tensor, t: int, predicted: Tensor) -> bool:
-            if low <= t < high:
-                found.append((x.clone(), torch.full((len(x),), t, dtype=torch.int64, device=x.device), predicted))
-            return t <= low
-
         height, width = (edge * self.model.latent_factor for edge in batch.mean.shape[-2:])
         settings = SampleSettings(size=(height, width), steps=steps, cfg=1.0)
         with self.teacher():
             rows = self.text(batch.prompts)
-            sample_latents(self.model, rows, rows, self.noise(batch), settings, watch)
+            for state in states(self.model, rows, rows, self.noise(batch), settings):
+                if state.predicted is not None and low <= state.time < high:
+                    found.append((state.x, state.t, state.predicted))
+                if state.time <= low:
+                    break
         return iter(found)
 
     @contextmanager
@@ -160,10 +159,9 @@ class Kit:
 
     def loss(self, predicted: Tensor, target: Tensor, t_B: Tensor, mask: Tensor | None = None) -> Tensor:
         """The job's distance × its weights by noise (weighting and min-SNR), per sample, (B,) float32."""
-        per_sample = losses.distance(self._settings.distance, predicted, target, mask)
-        weight = losses.WEIGHTS[self._settings.weighting](self.schedule, t_B)
-        settings = self._settings
-        return per_sample * weight * losses.min_snr_weight(self.schedule, t_B, settings.snr_gamma, settings.traintrain)
+        settings, process = self._settings, self.process
+        per_sample = distance(settings.distance, predicted, target, mask) * process.loss_weight(settings.weighting, t_B)
+        return per_sample * process.min_snr(settings.snr_gamma, t_B, settings.traintrain)
 
     def _normal(self, purpose: str, batch: Batch, like: Tensor) -> Tensor:
         return rng.normal(like.shape[1:], purpose, self._seed, batch.index, batch.samples).to(like.device)

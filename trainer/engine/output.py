@@ -46,7 +46,7 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
     return FileFacts(
         name=name,
         base_version=model.family.base_version,
-        prediction=model.schedule.prediction,
+        prediction=model.process.prediction,
         model_name=model.name if model.path is None else model.path.name,
         model_hash=model.hash(),
         model_short_hash=model.short_hash(),
@@ -75,7 +75,7 @@ def facts(session: Session, name: str, network: Mapping[str, Any]) -> FileFacts:
         processes=session.process.count,
         batches_per_epoch=source.batches_per_epoch,
         mirrored=images.image_mirroring,
-        zero_terminal_snr=model.schedule.zero_snr,
+        zero_terminal_snr=model.process.zero_snr,
         dropout=job[NetworkOptions].network_dropout,
         max_norm=job[NetworkOptions].network_max_norm,
         max_grad_norm=session.limits.max_grad_norm,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.cache import fingerprint
 from ..errors import TrainingError
 from ..events import Event, EventLog, Stage
-from ..maths.schedule import EPSILON, NoiseSchedule
+from ..maths.process import NoiseProcess
 from ..models.base import Model
 from ..modes.base import MODES
 from ..params import core
@@ -83,9 +83,9 @@ class Passes:
     def __init__(self, plans: tuple[PassPlan, ...], model: Model, site: Site, found: Found, drawn: bool) -> None:
         """`drawn`: the seed was drawn for this run, so that any other would have done as well."""
         self.plans, self.model, self.site, self.found, self._drawn = plans, model, site, found, drawn
-        self._schedule = model.schedule
+        self._process = model.process
         if plans[0].job[core.Train].model_zero_terminal_snr:
-            model.schedule = self._ends_in_noise()
+            model.process = self._ends_in_noise()
         self._sessions: list[Session] = []
         self._settled: list[Session] = []
         self.shares: list[Share] = []
@@ -199,16 +199,17 @@ class Passes:
         while self._sessions:
             self._sessions.pop().network.eject()
         self.model.set_gradient_checkpointing(False)
-        self.model.schedule = self._schedule
+        self.model.process = self._process
 
-    def _ends_in_noise(self) -> NoiseSchedule:
-        """The model's schedule with zero-terminal SNR, which makes no sense for ε: there pure noise is the answer."""
-        if self._schedule.prediction == EPSILON:
+    def _ends_in_noise(self) -> NoiseProcess:
+        """The model's process with zero-terminal SNR, which makes no sense for ε: there pure noise is the answer."""
+        process = self._process.ending_in_noise()
+        if not process.shows_image(process.last):
             self.site.log.warn(
                 "model_zero_terminal_snr is on, but the model predicts ε, which pure noise gives away: the last"
                 " timesteps teach nothing. Set model_v_pred if it is a v-prediction model."
             )
-        return self._schedule.ending_in_noise()
+        return process
 
     @staticmethod
     def _may_be_cached(plan: PassPlan) -> bool:
@@ -226,7 +227,7 @@ class Passes:
             number=session.number,
             model=devices.fingerprint(self.model.unet, *self.model.text_encoders),
             computed=str(self.model.compute),
-            schedule=(self.model.schedule.prediction, *self.model.schedule.alphas_cumprod_T[[0, -1]].tolist()),
+            schedule=self.model.process.key,
             data=session.source.fingerprint(),
             settings={key: value for key, value in settings.items() if key not in left},
         )

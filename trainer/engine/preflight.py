@@ -307,7 +307,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
 
     Raises AdapterError when a chosen part has no module.
     """
-    limits, network, schedule = session.limits, session.network, session.model.schedule
+    limits, network = session.limits, session.network
     modules = {part: len(adapters) for part, adapters in network.parts().items()}
     if not sum(modules.values()):
         raise AdapterError(
@@ -317,7 +317,7 @@ def report(session: Session, target: Path, cache: Path | None) -> dict[str, obje
     lines: dict[str, object] = {
         "model": session.model.name,
         "architecture": session.model.family.name,
-        "prediction": schedule.prediction + (", zero-terminal SNR" if schedule.zero_snr else ""),
+        "prediction": session.model.process.description,
         "device": str(session.model.device),
         "stored as": arguments.precision_name(session.model.storage),
         "computed in": arguments.precision_name(session.model.compute),

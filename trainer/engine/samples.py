@@ -1,18 +1,18 @@
-"""Pictures from a model as it stands: DPM-Solver++ (2M) or DDIM of diffusers with classifier-free guidance."""
+"""Pictures from a model as it stands: DPM-Solver++ (2M) or DDIM with classifier-free guidance."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..maths import rng
+from ..maths.sampling import Visited, sampling
 from ..models.base import Conditioning, Model
 from ..writing import write_whole
 from .devices import decode, using
@@ -40,47 +40,38 @@ class Drawing:
     settings: SampleSettings
 
 
-def _scheduler(model: Model, sampler: str) -> Any:
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    alphas = model.schedule.alphas_cumprod_T.cpu().double()
-    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
-    common = {"trained_betas": betas.clamp_max(0.999).numpy(), "prediction_type": model.schedule.prediction}
-    if sampler == "ddim":
-        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
-    return DPMSolverMultistepScheduler(**common, timestep_spacing="trailing")
+_ORDERS = {"dpm": 2, "ddim": 1}
 
 
-@torch.no_grad()
-def sample_latents(
-    model: Model,
-    conditioning: Conditioning,
-    empty: Conditioning,
-    x_BCHW: Tensor,
-    settings: SampleSettings,
-    watch: Callable[[Tensor, int, Tensor], bool | None] | None = None,
-) -> Tensor:
-    """Denoise pure noise (B, C, H, W) under `conditioning` (B rows) with guidance against `empty` (B rows).
-
-    `watch` sees every state x_t with its timestep and the prediction there; when it answers True, x_t is returned.
+def states(
+    model: Model, conditioning: Conditioning, empty: Conditioning, x_BCHW: Tensor, settings: SampleSettings
+) -> Iterator[Visited]:
+    """The states of denoising pure noise (B, C, H, W) under `conditioning` (B rows) with guidance against `empty`
+    (B rows), as `maths.sampling.sampling` gives them; predictions are those under guidance.
     """
-    scheduler = _scheduler(model, settings.sampler)
-    scheduler.set_timesteps(settings.steps)
-    x = x_BCHW * scheduler.init_noise_sigma
     guided = settings.cfg != 1
     both = Conditioning.cat([empty, conditioning]) if guided else conditioning
     ids = model.time_ids(settings.size, (0, 0), settings.size)
-    for t in scheduler.timesteps:
-        wide = torch.cat([x, x]) if guided else x
-        steps = torch.full((len(wide),), int(t), dtype=torch.int64, device=x.device)
+
+    def predict(x: Tensor, t_B: Tensor) -> Tensor:
+        wide, t = (torch.cat([x, x]), torch.cat([t_B, t_B])) if guided else (x, t_B)
         time_ids = None if ids is None else ids.expand(len(wide), -1).to(x.device)
-        predicted = model.predict(wide, steps, both, time_ids).float()
-        if guided:
-            plain, asked = predicted.chunk(2)
-            predicted = plain + settings.cfg * (asked - plain)
-        if watch and watch(x, int(t), predicted):
-            break
-        x = scheduler.step(predicted, t, x).prev_sample
+        predicted = model.predict(wide, t, both, time_ids).float()
+        if not guided:
+            return predicted
+        plain, asked = predicted.chunk(2)
+        return plain + settings.cfg * (asked - plain)
+
+    times = model.process.sampling_times(settings.steps)
+    return sampling(model.process, predict, x_BCHW, times, _ORDERS[settings.sampler])
+
+
+def sample_latents(
+    model: Model, conditioning: Conditioning, empty: Conditioning, x_BCHW: Tensor, settings: SampleSettings
+) -> Tensor:
+    """Clean latents from pure noise, (B, C, H, W); see `states`."""
+    for state in states(model, conditioning, empty, x_BCHW, settings):
+        x = state.x
     return x
 
 

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..errors import ModelError
-from ..maths.schedule import V_PREDICTION
 from . import infer
 from .base import Model
 from .configured import built, number_of
 from .detect import SUPPORTED
 from .family import FAMILIES, Family, TextRow
 from .keys_text import PROJECTION, layer_count, without_layer
-from .noise import schedule_of
+from .noise import process_of
 from .quantised import surplus_of_layers
 from .source import Source
 from .text import TextEncoder
@@ -59,9 +58,8 @@ def assemble(
     if vae_tensors is not None:
         _same_latents(vae_tensors, unet, source.name)
         vae = build_vae(vae_tensors, vae_config, family, dataclasses.replace(where, storage=vae_storage))
-    schedule, warnings = schedule_of(source.noise, family, v_pred, source.name)
-    if schedule.prediction == V_PREDICTION:
-        family = dataclasses.replace(family, base_version=family.v_base_version)
+    process, warnings = process_of(source.noise, family, v_pred, source.name)
+    family = dataclasses.replace(family, base_version=family.version_for(process.prediction))
     if vae is not None and vae_config:
         warnings += _other_scale(number_of(vae.config, "scaling_factor", "VAE"), family)
         family = dataclasses.replace(family, latent_scale=number_of(vae.config, "scaling_factor", "VAE"))
@@ -71,7 +69,7 @@ def assemble(
         unet,
         texts,
         vae,
-        schedule,
+        process,
         path=source.path,
         warnings=(*source.warnings, *warnings),
         device=device,

@@ -1,4 +1,4 @@
-"""A loaded base model: UNet, text encoders, VAE and schedule behind the few verbs that training needs."""
+"""A loaded base model: UNet, text encoders, VAE and noise process behind the few verbs that training needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..maths.schedule import NoiseSchedule
+from ..maths.process import NoiseProcess
 from . import precision
 from .family import Family
 from .recompute import Around, recompute
@@ -65,7 +65,7 @@ class Model:
     """A base model. Its parts are plain attributes; all of them are frozen and in evaluation mode when loaded.
 
     `family` is its architecture row (with `base_version` as it stands in LoRA files), `name` the file's base name,
-    `schedule` the noise schedule with the prediction type, `warnings` what the user should be told. `device` is the one
+    `process` the noise process with the prediction type, `warnings` what the user should be told. `device` is the one
     to compute on (None: where the UNet is). The parts may rest elsewhere: whoever uses one brings it there first.
     """
 
@@ -76,7 +76,7 @@ class Model:
         unet: Any,
         text_encoders: Sequence[TextEncoder],
         vae: Any | None,
-        schedule: NoiseSchedule,
+        process: NoiseProcess,
         *,
         path: Path | None = None,
         warnings: Sequence[str] = (),
@@ -84,7 +84,7 @@ class Model:
     ) -> None:
         self.family, self.name, self.path = family, name, path
         self.unet, self.text_encoders, self.vae = unet, tuple(text_encoders), vae
-        self.schedule = schedule
+        self.process: NoiseProcess = process
         self.latent_scale = family.latent_scale
         self.warnings = tuple(warnings)
         self.latent_channels: int = unet.config.in_channels
@@ -262,8 +262,8 @@ class Model:
     # ---------------------------------------------------------------- prediction
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning, time_ids_B6: Tensor | None = None) -> Tensor:
-        """The UNet's prediction (ε or v, as `schedule` says) at x_t, float32. Raises ValueError when SDXL's sizes are
-        missing."""
+        """The UNet's prediction (ε or v, as `process` says) at x_t and times t (B,), float32. Raises ValueError when
+        SDXL's sizes are missing."""
         added = None
         if self.family.sizes:
             if time_ids_B6 is None or cond.pooled_BP is None:
@@ -274,7 +274,8 @@ class Model:
             }
         context = cond.context_BLD.to(self.device, self.compute)
         x = x_BCHW.to(self.device, self.compute)
-        out: Tensor = self.unet(x, t_B.to(self.device), context, added_cond_kwargs=added, return_dict=False)[0]
+        time = self.process.model_time(t_B.to(self.device))
+        out: Tensor = self.unet(x, time, context, added_cond_kwargs=added, return_dict=False)[0]
         return out.float()
 
     def time_ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor | None:

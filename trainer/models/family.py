@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from ..maths.process import V_PREDICTION
 from ..registry import Registry
 
 PAD_EOS, PAD_ZERO = "eos", "zero"
@@ -66,6 +67,10 @@ class Family:
     matches: Callable[[UnetFacts], bool]
     blocks: tuple[str, ...]
     often_v: bool = False
+
+    def version_for(self, prediction: str) -> str:
+        """The base version of its models with this prediction type."""
+        return {V_PREDICTION: self.v_base_version}.get(prediction, self.base_version)
 
 
 def unet_blocks(count: int) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ModelError, brief
 from ..jsontext import JsonError, read_bytes, read_object
-from ..maths.schedule import EPSILON, V_PREDICTION, NoiseSchedule, scaled_linear_alphas, zero_terminal_snr
+from ..maths.alphas import scaled_linear_alphas, zero_terminal_snr
+from ..maths.process import EPSILON, V_PREDICTION, Diffusion
 from ..paths import is_file
 from .family import Family
 
@@ -104,9 +105,9 @@ NAMED_V = re.compile(r"v[-_ .]?pred|v[-_ .]?param", re.IGNORECASE)
 """How names of v-prediction models are spelt."""
 
 
-def schedule_of(facts: NoiseFacts, family: Family, forced_v: bool, name: str = "") -> tuple[NoiseSchedule, list[str]]:
-    """(schedule, warnings). `forced_v` overrides what the model says; one that says nothing is taken for ε, also when
-    its `name` means v, which is warned of.
+def process_of(facts: NoiseFacts, family: Family, forced_v: bool, name: str = "") -> tuple[Diffusion, list[str]]:
+    """(noise process, warnings). `forced_v` overrides what the model says; one that says nothing is taken for ε, also
+    when its `name` means v, which is warned of.
     """
     warnings = []
     prediction = facts.prediction
@@ -123,10 +124,10 @@ def schedule_of(facts: NoiseFacts, family: Family, forced_v: bool, name: str = "
     if forced_v and facts.prediction == EPSILON:
         warnings.append("model_v_pred is set although the model says that it predicts ε; v-prediction is used.")
     alphas = scaled_linear_alphas() if facts.alphas_T is None else facts.alphas_T
-    schedule = NoiseSchedule(
+    process = Diffusion(
         zero_terminal_snr(alphas) if facts.zero_snr else alphas, V_PREDICTION if forced_v else prediction or EPSILON
     )
-    return schedule, warnings
+    return process, warnings
 
 
 def _beside(path: Path) -> str | None:

@@ -139,7 +139,7 @@ class Addift(Mode):
         chosen = (ways[batch.index % 2],) if turns else ways
         noise, t, pair = kit.noise(draw), kit.timesteps(draw, STRATA), kit.pair(draw)
         rows = stacked(batch, [self.direction(kit, draw, noise, pair, back) for back in chosen], noise, t)
-        x = kit.schedule.add_noise(rows.shown, rows.noise, rows.t)
+        x = kit.process.add_noise(rows.shown, rows.noise, rows.t)
         wanted = self.teacher(kit, rows, x)
         with kit.strength(rows.strength):
             predicted = kit.predict(x, rows.t, kit.text(rows.targets), rows.time_ids)
@@ -166,9 +166,9 @@ class Addift(Mode):
         ε_0(x_t, t, c_t) + P(ε_0(x_t', t, c_o) − ε_0(x_t, t, c_t)), P onto z_t − z_o.
         """
         with kit.teacher():
-            before = kit.schedule.add_noise(rows.seen, rows.noise, rows.t)
+            before = kit.process.add_noise(rows.seen, rows.noise, rows.t)
             wanted = kit.predict(before, rows.t, kit.text(rows.originals), rows.time_ids)
-            wanted = kit.schedule.follow(wanted, rows.shown - rows.seen, rows.t)
+            wanted = kit.process.follow(wanted, rows.shown - rows.seen, rows.t)
             if self._own.diff_project:
                 here = kit.predict(x, rows.t, kit.text(rows.targets), rows.time_ids)
                 wanted = here + along(wanted - here, rows.shown - rows.seen)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from torch import Tensor
 
 from ..contracts import Layer
-from ..maths.schedule import NoiseSchedule
+from ..maths.process import NoiseProcess
 from ..params.core import Train
 from ..params.rules import Rule
 from ..registry import Registry
@@ -46,7 +46,7 @@ class Batch:
 class Kit(Protocol):
     """The verbs a mode may use."""
 
-    schedule: NoiseSchedule
+    process: NoiseProcess
 
     @property
     def per_sample(self) -> bool:
@@ -64,7 +64,7 @@ class Kit(Protocol):
         """
 
     def timesteps(self, batch: Batch, strata: int = 1) -> Tensor:
-        """Timesteps in the job's range, (B,) int64; of every `strata` consecutive samples one in each part of it."""
+        """Times in the job's range of timesteps, (B,); of every `strata` consecutive samples one in each part of it."""
 
     def text(self, prompts: Sequence[str]) -> Any:
         """The conditioning of prompts, one row each: encoded at the current strength when the text encoder is

@@ -18,6 +18,6 @@ class LoRA(Mode):
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """‖prediction(x_t, t, c) − target‖² per sample."""
         latents, noise, t = kit.latents(batch), kit.noise(batch), kit.timesteps(batch)
-        x = kit.schedule.add_noise(latents, noise, t)
+        x = kit.process.add_noise(latents, noise, t)
         predicted = kit.predict(x, t, kit.text(batch.prompts), batch.time_ids)
-        return kit.loss(predicted, kit.schedule.target(latents, noise, t), t, batch.mask)
+        return kit.loss(predicted, kit.process.target(latents, noise, t), t, batch.mask)

@@ -38,10 +38,10 @@ class TrainTrainAddift(Addift):
 
     def loss(self, kit: Kit, batch: Batch) -> Tensor:
         """‖ε_±κ(x_t, t, c_t) − ε_0(x_t', t, c_o)‖² per pair, in one direction."""
-        noise, t = kit.noise(batch), self._scheduled(batch)
+        noise, t = kit.noise(batch), self._scheduled(kit, batch)
         way = self.direction(kit, batch, noise, kit.pair(batch), back=batch.index % 2 == 1)
         rows = stacked(batch, [way], noise, t)
-        x = kit.schedule.add_noise(rows.shown, rows.noise, rows.t)
+        x = kit.process.add_noise(rows.shown, rows.noise, rows.t)
         wanted = self.teacher(kit, rows, x)
         with kit.strength(rows.strength):
             predicted = kit.predict(x, rows.t, kit.text(rows.targets), rows.time_ids)
@@ -56,15 +56,16 @@ class TrainTrainAddift(Addift):
     def teacher(self, kit: Kit, rows: Rows, x: Tensor) -> Tensor:
         """ε_0(x_t', t, c_o) as it is."""
         with kit.teacher():
-            before = kit.schedule.add_noise(rows.seen, rows.noise, rows.t)
+            before = kit.process.add_noise(rows.seen, rows.noise, rows.t)
             return kit.predict(before, rows.t, kit.text(rows.originals), rows.time_ids)
 
-    def _scheduled(self, batch: Batch) -> Tensor:
+    def _scheduled(self, kit: Kit, batch: Batch) -> Tensor:
         """Five fixed timesteps in turn, each for one step forward and one back, (B,)."""
         train = self.settings[Train]
         low, high = train.train_min_timesteps, train.train_max_timesteps
         at = low + (high - low) / 10 * (batch.index // 2 * 2 % 10 + 1)
-        return torch.full((len(batch.samples),), min(int(at), 999), device=batch.mean.device)
+        time = kit.process.time(min(int(at), 999))
+        return torch.full((len(batch.samples),), time, device=batch.mean.device)
 
 
 @rule_of(MultiAddift)

@@ -131,7 +131,7 @@ class Abm(Stage):
         kit = at.kit
         noise, t = kit.noise(batch), kit.timesteps(batch)
         pictured = bool(batch.mean.any()) or bool(batch.std.any())
-        x = kit.schedule.add_noise(kit.latents(batch), noise, t) if pictured else noise
+        x = kit.process.add_noise(kit.latents(batch), noise, t) if pictured else noise
         with kit.teacher(), _listening(gates) as wanted:
             kit.predict(x, t, kit.text(batch.prompts), batch.time_ids)
         with _listening(gates) as got:

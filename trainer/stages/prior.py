@@ -20,7 +20,7 @@ from ..params.core import Train
 from ..params.field import param
 from ..params.rules import without_effect
 from .base import STAGES, Preparation, Stage
-from .trajectories import State, lines, moments, trajectories
+from .trajectories import State, lines, trajectories
 
 STEPS = 8
 """States of one drawing."""
@@ -110,7 +110,8 @@ class Prior(Stage):
         self._kit, self._seed, self._device = at.kit, at.seed, at.model.device
         prompts = self.prompts()
         highest = self._own.prior_max_timesteps
-        each = sum(time <= highest for time in moments(len(at.kit.schedule), STEPS))
+        process = at.kit.process
+        each = sum(time <= process.time(highest) for time in process.spread_times(STEPS))
         drawings = [prompts[n % len(prompts)] for n in range(-(-self._own.prior_states // each))]
         for state in trajectories(at, drawings, STEPS, "prior", answered=True, highest=highest):
             if at.stopping():

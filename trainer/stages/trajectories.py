@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..maths import rng
+from ..maths.sampling import sampling
 from ..modes.prompts import written_lines
 from .base import Preparation
 
@@ -22,7 +24,7 @@ GENERIC = (
 
 @dataclass(frozen=True)
 class State:
-    """One state of one picture: x_t (1, C, H, W), its timestep (1,), the prompt, SDXL's sizes, the right prediction."""
+    """One state of one picture: x_t (1, C, H, W), its time (1,), the prompt, SDXL's sizes, the right prediction."""
 
     x: Tensor
     t: Tensor
@@ -46,11 +48,6 @@ def lines(text: str) -> tuple[str, ...]:
     return written_lines(text) or GENERIC
 
 
-def moments(length: int, steps: int) -> list[int]:
-    """The timesteps of a drawing's states, from pure noise on, in a schedule of `length` timesteps."""
-    return torch.linspace(length - 1, length / (2 * steps), steps).round().long().tolist()  # type: ignore[no-any-return]
-
-
 @torch.no_grad()
 def trajectories(
     at: Preparation,
@@ -64,35 +61,30 @@ def trajectories(
 
     `answered` ones have what it predicts there as their target. Those above the timestep `highest` are left out.
 
-    DDIM steps (2010.02502, eq. 12, η = 0) from pure noise, so that every x_t is one the model was trained on. Each
-    prompt is drawn alone: memory stays that of one picture. The kit's `rollout` is for the batches of a mode: its own
-    prompts, the job's range of timesteps, draws that belong to the samples, and all states at once.
+    The steps are DDIM's from pure noise, so that every x_t is one the model was trained on. Each prompt is drawn alone:
+    memory stays that of one picture. The kit's `rollout` is for the batches of a mode: its own prompts, the job's range
+    of timesteps, draws that belong to the samples, and all states at once.
     """
     first = at.batch(0)
     if first is None:
         return
-    schedule = at.kit.schedule
-    times = moments(len(schedule), steps)
+    kit, process = at.kit, at.kit.process
+    times = process.spread_times(steps)
+    limit = math.inf if highest is None else process.time(highest)
     ids = None if first.time_ids is None else first.time_ids[:1]
     for index, prompt in enumerate(prompts):
-        with at.kit.strength(0.0):
-            conditioning = at.kit.text((prompt,))
+        with kit.strength(0.0):
+            conditioning = kit.text((prompt,))
+
+        def predict(x: Tensor, t_B: Tensor, conditioning: Any = conditioning) -> Tensor:
+            with kit.teacher():
+                return kit.predict(x, t_B, conditioning, ids).float()
+
         x = rng.normal(first.mean.shape[1:], purpose, at.seed, 0, (index,)).to(first.mean.device)
-        for place, step in enumerate(times):
-            t = torch.full((1,), step, dtype=torch.int64, device=x.device)
-            further, target = place + 1 < len(times), None
-            if answered or further:
-                with at.kit.teacher():
-                    target = at.kit.predict(x, t, conditioning, ids).float()
-            if highest is None or step <= highest:
-                yield State(x, t, prompt, ids, target if answered else None)
-            if further and target is not None:
-                x = _towards(schedule, target, x, t, torch.full_like(t, times[place + 1]))
-
-
-def _towards(schedule: Any, predicted: Tensor, x: Tensor, t: Tensor, then: Tensor) -> Tensor:
-    signal, sigma = schedule.signal(t, x)
-    if float(signal.min()) == 0 and schedule.prediction == "epsilon":
-        return x
-    clean = schedule.x0(predicted, x, t)
-    return schedule.add_noise(clean, (x - signal * clean) / sigma, then)
+        if answered:
+            states = (state for state in sampling(process, predict, x, times, order=1) if state.predicted is not None)
+        else:  # the last one is only arrived at
+            states = sampling(process, predict, x, times[:-1], order=1, until=times[-1])
+        for state in states:
+            if state.time <= limit:
+                yield State(state.x, state.t, prompt, ids, state.predicted if answered else None)

@@ -92,7 +92,7 @@ def make_curvature(
     tensors |= {f"{key}.{COLUMNS}": columns for key, (_, columns) in found.items()}
     labels = "data" if by_data else "model"
     facts = {MARK: VERSION, "model": session.model.name, "states": str(count), "labels": labels}
-    path = write_lora(out, tensors, {**facts, "prediction": session.model.schedule.prediction})
+    path = write_lora(out, tensors, {**facts, "prediction": session.model.process.prediction})
     if path != out:
         tell(name_note(out, path))
     return CurvatureReport(path, count, len(found), time.perf_counter() - started)
@@ -117,7 +117,7 @@ def _pictures(session: Session, count: int) -> Iterator[State]:
         if batch is None:
             continue
         latents, noise, t = kit.latents(batch), kit.noise(batch), kit.timesteps(batch)
-        x, target = kit.schedule.add_noise(latents, noise, t), kit.schedule.target(latents, noise, t)
+        x, target = kit.process.add_noise(latents, noise, t), kit.process.target(latents, noise, t)
         for row in range(min(len(x), count - done)):
             ids = None if batch.time_ids is None else batch.time_ids[row : row + 1]
             yield State(x[row : row + 1], t[row : row + 1], batch.prompts[row], ids, target[row : row + 1])

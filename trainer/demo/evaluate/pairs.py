@@ -162,11 +162,11 @@ class Measured:
             rows = model.encode_prompts([self.task.prompt(old)])
             noise = rng.normal(first.shape[1:], "direction", number, 0, range(1))
             for time in self.task.times:
-                t = torch.tensor([time])
-                x = model.schedule.add_noise(first, noise, t)
+                t = torch.tensor([float(time)])
+                x = model.process.add_noise(first, noise, t)
                 with trained.network.at_strength(0.0):
-                    plain = model.schedule.x0(model.predict(x, t, rows), x, t)
-                change = model.schedule.x0(model.predict(x, t, rows), x, t) - plain
+                    plain = model.process.x0(model.predict(x, t, rows), x, t)
+                change = model.process.x0(model.predict(x, t, rows), x, t) - plain
                 found.append(pair_effect(change, second - first, mask))
         return tuple(sum(values) / len(found) for values in zip(*map(dataclasses.astuple, found), strict=True))  # type: ignore[return-value]
 
