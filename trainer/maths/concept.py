@@ -43,7 +43,8 @@ def balanced(edited_nC: Tensor, kept_mC: Tensor, ridge: float) -> Tensor:
     factor = torch.linalg.cholesky(kept.T @ kept + ridge * eye)
     solved = torch.cholesky_solve(edited.T, factor)  # A⁻¹·E, (in, n)
     small = torch.eye(len(edited), dtype=torch.float64, device=edited.device) + edited @ solved
-    return torch.linalg.solve(small, solved.T)
+    found: Tensor = torch.linalg.solve(small, solved.T)
+    return found
 
 
 def constrained(edited_nC: Tensor, kept_mC: Tensor, ridge: float) -> Tensor:
@@ -58,12 +59,14 @@ def constrained(edited_nC: Tensor, kept_mC: Tensor, ridge: float) -> Tensor:
     for _ in range(2):  # the second time removes what rounding left of the first
         edited = edited - (edited @ basis.T) @ basis
     small = edited @ edited.T + ridge * torch.eye(len(edited), dtype=torch.float64, device=edited.device)
-    return torch.linalg.solve(small, edited)
+    found: Tensor = torch.linalg.solve(small, edited)
+    return found
 
 
 def influence(rows_mC: Tensor, down_nC: Tensor, moved_nC: Tensor) -> Tensor:
     """How far an update moves each row, ‖(V − E)ᵀ·D·p‖ before any projection W, (m,). `moved` is V − E."""
-    return ((rows_mC.double() @ down_nC.double().T) @ moved_nC.double()).norm(dim=1)
+    found: Tensor = ((rows_mC.double() @ down_nC.double().T) @ moved_nC.double()).norm(dim=1)
+    return found
 
 
 def most_moved(rows_mC: Tensor, moved_m: Tensor, room: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .functions import applied
 from .weights import weight_matrix
 
 
@@ -68,7 +69,7 @@ class Curvature:
             if not torch.is_grad_enabled():
                 return None
             token = torch.zeros((), device=output.device, requires_grad=True)
-            return _Listening.apply(output, inputs[0].detach(), token, hear)
+            return applied(_Listening, output, inputs[0].detach(), token, hear)
 
         return hook
 
@@ -100,8 +101,10 @@ class Curvature:
 def _weight_gradient(layer: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
     """The gradient of a linear or convolutional layer's weight for one sample, (out, in·k·k)."""
     if isinstance(layer, nn.Conv2d):
-        geometry = {"padding": layer.padding, "stride": layer.stride, "dilation": layer.dilation}
-        return grad.flatten(1) @ functional.unfold(x[None], layer.kernel_size, **geometry)[0].T
+        if isinstance(layer.padding, str):
+            raise ValueError(f"padding {layer.padding!r}: only numbers are known")
+        rows = functional.unfold(x[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return grad.flatten(1) @ rows[0].T
     return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
@@ -109,10 +112,10 @@ def probe(prediction: Tensor, residual: Tensor | None, generator: torch.Generato
     """What is to be multiplied with J: √(2/n)·ξ, ξ of random signs, or the residual brought to a mean square of 1."""
     count = prediction.numel()
     if residual is None:
-        signs = torch.randint(0, 2, prediction.shape, generator=generator) * 2.0 - 1.0
+        signs: Tensor = torch.randint(0, 2, prediction.shape, generator=generator) * 2.0 - 1.0
     else:
         signs = residual / residual.square().mean().sqrt().clamp(min=1e-12)
-    return signs.to(prediction) * (2 / count) ** 0.5
+    return signs.to(prediction).mul((2 / count) ** 0.5)
 
 
 def weighted_square(down: Tensor, up: Tensor, columns: Tensor, rows: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ of rank r². A (out, r), B (r, in·k·k).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .functions import applied
 from .lowrank import Geometry, LowRankConv, LowRankLinear, Scale
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -54,8 +55,7 @@ def hadamard_layer(
     x: (B, …, in), or (B, in, h, w) with the `geometry` (stride, padding, dilation) of a convolution. s is a number, or
     a tensor (B,) with one for each sample. U and D are made again in the backward pass.
     """
-    y: Tensor = Hadamard.apply(x, weight, bias, scale, geometry, *factors)
-    return y
+    return applied(Hadamard, x, weight, bias, scale, geometry, *factors)
 
 
 class Hadamard(torch.autograd.Function):
@@ -96,7 +96,7 @@ class Hadamard(torch.autograd.Function):
         within.saved_tensors = ()
         made = [(whole, its.to(whole.dtype)) for whole, its in ((down, grad_down), (up, grad_up)) if its is not None]
         wanted = [factor for factor, need in zip(given, needs, strict=True) if need]
-        found = iter(())
+        found: Iterator[Tensor] = iter(())
         if wanted:
             found = iter(torch.autograd.grad([whole for whole, _ in made], wanted, [its for _, its in made]))
         return grad_x, None, None, None, None, *(next(found) if need else None for need in needs)

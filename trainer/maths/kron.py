@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .functions import applied
 from .lowrank import Geometry, Scale, conv_backward
 
 
@@ -32,10 +33,8 @@ def kron_layer(
     """
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype).contiguous()  # a kernel in another order would give gradients in that
     if geometry is None:
-        y: Tensor = KronLinear.apply(x, weight, bias, w1, w2, scale)
-    else:
-        y = KronConv.apply(x.contiguous(), weight, bias, w1, w2, scale, geometry)
-    return y
+        return applied(KronLinear, x, weight, bias, w1, w2, scale)
+    return applied(KronConv, x.contiguous(), weight, bias, w1, w2, scale, geometry)
 
 
 def kron_inner(weight: Tensor, w1: Tensor, w2: Tensor, on_input: bool) -> Tensor:
@@ -161,7 +160,7 @@ class KronConv(torch.autograd.Function):
             grad_x = grad_x.view(x.shape)
             if weight is not None:
                 base, _ = conv_backward(grad, x, weight.to(grad.dtype), ctx.geometry, (True, False))
-                grad_x = grad_x.add_(base)
+                grad_x = grad_x if base is None else grad_x.add_(base)
         return grad_x, None, None, grad_1, grad_2, None, None
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .functions import applied
+
 Geometry = tuple[Any, Any, Any]  # stride, padding, dilation of a convolution
 Scale = float | Tensor
 _POINTWISE = [[1, 1], [0, 0]]
@@ -91,7 +93,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor
         if merging_pays(x.numel() // fan_in, fan_in, fan_out, down.shape[0]):
             merged = torch.addmm(_cast(weight, x), _cast(up, x), _cast(down, x), alpha=scale)
             return functional.linear(x, merged, None if bias is None else _cast(bias, x))
-    return LowRankLinear.apply(x, weight, bias, down, up, scale)
+    return applied(LowRankLinear, x, weight, bias, down, up, scale)
 
 
 def low_rank_conv(
@@ -107,8 +109,8 @@ def low_rank_conv(
             )
             return functional.conv2d(x, merged.view(weight.shape), None if bias is None else _cast(bias, x), *geometry)
     if x.is_contiguous() and weight.shape[2:] == (1, 1) and [_pair(value) for value in geometry[:2]] == _POINTWISE:
-        return LowRankPointwise.apply(x, weight, bias, down, up, scale)
-    return LowRankConv.apply(x, weight, bias, down, up, scale, geometry)
+        return applied(LowRankPointwise, x, weight, bias, down, up, scale)
+    return applied(LowRankConv, x, weight, bias, down, up, scale, geometry)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -228,7 +230,8 @@ class LowRankConv(torch.autograd.Function):
             grad_x, grad_down = conv_backward(inner, x, _cast(down, grad), ctx.geometry, (need_x, need_down))
         if need_x:
             base, _ = conv_backward(grad, x, _cast(weight, grad), ctx.geometry, (True, False))
-            grad_x = base.add_(grad_x)
+            if base is not None and grad_x is not None:
+                grad_x = base.add_(grad_x)
         return grad_x, None, None, grad_down, grad_up, None, None
 
 

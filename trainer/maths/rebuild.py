@@ -6,7 +6,7 @@ y = (W + s·Δ)·x + b, where Δ follows from few numbers. Only x and those numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .functions import applied
 from .lowrank import EXACT, Geometry, conv_backward
 
 Build = Callable[..., Tensor]
@@ -34,8 +35,7 @@ def rebuilt(
     W out. Computed in x's precision; W may be stored in another, Δ is built in its own. In half precision W·x and s·Δ·x
     are added, not W and s·Δ: a Δ below the last digit of W would have no effect.
     """
-    y: Tensor = Rebuilt.apply(x, weight, bias, scale, build, geometry, *parameters)
-    return y
+    return applied(Rebuilt, x, weight, bias, scale, build, geometry, *parameters)
 
 
 class Rebuilt(torch.autograd.Function):
@@ -72,10 +72,11 @@ class Rebuilt(torch.autograd.Function):
         need_x = ctx.needs_input_grad[0]
         first, *rest = _parts(weight, delta.detach(), ctx.scale, grad.dtype)
         grad_x, grad_total = _gradients(grad, x, first, ctx.geometry, (need_x, any(needs)))
-        if rest and need_x:
-            grad_x = grad_x + _gradients(grad, x, rest[0], ctx.geometry, (True, False))[0]
+        if rest and grad_x is not None:
+            other, _ = _gradients(grad, x, rest[0], ctx.geometry, (True, False))
+            grad_x = grad_x if other is None else grad_x + other
         wanted = [p for p, need in zip(given, needs, strict=True) if need]
-        found = iter(())
+        found: Iterator[Tensor | None] = iter(())
         if grad_total is not None:
             outer = grad_total.to(delta.dtype).mul_(ctx.scale).view(delta.shape)
             found = iter(torch.autograd.grad(delta, wanted, outer, allow_unused=True))

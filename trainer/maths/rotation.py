@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .functions import applied
+
 
 def cayley_minus_identity(blocks: Tensor) -> Tensor:
     """R − 1 for R = (1 + Q)(1 − Q)⁻¹ with Q = B − Bᵀ, for blocks B (…, b, b), in float32; R − 1 = 2·Q·(1 − Q)⁻¹.
 
     1 − Q is never singular for an antisymmetric Q, so nothing has to be checked on the device.
     """
-    turns: Tensor = Cayley.apply(blocks)
-    return turns
+    return applied(Cayley, blocks)
 
 
 class Cayley(torch.autograd.Function):
@@ -25,7 +26,7 @@ class Cayley(torch.autograd.Function):
     def forward(ctx: Any, blocks: Tensor) -> Tensor:
         skew = blocks.float() - blocks.float().transpose(-1, -2)
         identity = torch.eye(skew.shape[-1], device=skew.device)
-        turns = 2 * skew @ torch.linalg.inv_ex(identity - skew)[0]
+        turns: Tensor = 2 * skew @ torch.linalg.inv_ex(identity - skew)[0]
         ctx.save_for_backward(turns)
         ctx.dtype = blocks.dtype
         return turns
@@ -37,7 +38,8 @@ class Cayley(torch.autograd.Function):
         back = turns.transpose(-1, -2) * 0.5
         back.diagonal(dim1=-2, dim2=-1).add_(1)
         moved = back @ grad.float() @ back
-        return (2 * (moved - moved.transpose(-1, -2))).to(ctx.dtype)
+        found: Tensor = (2 * (moved - moved.transpose(-1, -2))).to(ctx.dtype)
+        return found
 
 
 def turn(outputs: Tensor, turns: Tensor) -> Tensor:
@@ -52,8 +54,7 @@ def butterfly(outputs: Tensor, turns: Tensor) -> Tensor:
     Stage i regroups the rows with stride 2ⁱ·b/2, lets its n blocks act and puts the rows back. For the backward pass
     only the outputs before the first stage are kept; the stages are computed again.
     """
-    turned: Tensor = Butterfly.apply(outputs, turns)
-    return turned
+    return applied(Butterfly, outputs, turns)
 
 
 class Butterfly(torch.autograd.Function):

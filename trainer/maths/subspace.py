@@ -29,7 +29,7 @@ def least_rows(weight_OI: Tensor, count: int) -> Tensor:
             seeds = torch.linalg.qr(seeds - span @ (span.T @ seeds)).Q
         return seeds.T.contiguous()
     weight = double(weight_OI)
-    least = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, :count].T
+    least: Tensor = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, :count].T
     return least.float().contiguous().to(weight_OI.device)
 
 
