@@ -5,12 +5,13 @@ A type is one file with one class: which layers it covers, its tensors, ΔW, and
 
 from __future__ import annotations
 
+import builtins
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from .draws import Draws, Timesteps
 ADAPTERS: Registry[type[Adapter]] = Registry("network_type", "adapters")
 
 T = TypeVar("T")
-_ABSENT = object()
+Groups = tuple[tuple[str, ...], ...]
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class AdapterSpec:
     alpha: float = 8.0
     conv_rank: int = 0
     conv_alpha: float = 0.0
-    options: Mapping[type, Any] = field(default_factory=dict)
-    shared: Any = field(default=None, compare=False, repr=False)
+    options: Mapping[builtins.type[object], object] = field(default_factory=dict)
+    shared: object = field(default=None, compare=False, repr=False)
     restored: bool = False
     device: torch.device | None = field(default=None, compare=False, repr=False)
 
@@ -62,9 +64,9 @@ class AdapterSpec:
                 " (the conv alpha may be 0, which means the same as network_alpha)."
             )
 
-    def __getitem__(self, section: type[T]) -> T:
+    def __getitem__(self, section: builtins.type[T]) -> T:
         """The values of a section that a type declares."""
-        found: T | None = self.options.get(section)
+        found = cast("T | None", self.options.get(section))
         return section() if found is None else found
 
     def rank_of(self, kind: str, block: str = "") -> int:
@@ -141,7 +143,7 @@ class Adapter(nn.Module, ABC):
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     ranked: ClassVar[bool] = True
-    factors: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    factors: ClassVar[Groups] = ()
     ups: ClassVar[tuple[str, ...]] = ()
     downs: ClassVar[tuple[str, ...]] = ()
     droppable: ClassVar[bool] = True
@@ -166,8 +168,8 @@ class Adapter(nn.Module, ABC):
         self.strength, self.draws, self.timesteps = strength, Draws(), Timesteps()
         self._drops = self._dropouts()
         self._held = (layer.module,)  # in a tuple, so that the base layer is no part of this module's state
-        self._previous: Any = _ABSENT
-        self._installed: Any = None
+        self._previous: Forward | None = None
+        self._installed: Forward | None = None
         self._look()
 
     # -- what a type defines -------------------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ class Adapter(nn.Module, ABC):
         return {}
 
     @classmethod
-    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> object:
         """What the adapters of one network have in common, made once and found as `spec.shared` by each of them."""
         return None
 
@@ -298,7 +300,8 @@ class Adapter(nn.Module, ABC):
 
     def delta_norm(self) -> Tensor:
         """‖ΔW‖ (Frobenius) at strength 1, 0-d on the device."""
-        return self.delta().norm()
+        norm: Tensor = self.delta().norm()
+        return norm
 
     @torch.no_grad()
     def shrink(self, ratio: Tensor) -> None:
@@ -326,7 +329,7 @@ class Adapter(nn.Module, ABC):
         if self._installed is not None:
             raise AdapterError(f"{self.key}: this adapter is already attached.")
         self._look()
-        self._previous = self.module.__dict__.get("forward", _ABSENT)
+        self._previous = self.module.__dict__.get("forward")
         self._installed = self.forward
         self.module.forward = self._installed
 
@@ -347,11 +350,11 @@ class Adapter(nn.Module, ABC):
                 f"{self.key}: something was attached afterwards (or nothing before)."
                 " Eject in the reverse order of attaching."
             )
-        if self._previous is _ABSENT:
+        if self._previous is None:
             del self.module.__dict__["forward"]
         else:
             self.module.forward = self._previous
-        self._previous, self._installed = _ABSENT, None
+        self._previous = self._installed = None
 
     def working_input(self, x: Tensor) -> Tensor:
         """x in the precision the layer computes in (a base layer stored otherwise says so by `_casts_to`)."""
@@ -361,7 +364,7 @@ class Adapter(nn.Module, ABC):
     def _look(self) -> None:
         """Note how the layer computes now: by its stored weight alone (`_plain`), or in some way of its own."""
         module = self.module
-        self._base = module.forward
+        self._base: Forward = module.forward
         self._casts_to: torch.dtype | None = module.__dict__.get("_casts_to")
         own = type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
         beneath = getattr(module.__dict__.get("forward"), "__self__", None)
@@ -373,5 +376,6 @@ class Adapter(nn.Module, ABC):
     def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's linear operation on x with another weight and no bias."""
         if isinstance(self.module, nn.Conv2d):
-            return self.module._conv_forward(x, weight, None)
+            y: Tensor = self.module._conv_forward(x, weight, None)
+            return y
         return functional.linear(x, weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from ..contracts import CROSS_ATTENTION, SELF_ATTENTION, Layer, Role
 from ..errors import AdapterError
@@ -35,7 +35,7 @@ def choose(
     everywhere = roles == EVERYTHING
     patterns = spec[NetworkOptions].network_name_filter
     left = list(layers)
-    tests = (
+    tests: tuple[tuple[str, Callable[[Layer], bool]], ...] = (
         (f"network_targets ({', '.join(sorted(parts)) or 'none'})", lambda layer: layer.part in parts),
         (f"network_type {spec.type}", lambda layer: kind.covers(layer, spec)),
         (

@@ -13,7 +13,7 @@ from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.lowrank import LowRank, scaled
 from ..maths.magnitude import SMALLEST, norms_along, on_axis
-from ..maths.weights import weight_of, weight_shape
+from ..maths.weights import bias_of, weight_of, weight_shape
 from ..params.field import param
 from ..params.rules import without_effect
 from .base import Adapter, AdapterSpec, Strength
@@ -49,7 +49,23 @@ def axis_args(spec: AdapterSpec) -> dict[str, str]:
     return {"dora_wd": "True", "wd_on_output": str(spec[DoraOptions].network_dora_axis == "output")}
 
 
-class Decomposed(Adapter):
+if TYPE_CHECKING:
+
+    class Beneath(Adapter):
+        """What `Decomposed` is put before: a type with a ΔW of its own."""
+
+        def delta(self) -> Tensor: ...
+        def tensors(self) -> dict[str, Tensor]: ...
+        def read(self, tensors: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]: ...
+        def rescaled(self, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]: ...
+        def update(self, x: Tensor) -> Tensor: ...
+        def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]: ...
+
+else:
+    Beneath = Adapter
+
+
+class Decomposed(Beneath):
     """Put before a type with a ΔW of its own (here V), this makes W′ = m ⊙ (W + V) / ‖W + V‖ of it, when asked.
 
     m and the norms have one number for each input (the sums run over outputs and kernel) or each output; the norm
@@ -61,11 +77,6 @@ class Decomposed(Adapter):
     outputs multiplied by these numbers; and, where there is a faster way than through V itself,
     `square_norms(on_input)`, ‖W + V‖² − ‖W‖² for each input or output.
     """
-
-    if TYPE_CHECKING:
-
-        def update(self, x: Tensor) -> Tensor: ...
-        def sided(self, tensors: Mapping[str, Tensor], by: Tensor, on_input: bool) -> dict[str, Tensor]: ...
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
@@ -95,7 +106,8 @@ class Decomposed(Adapter):
         if whole and self.on_input:
             x = self.working_input(x)
             return super().adapted(x * self._on_channels(gain, x), 1.0)
-        bias = None if module.bias is None else self._on_channels(module.bias, x)
+        own = bias_of(module)
+        bias = None if own is None else self._on_channels(own, x)
         if whole:
             y = super().adapted(x, 1.0)
             gain = self._on_channels(gain, y)

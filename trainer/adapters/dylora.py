@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Dylora(Lora):
         Rule(("network_unit", "network_rank", "network_type"), unit_divides),
         *ignores("dylora", "network_conv_rank", "network_conv_alpha"),
     )
-    inits: frozenset[str] = frozenset()
+    inits: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)

@@ -86,9 +86,10 @@ class Eh(Direct):
 
     def adapted(self, x: Tensor, strength: float | Tensor) -> Tensor:
         base = self._base(x)
-        pieces = x.to(base.dtype).unflatten(-1, (self.groups, -1))
+        pieces: Tensor = x.to(base.dtype).unflatten(-1, (self.groups, -1))
         update = functional.linear(pieces, self.block_weight.to(base.dtype)).flatten(-2)
         return base + scaled(update, strength)
 
     def delta(self) -> Tensor:
-        return torch.block_diag(*[self.block_weight.float()] * self.groups)
+        delta: Tensor = torch.block_diag(*[self.block_weight.float()] * self.groups)
+        return delta

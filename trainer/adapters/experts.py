@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..errors import AdapterError
 from ..maths.lowrank import LowRank, kaiming_down, per_sample
 from ..maths.weights import weight_shape
 from ..params.spaces import EXPERT_RULES, ExpertParams
-from .base import ADAPTERS, AdapterSpec, Strength
+from .base import ADAPTERS, AdapterSpec, Groups, Strength
 from .dora import DoraOptions
 from .factored import Factored
 from .plain_lora import Lora
@@ -57,16 +57,19 @@ class Experts(Factored):
     needs = frozenset({"dora", "experts"})
     sections = (ExpertParams, DoraOptions)
     rules = EXPERT_RULES
-    factors = (("experts",),)
-    ups, downs = ("experts",), ("common.down",)
+    factors: ClassVar[Groups] = (("experts",),)
+    ups: ClassVar[tuple[str, ...]] = ("experts",)
+    downs: ClassVar[tuple[str, ...]] = ("common.down",)
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         own, width = spec[ExpertParams], (layer.part, self.rank, self.kernel)
-        if width not in spec.shared:
-            spec.shared[width] = Common(kaiming_down((self.rank, *self.kernel), generator))
-        self.common: Common = spec.shared[width]
-        self.heat, self.seen = 1.0, None
+        shared = cast("dict[object, Common]", spec.shared)
+        if width not in shared:
+            shared[width] = Common(kaiming_down((self.rank, *self.kernel), generator))
+        self.common: Common = shared[width]
+        self.heat = 1.0
+        self.seen: Seen | None = None
         start = SPREAD * kaiming_down((own.num_experts // 2 * self.fan_out, self.rank), generator)
         start = start.view(-1, 1, self.fan_out, self.rank)
         paired = torch.cat([start, -start], dim=1).flatten(0, 1)
@@ -78,7 +81,7 @@ class Experts(Factored):
                 self.router = nn.Parameter(torch.zeros(own.num_experts, weight_shape(layer.module)[1]))
 
     @classmethod
-    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> object:
         return {}
 
     @property

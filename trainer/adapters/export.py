@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Exported:
     """
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    facts: dict[str, object]
     form: str = "native"
     error: float = 0.0
     message: str = ""
@@ -112,7 +112,7 @@ def export_network(
         return _as_it_is(network, dtype, strength, own, _too_far(network, error, portable, settings))
     tensors = {}
     for key, layer in sorted(layers.items()):
-        tensors.update(_file_tensors(network.adapters[key], layer, strength, dtype))
+        tensors.update(_file_tensors(network[key], layer, strength, dtype))
     return Exported(tensors, _lora_facts(network, settings, error), "lora", error, _said(error, settings))
 
 
@@ -137,7 +137,9 @@ def _balanced(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * v, u * root
 
 
-def _file_tensors(adapter: Adapter, layer: _Approximation, strength: float, dtype: Any) -> dict[str, Tensor]:
+def _file_tensors(
+    adapter: Adapter, layer: _Approximation, strength: float, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     shape = weight_shape(adapter.module)
     tail = (1,) * (len(shape) - 2)
     root, wanted = math.sqrt(abs(strength)), dtype or next(adapter.parameters()).dtype
@@ -177,15 +179,15 @@ def _as_it_is(
 ) -> Exported:
     tensors = network.export(dtype, strength)
     form = "native" if plain_layers(tensors) is None else "lora"
-    facts: dict[str, Any] = {**network.file_facts(), "export": _noted(network, form, error)}
+    facts: dict[str, object] = {**network.file_facts(), "export": _noted(network, form, error)}
     if any(name.endswith(MAGNITUDE) for name in tensors):
-        facts["network_args"] = {**facts["network_args"], **axis_args(network.spec)}
+        facts["network_args"] = {**cast("dict[str, str]", facts["network_args"]), **axis_args(network.spec)}
     return Exported(tensors, facts, form, error, message)
 
 
-def _lora_facts(network: Network, settings: ExportSettings, error: float) -> dict[str, Any]:
+def _lora_facts(network: Network, settings: ExportSettings, error: float) -> dict[str, object]:
     rank, facts = settings.rank or network.spec.rank, network.file_facts()
-    args: Any = facts["network_args"]
+    args = cast("dict[str, str]", facts["network_args"])
     plain = {"network_type": "lierla", "network_module": Lora.network_module, "network_rank": rank}
     more = {"network_alpha": float(rank), "network_args": {**args, "type": network.spec.type}}
     return {**facts, **plain, **more, "export": _noted(network, "lora", error)}

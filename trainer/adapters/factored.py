@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.subspace import product_norm
 from ..maths.weights import weight_matrix, weight_shape
-from .base import Adapter, AdapterSpec, Strength
+from .base import Adapter, AdapterSpec, Groups, Strength
 from .dora import DoraOptions
 from .file_delta import DOWN, UP, alpha_of
 from .plain_lora import Lora
 from .where import in_any_block
 
+F = TypeVar("F", bound="Factored")
 LOST = 1e-2
 """Largest share of a file's ΔW, by norm, that may be lost when it is taken over: the rounding of fp16."""
 
@@ -33,10 +34,10 @@ class Factored(Lora):
     could not be continued, for they hide which columns were frozen.
     """
 
-    factors = ()
-    ups = ()
-    downs = ()
-    inits = frozenset()
+    factors: ClassVar[Groups] = ()
+    ups: ClassVar[tuple[str, ...]] = ()
+    downs: ClassVar[tuple[str, ...]] = ()
+    inits: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         Adapter.__init__(self, layer, spec, strength, generator)
@@ -58,15 +59,15 @@ class Factored(Lora):
         """U (out, r) with its rows scaled."""
         return up * (1 + self.rows)[:, None] if self.row_scaled else up
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self: F, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> F:
         """Move to a device or precision; what is frozen stays float32, in which alone it is orthonormal."""
         frozen = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        done = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in frozen.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
-        return done
+        return self
 
     @classmethod
     def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:

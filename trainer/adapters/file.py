@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -77,7 +78,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-        header = parse(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = cast("dict[str, dict[str, str]]", parse(content[8 : 8 + int.from_bytes(content[:8], "little")]))
     except FileNotFoundError as error:
         raise AdapterError(f"There is no LoRA file {path}. Check the name and the folder.") from error
     except OSError as error:

@@ -22,10 +22,9 @@ def folded(network: Network, strength: float = 1.0) -> Iterator[None]:
     try:
         with torch.no_grad(), network.at_strength(0.0):
             for adapter in network:
-                module = adapter.module
-                changes = (module.weight, adapter.delta()), (module.bias, adapter.delta_bias())
-                for values, change in changes:
-                    if change is not None:
+                weight, bias = adapter.module.weight, adapter.module.bias
+                for values, change in ((weight, adapter.delta()), (bias, adapter.delta_bias())):
+                    if isinstance(values, Tensor) and change is not None:
                         kept.append((values, values.clone()))
                         values.add_(strength * change.to(values.device, values.dtype))
         with network.at_strength(0.0):

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ _TAILS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def in_our_names(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Mapping[str, object] | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a LoRA file under the names of kohya and LyCORIS, layers still as the file calls them.
 
@@ -72,7 +71,7 @@ def read_any(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return in_our_names(tensors, metadata, peft_settings(Path(path))), metadata
 
 
-def peft_settings(path: Path) -> dict[str, Any] | None:
+def peft_settings(path: Path) -> dict[str, object] | None:
     """PEFT's settings beside one of its files, None where there are none. Raises AdapterError when unreadable."""
     beside = path.with_name(PEFT_SETTINGS)
     if path.name != PEFT_FILE or not is_file(beside):
@@ -117,7 +116,7 @@ def _ia3(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _parts(metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+def _parts(metadata: Mapping[str, str], settings: Mapping[str, object] | None) -> dict[str, Mapping[str, object]]:
     """PEFT's settings by the prefix of the layers they are for ("" = all)."""
     if settings is not None:
         return {"": settings}
@@ -125,14 +124,14 @@ def _parts(metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> d
         flat = parse(metadata.get(DIFFUSERS_KEY, "{}"))
     except JsonError:
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, object]] = {}
     for key, value in flat.items() if isinstance(flat, dict) else ():
         part, _, field = key.partition(".")
         found.setdefault(f"{part}.", {})[field] = value
     return dict(found)
 
 
-def _alphas(tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def _alphas(tensors: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, object]]) -> dict[str, Tensor]:
     """An alpha for every LoRA that has none; PEFT's alpha / sqrt(r) becomes alpha·sqrt(r) / r."""
     made = {}
     for name, tensor in tensors.items():

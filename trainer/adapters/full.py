@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..contracts import Layer
 from ..maths.lowrank import scaled
 from ..maths.rebuild import rebuilt
-from ..maths.weights import weight_of, weight_shape
+from ..maths.weights import bias_of, weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, Strength
 from .direct import Direct
 from .where import ignores, in_any_block
@@ -28,8 +28,8 @@ class Full(Direct):
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.diff = nn.Parameter(torch.zeros(weight_shape(layer.module)))
-        if layer.module.bias is not None:
-            self.diff_b = nn.Parameter(torch.zeros(layer.module.bias.shape))
+        if (bias := bias_of(layer.module)) is not None:
+            self.diff_b = nn.Parameter(torch.zeros(bias.shape))
 
     @classmethod
     def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
@@ -41,7 +41,7 @@ class Full(Direct):
         if self._plain and not isinstance(strength, Tensor):
             x = self.working_input(x)
             geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
-            y = rebuilt(x, weight_of(module), module.bias, strength, _itself, (self.diff,), geometry)
+            y = rebuilt(x, weight_of(module), bias_of(module), strength, _itself, (self.diff,), geometry)
             return y if shift is None else y + self._along_channels(shift * strength, y)
         base = self._base(x)
         update = self._operate(x.to(base.dtype), self.diff.to(base.dtype))

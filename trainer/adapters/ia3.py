@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..contracts import KEYS_AND_VALUES, Layer, Role
 from ..errors import AdapterError
 from ..maths.lowrank import per_sample
-from ..maths.weights import weight_of, weight_shape
+from ..maths.weights import bias_of, weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, Strength
 from .checked import single
 from .direct import Direct
@@ -63,7 +63,8 @@ class Ia3(Direct):
         if self.on_input:
             return self._base(torch.addcmul(x, x, scale))
         y = self._base(x)
-        product = y if module.bias is None else y - module.bias.to(y.dtype)
+        bias = bias_of(module)
+        product = y if bias is None else y - bias.to(y.dtype)
         return torch.addcmul(y, product, scale)
 
     def delta(self) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 EAGER = "torch"
 """The backend asked for in every call: on a GPU the default would compile kernels inside the WebUI's process."""
 
 
 @cache
-def functional(name: str) -> Any:
+def functional(name: str) -> ModuleType | None:
     """The module `lycoris.functional.<name>`; None where it is not installed or its torch is too old for it: there a
     type's own product, which is the same to rounding, stands in.
     """

@@ -11,7 +11,7 @@ from ..contracts import Layer
 from ..maths.hadamard import Factors, hadamard_delta, hadamard_layer, hadamard_norms, plain_factors, thin_pays
 from ..maths.lowrank import scaled, stride_area
 from ..maths.rebuild import rebuilt
-from ..maths.weights import weight_matrix, weight_of, weight_shape
+from ..maths.weights import bias_of, weight_matrix, weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, Strength, is_wide
 from .direct import Direct, normal
 from .dora import DORA_RULES, Decomposed, DoraOptions
@@ -60,9 +60,9 @@ class HadamardProduct(Direct):
             geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
             rows = x.numel() // x.shape[-1 if geometry is None else 1] // stride_area(geometry)
             if thin_pays(rows, len(factors[1].T), len(factors[0]), self.rank):
-                return hadamard_layer(x, weight_of(module), module.bias, factors, scale, geometry)
+                return hadamard_layer(x, weight_of(module), bias_of(module), factors, scale, geometry)
             if not isinstance(scale, Tensor):
-                return rebuilt(x, weight_of(module), module.bias, scale, self._product, factors, geometry)
+                return rebuilt(x, weight_of(module), bias_of(module), scale, self._product, factors, geometry)
         base = self._base(x)
         return base + scaled(self.update(x.to(base.dtype)), strength)
 
@@ -92,7 +92,8 @@ class HadamardProduct(Direct):
 
     def delta_norm(self) -> Tensor:
         """‖ΔW‖, of which the factors take up a change."""
-        return self._product(*self._factors()).float().norm() * self.scale
+        norm: Tensor = self._product(*self._factors()).float().norm() * self.scale
+        return norm
 
     def delta(self) -> Tensor:
         theirs = functional("loha")

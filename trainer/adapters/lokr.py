@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..contracts import Layer
 from ..maths.kron import kron_delta, kron_inner, kron_layer
 from ..maths.lowrank import kaiming_down, scaled
-from ..maths.weights import weight_of, weight_shape
+from ..maths.weights import bias_of, weight_of, weight_shape
 from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
@@ -141,7 +141,8 @@ class KroneckerProduct(Direct):
     def _pair(self) -> tuple[Tensor, Tensor]:
         """w1 (l, m) and w2 (k, n[, kh, kw]), without the scale."""
         own = self._parameters
-        w1, w2 = own.get("lokr_w1"), own.get("lokr_w2")
+        w1: Tensor | None = own.get("lokr_w1")
+        w2: Tensor | None = own.get("lokr_w2")
         if w1 is None:
             w1 = self.lokr_w1_a @ self.lokr_w1_b
         if w2 is None and "lokr_t2" in own:
@@ -155,7 +156,7 @@ class KroneckerProduct(Direct):
         if self._plain:
             x, scale = self.working_input(x), self.scale * strength
             geometry = None if self.kind == "linear" else (module.stride, module.padding, module.dilation)
-            return kron_layer(x, weight_of(module), module.bias, *self._pair(), scale, geometry)
+            return kron_layer(x, weight_of(module), bias_of(module), *self._pair(), scale, geometry)
         base = self._base(x)
         return base + scaled(self.update(x.to(base.dtype)), strength)
 
@@ -178,8 +179,8 @@ class KroneckerProduct(Direct):
     def delta(self) -> Tensor:
         theirs = functional("lokr")
         if theirs is None:
-            w1, w2 = (factor.float() for factor in self._pair())
-            return kron_delta(w1, w2).view(weight_shape(self.module)) * self.scale
+            one, two = (factor.float() for factor in self._pair())
+            return kron_delta(one, two).view(weight_shape(self.module)) * self.scale
         own = {name: p.float() for name, p in self._parameters.items() if p is not None}
         w1, w1a, w1b = (own.get(f"lokr_w1{end}") for end in ("", "_a", "_b"))
         w2, w2a, w2b = (own.get(f"lokr_w2{end}") for end in ("", "_a", "_b"))
@@ -192,7 +193,8 @@ class KroneckerProduct(Direct):
     def delta_norm(self) -> Tensor:
         """‖kron(w1, w2)‖ = ‖w1‖·‖w2‖."""
         w1, w2 = self._pair()
-        return w1.float().norm() * w2.float().norm() * self.scale
+        norm: Tensor = w1.float().norm() * w2.float().norm() * self.scale
+        return norm
 
 
 @ADAPTERS.register("lokr")

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
 
 from ..errors import AdapterError
 from ..maths.process import V_PREDICTION
@@ -107,7 +106,7 @@ class FileFacts:
     loss_weighting: str = "none"
     mixed_precision: str = ""
     gradient_checkpointing: bool = False
-    job: Mapping[str, Any] = field(default_factory=dict)
+    job: Mapping[str, object] = field(default_factory=dict)
     more: Mapping[str, str] = field(default_factory=dict)
     export: Mapping[str, str] = field(default_factory=dict)
 
@@ -121,7 +120,7 @@ def build_metadata(facts: FileFacts, level: str = "full") -> dict[str, str]:
     """
     if level not in LEVELS:
         raise ValueError(f"save_metadata = {level!r}: choose one of {', '.join(LEVELS)}")
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if facts.strength != 1.0 or level != "none":
         found[STRENGTH_KEY] = repr(float(facts.strength))
     if level != "none":
@@ -144,7 +143,7 @@ def baked_strength(metadata: Mapping[str, str]) -> float:
         raise AdapterError(f"{STRENGTH_KEY} in the LoRA file is {text!r}, not a number. Take another file.") from error
 
 
-def _minimal(facts: FileFacts) -> dict[str, Any]:
+def _minimal(facts: FileFacts) -> dict[str, object]:
     """kohya's keys that WebUIs show, sort or decide by."""
     return {
         "ss_output_name": facts.name,
@@ -173,7 +172,7 @@ def _network_args(facts: FileFacts) -> dict[str, str]:
     return {**named, **facts.network_args}
 
 
-def _full(facts: FileFacts) -> dict[str, Any]:
+def _full(facts: FileFacts) -> dict[str, object]:
     """kohya's further keys, as far as they have a meaning here."""
     buckets = {
         "buckets": {
@@ -218,7 +217,7 @@ def _full(facts: FileFacts) -> dict[str, Any]:
     }
 
 
-def _modelspec(facts: FileFacts) -> dict[str, Any]:
+def _modelspec(facts: FileFacts) -> dict[str, object]:
     """The keys of modelspec 1.0.1."""
     sdxl = facts.base_version.startswith("sdxl")
     width, height = facts.resolution or ((1024, 1024) if sdxl else (512, 512))
@@ -238,7 +237,7 @@ def _modelspec(facts: FileFacts) -> dict[str, Any]:
     }
 
 
-def base_names(value: Any, key: str = "") -> Any:
+def base_names(value: object, key: str = "") -> object:
     """`value` (also nested in mappings and lists) with everything that looks like a path reduced to its last part.
 
     A path inside a longer text is reduced where it stands. Values under a key that holds prose (prompts, triggers,
@@ -247,7 +246,7 @@ def base_names(value: Any, key: str = "") -> Any:
     return _walk(value, key, _base_name)
 
 
-def _walk(value: Any, key: str, reduced: Callable[[str, str], str]) -> Any:
+def _walk(value: object, key: str, reduced: Callable[[str, str], str]) -> object:
     """`value` with `reduced(text, key)` for every text in it, names of mappings included."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -280,7 +279,7 @@ def _last(path: str) -> str:
     return re.split(r"[\\/]", path.rstrip("\\/ "))[-1]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A metadata value as a string without rooted paths: JSON for mappings, Python's spelling for the rest."""
     value = _walk(value, "", _unrooted)
     return json.dumps(value, ensure_ascii=False, sort_keys=True) if isinstance(value, dict) else str(value)

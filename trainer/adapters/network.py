@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ class LoadReport:
     untouched: tuple[str, ...]
 
 
+class ParameterGroup(TypedDict):
+    """Parameters with one learning rate: `ratio` times that of their part."""
+
+    name: str
+    part: str
+    ratio: float
+    params: list[nn.Parameter]
+
+
 class Network(nn.Module):
     """Adapters by key, sharing one strength. Base layers are no part of its state."""
 
@@ -44,7 +53,11 @@ class Network(nn.Module):
             adapter.draws, adapter.timesteps = self.draws, self.timesteps
 
     def __iter__(self) -> Iterator[Adapter]:
-        return iter(self.adapters.values())
+        return iter(cast("Iterable[Adapter]", self.adapters.values()))
+
+    def __getitem__(self, key: str) -> Adapter:
+        """The adapter on a layer."""
+        return cast("Adapter", self.adapters[key])
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -109,7 +122,7 @@ class Network(nn.Module):
         finally:
             self.timesteps.change(before)
 
-    def repeated(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def repeated(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """For a forward that is computed again in the backward pass: nothing now, then the strength and timesteps of
         now."""
         return nullcontext(), self._as_it_was(self.strength.value, self.timesteps.value)
@@ -128,19 +141,19 @@ class Network(nn.Module):
             found.setdefault(adapter.part, []).append(adapter)
         return found
 
-    def trainable(self) -> list[dict[str, Any]]:
+    def trainable(self) -> list[ParameterGroup]:
         """One parameter group per part and rate: {"name", "part", "ratio", "params"}.
 
         `ratio` is the factor of the part's learning rate: LoRA+ (2402.12354) for the up matrices, times the block's.
         """
-        groups: dict[str, dict[str, Any]] = {}
+        groups: dict[str, ParameterGroup] = {}
         seen: set[int] = set()  # types may share a parameter between layers
         for adapter in self:
             for name, parameter in adapter.named_parameters():
                 if parameter.requires_grad and id(parameter) not in seen:
                     seen.add(id(parameter))
                     label, ratio = self._rate(adapter, name)
-                    group = {"name": label, "part": adapter.part, "ratio": ratio, "params": []}
+                    group: ParameterGroup = {"name": label, "part": adapter.part, "ratio": ratio, "params": []}
                     groups.setdefault(label, group)["params"].append(parameter)
         return sorted(groups.values(), key=lambda group: list(self.parts()).index(group["part"]))
 
@@ -165,7 +178,7 @@ class Network(nn.Module):
         """Mean |weight| of the trained tensors per part, as 0-d tensors on their device (read them when you log)."""
         means = {}
         for part, adapters in self.parts().items():
-            params = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+            params: list[Tensor] = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
             if params:
                 means[part] = torch.stack(torch._foreach_norm(params, 1)).sum() / sum(p.numel() for p in params)
         return means
@@ -222,14 +235,14 @@ class Network(nn.Module):
                 " base model, or network_blocks and network_targets exclude its layers."
             )
         try:
-            values = {key: self.adapters[key].read(own, 1.0 / baked) for key, own in found.items()}
-        except torch.linalg.LinAlgError as error:
+            values = {key: self[key].read(own, 1.0 / baked) for key, own in found.items()}
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise AdapterError(
                 f"The LoRA file cannot be taken apart for network_type {self.spec.type}: its numbers are too large or"
                 f" too small ({error}). Choose another file."
             ) from error
         except AdapterError as error:
-            seen = described((self.adapters[key].kind, self.adapters[key].block, own) for key, own in found.items())
+            seen = described((self[key].kind, self[key].block, own) for key, own in found.items())
             raise AdapterError(f"{error} {seen}") from error
         large = next((key for key, own in values.items() if not all(map(_all_finite, own.values()))), None)
         if large is not None:
@@ -238,14 +251,14 @@ class Network(nn.Module):
             )
         self._refuse_disagreement(values)
         for key, value in values.items():
-            self.adapters[key].assign(value)
+            self[key].assign(value)
         return LoadReport(len(found), tuple(unmatched), tuple(key for key in self.adapters if key not in found))
 
     def _refuse_disagreement(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Raise AdapterError where layers that share a tensor bring different ones."""
         seen: dict[int, tuple[str, Tensor]] = {}
         for key, own in values.items():
-            shared = dict(self.adapters[key].named_parameters())
+            shared = dict(self[key].named_parameters())
             for name, value in own.items():
                 if "." not in name or name not in shared:
                     continue
@@ -285,7 +298,7 @@ class Network(nn.Module):
             raise AdapterError("network_strength = 0 would write a LoRA file that does nothing. Choose another.")
         exported = {}
         for key in sorted(self.adapters):
-            adapter = self.adapters[key]
+            adapter = self[key]
             own = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
             wide = {name: tensor if name in adapter.exact else tensor.float() for name, tensor in own.items()}
             for name, tensor in adapter.rescaled(wide, strength).items():

@@ -32,7 +32,7 @@ class Norm(Direct):
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         self.w_norm = nn.Parameter(torch.zeros(weight_shape(layer.module)))
-        self.b_norm = nn.Parameter(torch.zeros(layer.module.bias.shape))
+        self.b_norm = nn.Parameter(torch.zeros(weight_shape(layer.module)))
 
     @classmethod
     def covers(cls, layer: Layer, spec: AdapterSpec) -> bool:
@@ -49,7 +49,9 @@ class Norm(Direct):
         module = self.module
         if isinstance(module, nn.GroupNorm):
             return functional.group_norm(x, module.num_groups, weight, None, module.eps)
-        return functional.layer_norm(x, module.normalized_shape, weight, None, module.eps)
+        if isinstance(module, nn.LayerNorm):
+            return functional.layer_norm(x, module.normalized_shape, weight, None, module.eps)
+        raise TypeError(f"{type(module).__name__} is no normalisation")
 
     def delta(self) -> Tensor:
         return self.w_norm.float() * 1.0

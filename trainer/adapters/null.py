@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..errors import AdapterError
 from ..maths.subspace import is_orthonormal, least_columns, least_rows
 from ..maths.weights import weight_matrix
 from ..params.spaces import NULL_RULES, NullParams
-from .base import ADAPTERS, AdapterSpec, Strength
+from .base import ADAPTERS, AdapterSpec, Groups, Strength
 from .bases import Pair, SvdParams, blank, weight_bases
 from .factored import LOST, Factored
 
@@ -33,15 +33,18 @@ class Null(Factored):
     needs = frozenset({"null", "svd"})
     sections = (NullParams, SvdParams)
     rules = NULL_RULES
-    factors = (("up", "down"),)
-    ups = ("up",)
+    factors: ClassVar[Groups] = (("up", "down"),)
+    ups: ClassVar[tuple[str, ...]] = ("up",)
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
         rows, columns = halves(self.key, self.rank, self.fan_in, self.fan_out)
-        frozen_down, frozen_up = spec.shared[layer.key]
+        frozen_down, frozen_up = cast("dict[str, Pair]", spec.shared)[layer.key]
         self.up = nn.Parameter(torch.zeros(self.fan_out, rows))
         self.down = nn.Parameter(torch.zeros(columns, *self.kernel))
+        self.frozen_down: Tensor
+        self.frozen_up: Tensor
+        self.held: Tensor
         self.register_buffer("frozen_down", frozen_down.view(rows, *self.kernel))
         self.register_buffer("frozen_up", frozen_up)
         confined = spec[NullParams].network_null_space == "activations"
@@ -49,7 +52,7 @@ class Null(Factored):
         self.register_buffer("held", torch.zeros(held, self.fan_in))
 
     @classmethod
-    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> object:
         counts = {}
         for layer in layers:
             fan_out, fan_in = weight_matrix(layer.module)
@@ -59,12 +62,12 @@ class Null(Factored):
         return weight_bases(layers, counts, _least, "null", spec[SvdParams].svd_cache_path, tell, spec.device)
 
     def product(self) -> tuple[Tensor, Tensor]:
-        down = self._parameters["down"]
+        down: Tensor = self.down
         if len(self.held):
             flat = down.flatten(1).to(torch.promote_types(down.dtype, self.held.dtype))
             held = self.held.to(flat.dtype)
             down = (flat - (flat @ held.T) @ held).view(down.shape)
-        return torch.cat([self.frozen_down, down]), torch.cat([self._parameters["up"], self.frozen_up], dim=1)
+        return torch.cat([self.frozen_down, down]), torch.cat([self.up, self.frozen_up], dim=1)
 
     @torch.no_grad()
     def calibrate(self, inputs: Tensor) -> bool:

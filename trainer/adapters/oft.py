@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..contracts import Layer
 from ..maths.lowrank import scaled
 from ..maths.rotation import cayley_minus_identity, turn
-from ..maths.weights import weight_of, weight_shape
+from ..maths.weights import bias_of, weight_of, weight_shape
 from .base import ADAPTERS, AdapterSpec, Strength
 from .direct import Direct
 from .file_delta import ALPHA, alpha_of, limited
@@ -56,7 +56,8 @@ class Rotation(Direct):
         module = self.module
         if self._plain:
             shape = (-1,) if self.kind == "linear" else (-1, 1, 1)
-            product = y if module.bias is None else y - module.bias.to(y.dtype).view(shape)
+            bias = bias_of(module)
+            product = y if bias is None else y - bias.to(y.dtype).view(shape)
         else:
             x = x.to(y.dtype)
             product = self._operate(x, weight_of(module, x.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch.nn import functional
 from ..contracts import Layer
 from ..errors import AdapterError
 from ..maths.lowrank import LowRank, cored, kaiming_down, low_rank_conv, low_rank_delta, low_rank_linear, scaled
-from ..maths.weights import weight_of, weight_shape
-from .base import Adapter, AdapterSpec, Strength, is_wide
+from ..maths.weights import bias_of, weight_of, weight_shape
+from .base import Adapter, AdapterSpec, Groups, Strength, is_wide
 from .file_delta import ALPHA, DOWN, MID, UP, alpha_of
 from .tucker import TuckerOptions
 from .where import in_transformer
@@ -25,11 +26,12 @@ class Lora(Adapter):
     What wraps it (`timesteps`, `difference_start`) overrides `pair`, `fused`, `_sum` or `middle`.
     """
 
-    file_tensors = (DOWN, UP, ALPHA)
+    file_tensors: ClassVar[tuple[str, ...]] = (DOWN, UP, ALPHA)
     network_module = "networks.lora"
-    factors = (("down",), ("up",))
-    ups, downs = ("up",), ("down",)
-    inits = frozenset({"instant"})
+    factors: ClassVar[Groups] = (("down",), ("up",))
+    ups: ClassVar[tuple[str, ...]] = ("up",)
+    downs: ClassVar[tuple[str, ...]] = ("down",)
+    inits: ClassVar[frozenset[str]] = frozenset({"instant"})
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
@@ -56,9 +58,9 @@ class Lora(Adapter):
         """W·x + b + scale·U·D·x in one operation; the scale a number, or (B,), or (B, ranks of D)."""
         module, x = self._held[0], self.working_input(x)
         if self.kind == "linear":
-            return low_rank_linear(x, weight_of(module), module.bias, down, up, scale)
+            return low_rank_linear(x, weight_of(module), bias_of(module), down, up, scale)
         geometry = (module.stride, module.padding, module.dilation)
-        return low_rank_conv(x, weight_of(module), module.bias, down, up, scale, geometry)
+        return low_rank_conv(x, weight_of(module), bias_of(module), down, up, scale, geometry)
 
     def thinned(self, x: Tensor, strength: float | Tensor) -> Tensor:
         """Dropout as in kohya's trainer: of the rank-r middle, and of whole ranks."""
@@ -169,8 +171,8 @@ class Convolved(Lora):
     That is the LoRA whose D is mid·down.
     """
 
-    file_tensors = (DOWN, UP, MID, ALPHA)
-    factors = (("down",), ("mid",), ("up",))
+    file_tensors: ClassVar[tuple[str, ...]] = (DOWN, UP, MID, ALPHA)
+    factors: ClassVar[Groups] = (("down",), ("mid",), ("up",))
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..params.field import ModeInfo, param
 from ..params.job import Job
 from ..params.rules import Rule
 from ..paths import expanded, is_file
-from .base import ADAPTERS, AdapterSpec, Strength
+from .base import ADAPTERS, AdapterSpec, Groups, Strength
 from .bases import Pair, SvdParams, blank, weight_bases
 from .basis_file import Basis, read_basis
 from .dora import DoraOptions
@@ -75,11 +75,13 @@ class Universal(Factored):
         Rule(("basis_path",), basis_there, complete=True),
         Rule(("network_basis_mean", "basis_path"), mean_of_something),
     )
-    factors = (("core",),)
+    factors: ClassVar[Groups] = (("core",),)
 
     def __init__(self, layer: Layer, spec: AdapterSpec, strength: Strength, generator: torch.Generator) -> None:
         super().__init__(layer, spec, strength, generator)
-        basis: Basis = spec.shared[layer.key]
+        basis: Basis = cast("dict[str, Basis]", spec.shared)[layer.key]
+        self.frozen_down: Tensor
+        self.frozen_up: Tensor
         self.register_buffer("frozen_down", basis.down.view(self.rank, *self.kernel))
         self.register_buffer("frozen_up", basis.up)
         start = basis.mean / self.scale if spec[UniversalParams].network_basis_mean else torch.zeros_like(basis.mean)
@@ -87,7 +89,7 @@ class Universal(Factored):
         self._given = bool(spec[UniversalParams].basis_path.strip())
 
     @classmethod
-    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> Any:
+    def shared(cls, layers: Sequence[Layer], spec: AdapterSpec, tell: Callable[[str], None]) -> object:
         ranks = {layer.key: spec.rank_of(layer.kind, layer.block) for layer in layers}
         for layer in layers:
             most = min(weight_matrix(layer.module))
@@ -112,7 +114,7 @@ class Universal(Factored):
         return {layer.key: _filled(given.get(layer.key), own.get(layer.key), ranks[layer.key]) for layer in layers}
 
     def product(self) -> tuple[Tensor, Tensor]:
-        core: Any = self._parameters["core"]  # a float32 master has the bases in half precision around it
+        core = self.core  # a float32 master has the bases in half precision around it
         return self.frozen_down, self.frozen_up.to(core.dtype) @ core
 
     def fit(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,12 @@ def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return weight if dtype is None else weight.to(dtype)
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a layer, (out,), as it is stored; None for a layer without."""
+    bias = module.bias
+    return bias if isinstance(bias, Tensor) else None
+
+
 def weight_shape(module: nn.Module) -> torch.Size:
     """The shape of `weight_of`, without reading the numbers."""
     return weight_of(module).shape
