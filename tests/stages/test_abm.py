@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from adapter_layers import layers, network
 from torch import nn
 
 from trainer.adapters.base import AdapterSpec
-from trainer.stages.abm import NUDGE, _gates, _listening, boundary_loss, nudge
+from trainer.models.base import Model
+from trainer.stages.abm import NUDGE, _listening, boundary_loss, nudge
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
@@ -55,7 +58,7 @@ class GEGLU(nn.Module):
 
 def test_only_the_gate_half_of_gated_projections_is_heard() -> None:
     model = nn.Sequential(nn.Linear(4, 4), GEGLU(), nn.Linear(3, 4), GEGLU())
-    gates, x = _gates(model), torch.randn(2, 5, 4)
+    gates, x = Model.gates.fget(SimpleNamespace(unet=model)), torch.randn(2, 5, 4)
     assert gates == [model[1].proj, model[3].proj]
     with _listening(gates) as heard:
         model(x)

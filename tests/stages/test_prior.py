@@ -124,7 +124,7 @@ def test_a_run_with_it_stays_nearer_to_the_untouched_model(case) -> None:
         result = case.run(trace, **own)
         notes = [event.text for event in trace.events if isinstance(event, Note)]
         assert any("will be kept as they are" in note for note in notes) == bool(weight)
-        drawn = [event for event in trace.events if isinstance(event, Stage) and event.name.startswith("drawing")]
+        drawn = [event for event in trace.events if isinstance(event, Stage) and event.name.startswith("sampling")]
         assert drawn[-1].done == drawn[-1].total >= STEPS if weight else not drawn
         job = case.job(**OWN, prior_loss_weight=1.0)
         network = written_network(job, model, result.path, EventLog())

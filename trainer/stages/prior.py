@@ -53,8 +53,7 @@ class PriorParams:
     )
     prior_max_timesteps: int = param(
         1000,
-        "Preserve only up to this timestep. 500, with train_min_timesteps 450, changes the composition and keeps the"
-        " colours.",
+        "Preserve only up to this timestep. 500, trained from 450 on, changes the composition and keeps the colours.",
         "option",
         low=100,
         high=1000,
