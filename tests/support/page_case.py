@@ -53,6 +53,7 @@ CURVES = "#atelier_plot_figure [id^=atelier_loss_] path"
 
 def demo(page: Page, name: str, steps: int = 30) -> None:
     """The settings of the demo, under a name of their own."""
+    page.fill(network_alpha=1)  # what an earlier load left there must not pass for this one
     page.id("preset").select_option("demo")
     page.until("the preset is in the form", "document.querySelector('#atelier_network_alpha').value === '16'")
     page.fill(lora_data_directory=BASE_PICTURES, save_lora_name=name, train_iterations=steps)
