@@ -40,6 +40,7 @@ EVERYWHERE: dict[str, set[str] | None] = {
         "test_scaler",
         "test_trackers",
     },
+    "golden": ALL,
     "gpu": ALL,
     "jobs": ALL,
     "maths": {"test_loss", "test_lowrank", "test_projection", "test_rng"},
