@@ -115,7 +115,7 @@ def file_room_problems(job: Job, places: Places, model: Path) -> Iterator[Proble
     from ..models.load import load_model  # its libraries take seconds, and few disks are so full
 
     try:
-        base = load_model(model)
+        base = load_model(model, device="meta")  # nothing is computed: its weights stay in the mapped file
         network = make_network(job, base, 0, EventLog(), restored=True)
         stored = arguments.precision(job[core.Save].save_precision, "save_precision") or base.storage
     except AtelierError:  # loading says what is wrong with the model
