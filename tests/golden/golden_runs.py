@@ -121,33 +121,32 @@ def compute(only: str = "") -> dict[str, Run]:
                 found[name] = {
                     "losses": losses,
                     "whole": whole,
-                    "files": [digest(path) for path in files],
-                    "sizes": sizes(files),
+                    **contents(files),
                 }
                 continue
             trace = engine_case.Trace()
             result = case.run(trace, save_lora_name=name, **settings)
-            found[name] = {"losses": trace.losses, "files": [digest(result.path)], "sizes": sizes([result.path])}
+            found[name] = {"losses": trace.losses, **contents([result.path])}
     return json.loads(json.dumps(found))
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's tensors with their names, types and shapes; its metadata have dates in them."""
+def contents(paths: Sequence[Path]) -> dict[str, list[str] | list[float]]:
+    """Of each file the SHA-256 of its tensors with their names, types and shapes (its metadata have dates in them), and
+    the Euclidean norm of all of them.
+    """
     import torch
     from safetensors.torch import load_file
 
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(load_file(path).items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hashed.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()[:16]
-
-
-def sizes(paths: Sequence[Path]) -> list[float]:
-    """The Euclidean norm of all tensors of each file."""
-    from safetensors.torch import load_file
-
-    return [math.sqrt(sum(float(t.double().square().sum()) for t in load_file(path).values())) for path in paths]
+    digests, norms = [], []
+    for path in paths:
+        hashed, squares = hashlib.sha256(), 0.0
+        for name, tensor in sorted(load_file(path).items()):
+            hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            hashed.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            squares += float(tensor.double().square().sum())
+        digests.append(hashed.hexdigest()[:16])
+        norms.append(math.sqrt(squares))
+    return {"files": digests, "sizes": norms}
 
 
 def differences(recorded: dict[str, list[Run]], found: dict[str, Run], exact: bool = False) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.adapters.base import AdapterSpec
 from trainer.models.base import Model
-from trainer.stages.abm import NUDGE, _listening, boundary_loss, nudge
+from trainer.stages.abm import NUDGE, boundary_loss, listening, nudge
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
@@ -60,7 +60,7 @@ def test_only_the_gate_half_of_gated_projections_is_heard() -> None:
     model = nn.Sequential(nn.Linear(4, 4), GEGLU(), nn.Linear(3, 4), GEGLU())
     gates, x = Model.gates.fget(SimpleNamespace(unet=model)), torch.randn(2, 5, 4)
     assert gates == [model[1].proj, model[3].proj]
-    with _listening(gates) as heard:
+    with listening(gates) as heard:
         model(x)
     torch.testing.assert_close(heard[0], model[1].proj(model[0](x))[..., 3:])
     assert len(heard) == 2 and not gates[0]._forward_hooks

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from trainer.adapters.base import ADAPTERS
 from trainer.cli.main import main
@@ -16,11 +17,10 @@ from trainer.tools.bench import EVERY_TYPE, SIZES, bench, bench_types
 pytestmark = pytest.mark.newest
 
 
-def test_a_measurement_of_a_tiny_unet_is_complete_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def tiny_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    made: nn.Module = UNet2DConditionModel(
         block_out_channels=(8, 16),
         cross_attention_dim=16,
         norm_num_groups=4,
@@ -29,6 +29,12 @@ def test_a_measurement_of_a_tiny_unet_is_complete_and_leaves_no_trace(capsys: py
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
+    return made
+
+
+def test_a_measurement_of_a_tiny_unet_is_complete_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    unet = tiny_unet()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     report = json.loads(json.dumps(bench(unet, steps=1, batch=2, rank=2)))
     names = {"bare", "ours", "peft", "lycoris"}
@@ -41,17 +47,7 @@ def test_a_measurement_of_a_tiny_unet_is_complete_and_leaves_no_trace(capsys: py
 
 
 def test_types_are_measured_against_plain_lora() -> None:
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        cross_attention_dim=16,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = tiny_unet()
     types = ["lokr+network_factor=2+use_dora", "lierla+blocks=OUT*", "null", "universal"]
     report = json.loads(json.dumps(bench_types(unet, types, steps=2, rank=2)))["types"]
     assert set(report) == {"lierla", "c3lier", *types}

@@ -23,16 +23,14 @@ _FREE_SECTIONS = (core.Save, core.Export, core.Log, core.Sample)
 _FREE = LENGTH | {"train_state_every", "data_cache"}
 _MOVED = frozenset(
     {
-        *(
-            "model",
-            "vae",
-            "te",
-            "lora_data_directory",
-            "original_image",
-            "target_image",
-            "basis_path",
-            "svd_cache_path",
-        ),
+        "model",
+        "vae",
+        "te",
+        "lora_data_directory",
+        "original_image",
+        "target_image",
+        "basis_path",
+        "svd_cache_path",
     }
 )
 """Settings that say where something is. What is there is compared by its contents, or lies in the state already."""

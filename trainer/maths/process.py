@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .alphas import zero_terminal_snr
+
+T = TypeVar("T", float, Tensor)
 
 EPSILON, V_PREDICTION, FLOW = "epsilon", "v_prediction", "flow"
 TIMESTEPS = 1000
@@ -328,7 +330,7 @@ class Flow:
         """The shifted distribution, cut to the range."""
         first, end = (self._unshifted(self.time(edge)) for edge in (low, high))
         u = first + uniforms_B * (end - first)
-        return (self.shift * u / (1 + (self.shift - 1) * u)).float()
+        return self._shifted(u).float()
 
     def model_time(self, t_B: Tensor) -> Tensor:
         return t_B
@@ -382,7 +384,7 @@ class Flow:
         even = torch.linspace(1, 1 / (2 * count), count, dtype=torch.float64).tolist()
         return tuple(map(self._shifted, even))
 
-    def _shifted(self, u: float) -> float:
+    def _shifted(self, u: T) -> T:
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def _unshifted(self, time: float) -> float:

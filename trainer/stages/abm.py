@@ -132,9 +132,9 @@ class Abm(Stage):
         noise, t = kit.noise(batch), kit.timesteps(batch)
         pictured = bool(batch.mean.any()) or bool(batch.std.any())
         x = kit.process.add_noise(kit.latents(batch), noise, t) if pictured else noise
-        with kit.teacher(), _listening(gates) as wanted:
+        with kit.teacher(), listening(gates) as wanted:
             kit.predict(x, t, kit.text(batch.prompts), batch.time_ids)
-        with _listening(gates) as got:
+        with listening(gates) as got:
             kit.predict(x, t, kit.text(batch.prompts), batch.time_ids)
         return wanted, got
 
@@ -162,7 +162,7 @@ def nudge(adapter: Any, generator: torch.Generator) -> None:
 
 
 @contextmanager
-def _listening(gates: list[nn.Module]) -> Iterator[list[Tensor]]:
+def listening(gates: list[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside the block the gate halves of every output are noted, float32, in the order of computation."""
     heard: list[Tensor] = []
 

@@ -129,6 +129,14 @@ def bench(
         "parameters": sum(p.numel() for p in model_unet.parameters()),
         "trained": sum(p.numel() for p in network.parameters()),
         "modules": len(network),
+        **_circumstances(data, rank, batch, latents, steps, clock),
+        **_summary(rounds),
+    }
+
+
+def _circumstances(data: Data, rank: int, batch: int, latents: int, steps: int, clock: str) -> dict[str, object]:
+    """What was measured, and on what."""
+    return {
         "rank": rank,
         "batch": batch,
         "latents": latents,
@@ -137,7 +145,6 @@ def bench(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": str(data.x_BCHW.device),
-        **_summary(rounds),
     }
 
 
@@ -177,14 +184,7 @@ def bench_types(
             fact[f"to_{base}"] = statistics.median(ratios)
     return {
         "parameters": sum(p.numel() for p in model_unet.parameters()),
-        "rank": rank,
-        "batch": batch,
-        "latents": latents,
-        "steps": steps,
-        "clock": clock,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": str(data.x_BCHW.device),
+        **_circumstances(data, rank, batch, latents, steps, clock),
         "types": facts,
     }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from ...adapters.folded import folded
 from ...maths import rng
 from ...models.base import Conditioning, Model
+from ...stages.abm import listening
 from .. import world
 from ..effect import SETTINGS, concept_scenes, unrelated_scenes
 from ..measure import Rate, agreement, ask, share
@@ -112,23 +112,9 @@ def untouched(model: Model, scenes: Sequence[world.Scene], seed: int = 4) -> Unt
 
 
 def _predict(model: Model, x: Tensor, t: Tensor, condition: Conditioning) -> tuple[Tensor, tuple[Tensor, ...]]:
-    with _listening(model) as heard:
+    with listening(model.gates) as heard:
         predicted = model.predict(x, t, condition).float()
     return predicted, tuple(heard)
-
-
-@contextmanager
-def _listening(model: Model) -> Iterator[list[Tensor]]:
-    """Inside the block the gate halves of the feed-forward layers are noted, in the order of computation."""
-    heard: list[Tensor] = []
-    hooks = [
-        gate.register_forward_hook(lambda _, __, out: heard.append(out.chunk(2, dim=-1)[1])) for gate in model.gates
-    ]
-    try:
-        yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def at_success(points: Mapping[float, float], success: float) -> float:
